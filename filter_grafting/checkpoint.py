@@ -1,0 +1,123 @@
+"""Files that are whole or not there: atomic writing, and loading that trusts nothing."""
+
+import io
+import os
+import pickle
+import secrets
+import shutil
+import stat
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, WriteError
+
+TEMPORARY = ".tmp"  # ending of files under construction: `.NAME.RANDOM.tmp`, in the folder of NAME
+
+
+def write_atomically(path: str | os.PathLike, data: bytes | memoryview, durable: bool = True) -> None:
+    """Writes a file under a temporary name of its own in the same folder, then renames it: whole or not at all.
+
+    Args:
+        path: an existing file, or a link, is replaced; a link is not followed. The folder must exist.
+        durable: flush to the disk first, so that the file survives a crash of the machine as well.
+
+    Raises:
+        WriteError: naming the file, the reason and the free space; what stood under `path` is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
+                file.write(data)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if durable:
+                _sync_folder(path.parent)  # the rename itself must survive, too
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems cannot; their server decides when a rename is on disk
+    finally:
+        os.close(descriptor)
+
+
+def write_error(path: str | os.PathLike, error: OSError) -> WriteError:
+    """The one sentence for a file that could not be written: which, why, and how much space there is."""
+    path = Path(path)
+    try:
+        free = f"; {shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free there"
+    except OSError:
+        free = ""
+    return WriteError(f"cannot write {path}: {error.strerror or error}{free}; mend that, then continue with --resume")
+
+
+def save(path: str | os.PathLike, contents: Mapping[str, Any]) -> None:
+    """`torch.save`s to a file that appears whole or not at all (see `write_atomically`)."""
+    import torch  # here, so that the status of a run can be read in the blink of an eye
+
+    buffer = io.BytesIO()  # torch.save straight to a full disk aborts in C++, without naming the file
+    torch.save(dict(contents), buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load(path: str | os.PathLike) -> dict[str, Any]:
+    """Loads a checkpoint onto the CPU, running nothing that it may contain (`weights_only=True`).
+
+    The CRC-32 that `torch.save` keeps of every record is checked, which `torch.load` does not do: a single flipped
+    bit of a weight is found. Files of torch < 1.6 have none.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: naming the file, if it is truncated, damaged, not a checkpoint, or holds anything but
+            tensors and plain values.
+    """
+    import torch
+
+    path = Path(path)
+    try:
+        data = _read(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not data:
+        raise CheckpointError(f"{path} is empty: it was not written to its end")
+    try:
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                if damaged := archive.testzip():
+                    raise CheckpointError(f"{path} is damaged: the checksum of its record {damaged} is wrong")
+        contents = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        refused = "Unsupported" in str(error) or "GLOBAL" in str(error)
+        reason = "holds more than tensors and plain values, and could run code" if refused else "is truncated or damaged"
+        raise CheckpointError(f"{path} {reason}; it was not loaded") from error
+    except Exception as error:  # any exception can come out of bytes that anyone may have written
+        raise CheckpointError(f"{path} is truncated or damaged ({type(error).__name__}); it was not loaded") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} is not a checkpoint: expected a dict, found a {type(contents).__name__}")
+    return contents
+
+
+def _read(path: Path) -> bytes:
+    # Not to be blocked for ever by a pipe that lies where a file should.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("it is not a regular file")
+        return file.read()
