@@ -118,7 +118,8 @@ def coefficients(run: Run) -> Figure:
     for panel in panels[:, 0]:
         panel.set_ylabel("layer")
     figure.suptitle(_plain(f"{run.label}: share of its own weights that each layer keeps"), fontsize=12)
-    figure.colorbar(image, ax=panels, label="coefficient", location="bottom", aspect=60, shrink=0.6)
+    pad = 0.15 / figure.get_figheight()  # a share of the height, which depends on the number of layers
+    figure.colorbar(image, ax=panels, label="coefficient", location="bottom", aspect=60, shrink=0.6, pad=pad)
     return figure
 
 

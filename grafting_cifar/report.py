@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
 
 CAPTION = (
-    "Best and last: test accuracy. Invalid: filters whose L1 norm is below the threshold. s/epoch: median, with "
-    "test, wait and graft. ±: sample standard deviation over the networks of a run."
+    "Best and last: test accuracy. Invalid: filters whose L1 norm is below the threshold. s/epoch: median, "
+    "with test, wait and graft. ±: sample standard deviation over the networks of a run."
 )
 
 
