@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.distributed import World
 from common.records import Log, Table, on_terminal
+from filter_grafting.checkpoint import load
 from filter_grafting.errors import GraftingError, MismatchError, RefusedError
 from filter_grafting.exchange import Ring
 from filter_grafting.grafting import blend, compare
@@ -31,6 +34,7 @@ from filter_grafting.training import (
 
 METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "best",
            "train_seconds", "test_seconds", "wait_seconds", "graft_seconds")  # fmt: skip
+LOST_CONNECTION = re.compile("gloo|nccl|connection|socket", re.IGNORECASE)
 COEFFICIENTS = ("epoch", "layer", "own_entropy", "neighbour_entropy", "coefficient")
 
 
@@ -48,6 +52,9 @@ class Task:
     step_epochs: int
     loss_function: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     topk: tuple[int, ...] = (1,)
+    print_every: int = 0  # batches between two lines of progress; 0 prints one line an epoch
+    start_epoch: int = 0
+    key: str = "net"  # the entry of a checkpoint that holds the state dict
     notes: list[str] = field(default_factory=list)  # lines for the head of the log
 
 
@@ -80,134 +87,201 @@ class Signals:
         if self.received is not None:
             raise Stopped(self.received)
 
-    def follow(self, description: str, total: int) -> Callable[[Iterable], Iterable]:
-        """Wraps an iteration over batches: a bar on a terminal, and a signal ends it between two batches."""
 
-        def iterate(batches: Iterable) -> Iterable:
-            if on_terminal():
-                from tqdm import tqdm
+class Progress:
+    """Follows the batches of one epoch: a bar on a terminal, lines every so many batches, an ear for signals."""
 
-                batches = tqdm(batches, description, total, leave=False, dynamic_ncols=True, file=sys.stdout)
+    def __init__(self, epoch: int, steps: int, signals: Signals, log: Log | None, every: int = 0, topk: tuple = (1,)):
+        self.epoch, self.steps, self.signals, self.log, self.every, self.topk = epoch, steps, signals, log, every, topk
+        self.data = self.data_total = 0.0
+        self.last = self.began = time.perf_counter()
+
+    def __call__(self, batches: Iterable) -> Iterable:
+        bar = None
+        if self.log is not None and not self.every and on_terminal():
+            from tqdm import tqdm
+
+            bar = tqdm(total=self.steps, desc=f"epoch {self.epoch}", leave=False, dynamic_ncols=True, file=sys.stdout)
+        try:
+            asked = time.perf_counter()
             for batch in batches:
+                self.data = time.perf_counter() - asked
+                self.data_total += self.data
                 yield batch
-                self.check()
+                if bar is not None:
+                    bar.update()
+                self.signals.check()
+                asked = time.perf_counter()
+        finally:
+            if bar is not None:
+                bar.close()
 
-        return iterate
+    def report(self, step: int, batch: Tensor, totals: Tensor) -> None:
+        """A line as the PyTorch ImageNet example prints it: each figure of the last batch, then its mean so far."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        if self.log is None or not self.every or step % self.every:
+            return
+        loss, *correct, images = batch.tolist()  # the host waits for the device here, and in no other step
+        mean_loss, *all_correct, all_images = totals.tolist()
+        fields = [
+            f"Epoch: [{self.epoch}][{step:{len(str(self.steps))}d}/{self.steps}]",
+            f"Time {seconds:6.3f} ({(now - self.began) / (step + 1):6.3f})",
+            f"Data {self.data:6.3f} ({self.data_total / (step + 1):6.3f})",
+            f"Loss {loss / images:.4e} ({mean_loss / all_images:.4e})",
+        ]
+        for k, count, all_count in zip(self.topk, correct, all_correct, strict=True):
+            fields.append(f"Acc@{k} {100 * count / images:6.2f} ({100 * all_count / all_images:6.2f})")
+        self.log.say("    ".join(fields))
 
 
-def main(args: argparse.Namespace, build: Callable[[argparse.Namespace], Task], **ring_options: Any) -> int:
-    """Runs one network to its end; returns the exit status."""
+def main(args: argparse.Namespace, build: Callable[[argparse.Namespace, World], Task], **ring_options: Any) -> int:
+    """Runs one network to its end, or one of the processes that train it together; returns the exit status."""
     signals = Signals()
-    ring = None
+    ring = log = world = None
     try:
-        log = Log(args.network)
-        ring = Ring(args.directory, args.network, args.networks, timeout=60 * args.timeout, keep_all=args.keep_all,
-                    say=log.say, check=signals.check, **ring_options)  # fmt: skip
-        ring.join(bool(args.resume), [os.path.basename(sys.executable), *sys.argv])
+        world = World(torch.device(args.device))
+        if world.leads:
+            log = Log(args.network)
+            ring = Ring(args.directory, args.network, args.networks, timeout=60 * args.timeout, keep_all=args.keep_all,
+                        say=log.say, check=signals.check, **ring_options)  # fmt: skip
+            ring.join(bool(args.resume), [os.path.basename(sys.executable), *sys.argv])
         with deterministic(args.deterministic):
-            task = build(args)
-            if task.cosine:
-                ring.agree(task.shared, why_not="--epochs is fixed: it shapes the whole of a cosine schedule")
-            else:
-                ring.agree(task.shared, may_raise=["epochs"])
+            task = build(args, world)
+            if world.leads:
+                if task.cosine:
+                    ring.agree(task.shared, why_not="--epochs is fixed: it shapes the whole of a cosine schedule")
+                else:
+                    ring.agree(task.shared, may_raise=["epochs"])
             signals.starting = False
             signals.check()
-            train_network(args, task, ring, log, signals)
-        ring.leave("done")
+            train_network(args, task, world, ring, log, signals)
+        if world.leads:
+            ring.leave("done")
+        world.leave()
         return 0
     except (Stopped, GraftingError) as error:
-        return _end(ring, "stopped" if isinstance(error, Stopped) else "failed", str(error), error.exit_status)
+        elsewhere = world.failure() if world else None
+        if isinstance(error, Stopped) and elsewhere is None:
+            return _end(args, world, ring, "stopped", str(error), error.exit_status)
+        return _end(args, world, ring, "failed", elsewhere or str(error), getattr(error, "exit_status", 1))
     except torch.OutOfMemoryError as error:
         sentence = f"{str(error).splitlines()[0]} Fewer networks on this device, a smaller batch or --amp need less"
-        return _end(ring, "failed", sentence, 1)
+        return _end(args, world, ring, "failed", sentence, 1)
     except BaseException as error:
-        _end(ring, "failed", f"{type(error).__name__}: {error}", 1)
+        if world and world.size > 1 and isinstance(error, RuntimeError) and LOST_CONNECTION.search(str(error)):
+            # What torch says when another rank is gone.
+            if world.stopping() and signals.received:
+                return _end(args, world, ring, "stopped", str(Stopped(signals.received)), 128 + signals.received)
+            reason = world.failure() or "another rank of this network died (killed?)"
+            return _end(args, world, ring, "failed", reason, 1)
+        _end(args, world, ring, "failed", f"{type(error).__name__}: {error}", 1)
         raise  # not foreseen: whoever mends it needs the traceback
 
 
-def _end(ring: Ring | None, state: str, sentence: str, status: int) -> int:
-    epoch = ""
+def _end(
+    args: argparse.Namespace, world: World | None, ring: Ring | None, state: str, sentence: str, status: int
+) -> int:
+    """Says how this process ended: in the status file, to the other ranks, and to the user."""
+    if world is not None:
+        world.blame(state, sentence)
     if ring is not None:
         ring.leave(state, sentence)
         if state == "stopped":
             epoch = f" at epoch {ring.epoch}" if ring.epoch is not None else " before its first epoch"
-            sentence = f"network {ring.network} stopped {sentence}{epoch}; --resume continues it"
+            sentence = f"network {args.network} stopped {sentence}{epoch}; --resume continues it"
     with suppress(OSError):
         print(sentence, file=sys.stderr, flush=True)
     return status
 
 
-def train_network(args: argparse.Namespace, task: Task, ring: Ring, log: Log, signals: Signals) -> None:
+def train_network(
+    args: argparse.Namespace, task: Task, world: World, ring: Ring | None, log: Log | None, signals: Signals
+) -> None:
+    """The loop. With several ranks, all of them run it, and rank 0 alone has the ring and the log."""
+    network, epochs, last_epoch = task.network, args.epochs, args.epochs - 1
     device = torch.device(args.device)
-    network, epochs = task.network, args.epochs
-    forward = torch.compile(network) if args.compile else network
     start_rate = initial_rate(args.lr, args.network, args.networks, getattr(args, "difflr", False))
-    metrics = Table(ring.directory / f"metrics{args.network}.csv", METRICS)
-    coefficients = Table(ring.directory / f"coefficients{args.network}.csv", COEFFICIENTS)
+    trained = world.parallel(network)
+    forward = torch.compile(network) if args.compile else network
+    forward_training = torch.compile(trained) if args.compile and trained is not network else trained
+    forward_training = forward if trained is network else forward_training
 
-    epoch, row = resume(task, ring) if args.resume else (0, None)
-    for table in (metrics, coefficients) if args.networks > 1 else (metrics,):
-        table.start(epoch)
-    introduce(args, task, log, start_rate, epoch if row else None)
+    epoch, row = resume(task, world, ring, signals) if args.resume else (task.start_epoch, None)
+    if ring:
+        metrics = Table(ring.directory / f"metrics{args.network}.csv", METRICS)
+        coefficients = Table(ring.directory / f"coefficients{args.network}.csv", COEFFICIENTS)
+        for table in (metrics, coefficients) if args.networks > 1 else (metrics,):
+            table.start(epoch)
+        introduce(args, task, world, log, start_rate, epoch if row else None)
     best = row["best"] if row else -1.0
     while True:
         if row is None:
-            ring.update("training", epoch=epoch, epochs=epochs)
+            if ring:
+                ring.update("training", epoch=epoch, epochs=epochs)
 
             def rate(part: float, epoch: int = epoch) -> float:
                 return learning_rate(start_rate, epoch + part, epochs, task.cosine, task.step_epochs)
 
             began = time.perf_counter()
             network.train()
-            train_loss, train_accuracy = train_one_epoch(
-                forward, task.train, task.optimizer, rate, seed=stream_seed(args.seed, args.network, epoch), device=device,
-                amp=args.amp, loss_function=task.loss_function,
-                follow=signals.follow(f"epoch {epoch}", len(task.train)),
+            progress = Progress(epoch, len(task.train), signals, log, task.print_every, task.topk)
+            train_loss, train_accuracies = train_one_epoch(
+                forward_training, task.train, task.optimizer, rate, device=device, amp=args.amp, topk=task.topk,
+                seed=stream_seed(args.seed, args.network, epoch), loss_function=task.loss_function,
+                follow=progress, reduce=world.sum, report=progress.report,
             )  # fmt: skip
-            trained = time.perf_counter()
+            between = time.perf_counter()
+            world.align(network.buffers())  # each rank has its own batch-norm statistics; rank 0's are the network's
             test_loss, accuracies = evaluate(
-                forward, task.test, device=device, amp=args.amp, topk=task.topk,
-                follow=signals.follow("test", len(task.test)),
+                forward, task.test, device=device, amp=args.amp, topk=task.topk, reduce=world.sum,
+                follow=Progress(epoch, len(task.test), signals, log),
             )  # fmt: skip
-            tested = time.perf_counter()
+            improved, best = accuracies[0] > best, max(best, accuracies[0])
             row = {
-                "epoch": epoch, "lr": rate(0), "train_loss": train_loss, "train_accuracy": train_accuracy,
-                "test_loss": test_loss, "test_accuracy": accuracies[0], "best": max(best, accuracies[0]),
-                "train_seconds": trained - began, "test_seconds": tested - trained, "accuracies": accuracies,
+                "epoch": epoch, "lr": rate(0), "train_loss": train_loss, "train_accuracy": train_accuracies[0],
+                "test_loss": test_loss, "test_accuracy": accuracies[0], "accuracies": accuracies, "best": best,
+                "train_seconds": between - began, "test_seconds": time.perf_counter() - between,
             }  # fmt: skip
-            publish(task, ring, row, improved=accuracies[0] > best)
-            best = row["best"]
-            ring.update("training", accuracy=accuracies[0], best=best)
-        began = time.perf_counter()
-        grafted = began
-        if args.networks > 1 and epoch + 1 < epochs:
-            path, neighbour = ring.wait(epoch)
-            grafted = time.perf_counter()
-            coefficients.append(graft_once(args, network, path, neighbour, epoch))
-        row |= {"wait_seconds": grafted - began, "graft_seconds": time.perf_counter() - grafted}
-        log.epoch(epoch, log_fields(row))
-        metrics.append([[format_metric(column, row[column]) for column in METRICS]])
-        if epoch + 1 >= epochs:
+            if ring:
+                publish(task, ring, row, improved)
+                ring.update("training", accuracy=accuracies[0], best=best)
+        if args.networks > 1 and epoch < last_epoch:
+            if ring:
+                row |= graft_once(args, network, ring, coefficients, epoch)
+                world.tell(f"grafted {epoch}")
+            else:
+                world.hear(f"grafted {epoch}", signals.check)
+            world.align(network.state_dict().values())
+        if ring:
+            log.epoch(epoch, log_fields(row, task.topk))
+            metrics.append([[format_metric(column, row.get(column, 0.0)) for column in METRICS]])
+        if epoch >= last_epoch:
             break
         epoch, row = epoch + 1, None
-    ring.write(ring.file("final"), {ring.key: snapshot(network.state_dict()), **result(task, row)})
-    ring.flush()
+    if ring:
+        ring.write(ring.file("final"), {ring.key: snapshot(network.state_dict()), **result(task, row)})
+        ring.flush()
 
 
 def graft_once(
-    args: argparse.Namespace, network: nn.Module, path: os.PathLike, neighbour: Mapping[str, Tensor], epoch: int
-) -> list[list[object]]:
-    """Grafts the neighbour's weights on; returns the rows for the table of coefficients."""
+    args: argparse.Namespace, network: nn.Module, ring: Ring, coefficients: Table, epoch: int
+) -> dict[str, float]:
+    """Waits for the neighbour's weights and grafts them on; returns the seconds that each took."""
+    began = time.perf_counter()
+    path, neighbour = ring.wait(epoch)
+    arrived = time.perf_counter()
     try:
         neighbour = {key: entry.to(args.device, non_blocking=True) for key, entry in neighbour.items()}
         layers = compare(network, neighbour, args.amplitude, args.steepness, args.level)
     except (MismatchError, AttributeError) as error:
         raise MismatchError(f"{path} cannot be grafted onto network {args.network}: {error}") from error
     blend(network, neighbour, {name: layer.coefficient for name, layer in layers.items()}, args.level)
-    return [
+    coefficients.append(
         [epoch, name, f"{own_entropy:.6f}", f"{neighbour_entropy:.6f}", f"{torch.as_tensor(share).mean().item():.4g}"]
         for name, (own_entropy, neighbour_entropy, share) in layers.items()
-    ]
+    )
+    return {"wait_seconds": arrived - began, "graft_seconds": time.perf_counter() - arrived}
 
 
 def publish(task: Task, ring: Ring, row: dict[str, Any], improved: bool) -> None:
@@ -235,31 +309,41 @@ def snapshot(state: Any) -> Any:
     return [snapshot(value) for value in state] if isinstance(state, (list, tuple)) else state
 
 
-def resume(task: Task, ring: Ring) -> tuple[int, dict[str, Any] | None]:
-    """Puts the newest good checkpoint back in place: (its epoch, that epoch's metrics); (0, None) if there is none."""
-    found = ring.newest()
+def resume(task: Task, world: World, ring: Ring | None, signals: Signals) -> tuple[int, dict[str, Any] | None]:
+    """Puts the newest good checkpoint back in place: (its epoch, that epoch's metrics); no metrics if there is none."""
+    if ring:
+        found = ring.newest()
+        world.tell("resume", str(ring.path(found[0])) if found else "")
+    else:
+        path = world.hear("resume", signals.check)
+        contents = load(path) if path else None
+        found = (contents["epoch"], contents) if contents else None
     if found is None:
-        return 0, None
+        return task.start_epoch, None
     epoch, contents = found
     try:
         recorded, settings = contents["settings"], {**task.shared, **task.own}
         differing = [key for key in settings if key != "epochs" and recorded.get(key) != settings[key]]
         if differing:
             rows = ", ".join(f"--{key} is {settings[key]!r} here and was {recorded.get(key)!r}" for key in differing)
-            raise RefusedError(f"network {ring.network} cannot be continued with other settings: {rows}")
-        task.network.load_state_dict(contents[ring.key])
+            raise RefusedError(f"the network cannot be continued with other settings: {rows}")
+        task.network.load_state_dict(contents[task.key])
         task.optimizer.load_state_dict(contents["optimizer"])
         return epoch, dict(contents["metrics"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise RefusedError(f"the checkpoint of epoch {epoch} in {ring.directory} does not fit this network: {error}") from error
+        raise RefusedError(f"the checkpoint of epoch {epoch} does not fit this network: {error}") from error
 
 
-def introduce(args: argparse.Namespace, task: Task, log: Log, rate: float, resumed: int | None) -> None:
+def introduce(
+    args: argparse.Namespace, task: Task, world: World, log: Log, rate: float, resumed: int | None
+) -> None:
     """The head of the log: what runs, with which settings, on what."""
     settings = {**task.shared, **task.own, "start_lr": rate}
     log.say(f"Network {args.network} of {args.networks} in {args.directory}: {sum(p.numel() for p in task.network.parameters()):,} parameters")
     log.say("settings: " + " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()))
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    device = f"cpu, {torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    if world.size > 1:
+        device = f"{world.size} processes, each on {device}"
     log.say(f"device: {device}; torch {torch.__version__}, Python {platform.python_version()}")
     for note in task.notes:
         log.say(note)
@@ -267,12 +351,12 @@ def introduce(args: argparse.Namespace, task: Task, log: Log, rate: float, resum
         log.say(f"continuing after epoch {resumed}")
 
 
-def log_fields(row: Mapping[str, Any]) -> str:
-    seconds = "    ".join(f"{phase}:{row[f'{phase}_seconds']:.2f}s" for phase in ("train", "test", "wait", "graft"))
-    return (
-        f"accuracy:{row['test_accuracy']:.3f}    best:{row['best']:.3f}    loss:{row['train_loss']:.4f}    "
-        f"lr:{row['lr']:.5g}    {seconds}"
-    )
+def log_fields(row: Mapping[str, Any], topk: tuple[int, ...]) -> str:
+    fields = [f"accuracy:{row['test_accuracy']:.3f}", f"best:{row['best']:.3f}"]
+    fields += [f"accuracy@{k}:{value:.3f}" for k, value in zip(topk[1:], row["accuracies"][1:], strict=True)]
+    fields += [f"loss:{row['train_loss']:.4f}", f"lr:{row['lr']:.5g}"]
+    fields += [f"{phase}:{row.get(f'{phase}_seconds', 0):.2f}s" for phase in ("train", "test", "wait", "graft")]
+    return "    ".join(fields)
 
 
 def format_metric(column: str, value: float) -> str:

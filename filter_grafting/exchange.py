@@ -392,6 +392,10 @@ class Ring:
         """Path of network i's own file of a kind ("best", "final"), which no other network shares."""
         return self.directory / f"{kind}{self.network}{Path(self._name).suffix}"
 
+    def path(self, epoch: int) -> Path:
+        """Path of network i's checkpoint of an epoch."""
+        return self._path(self.network, epoch)
+
     @property
     def epoch(self) -> int | None:
         """The epoch that network i last said to be at; None before the first."""

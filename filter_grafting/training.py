@@ -53,6 +53,19 @@ def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs.float(), labels)
 
 
+def main_output(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The class scores; networks with auxiliary heads (Inception, GoogLeNet) give several outputs in training."""
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+def count_correct(scores: Tensor, labels: Tensor, topk: tuple[int, ...]) -> Tensor:
+    """How many of the labels (b,) are among the k highest scores (b, classes), for each k: int64 (len(topk),)."""
+    if topk == (1,):
+        return (scores.argmax(1) == labels).sum()[None]
+    hits = scores.topk(min(max(topk), scores.shape[1])).indices == labels[:, None]
+    return torch.stack([hits[:, :k].sum() for k in topk])
+
+
 def train_one_epoch(
     network: Callable[[Tensor], Tensor],
     batches: Batches,
@@ -62,10 +75,13 @@ def train_one_epoch(
     seed: int,
     device: torch.device,
     amp: bool = False,
+    topk: tuple[int, ...] = (1,),
     loss_function: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     follow: Callable[[Iterable], Iterable] = iter,
-) -> tuple[float, float]:
-    """Trains for one epoch, in which the host never waits for the device: (mean loss, accuracy in percent).
+    reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
+    report: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> tuple[float, list[float]]:
+    """Trains for one epoch, in which the host never waits for the device: (mean loss, accuracy in percent for each k).
 
     Args:
         network: called with images, in training mode.
@@ -73,39 +89,36 @@ def train_one_epoch(
         seed: of the order, the augmentation and dropout.
         amp: bfloat16 autocast.
         follow: wraps the iteration over batches (a progress bar, a check for signals).
+        reduce: sums the totals over all processes that train this network.
+        report: called after each step with its number, the batch's totals and the epoch's so far, as tensors on the
+            device: (loss, images correct for each k, images).
 
     Raises:
         GraftingError: if the loss was not finite.
     """
     torch.manual_seed(seed)
-    total_loss = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    samples = 0
+    totals = torch.zeros(len(topk) + 2, dtype=torch.float64, device=device)
+    steps = len(batches)
     for step, (images, labels) in enumerate(follow(batches.epoch(seed))):
-        current = rate(step / len(batches))
         for group in optimizer.param_groups:
-            group["lr"] = current
+            group["lr"] = rate(step / steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             outputs = network(images)
             loss = loss_function(outputs, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        samples += len(labels)
-        total_loss += loss.detach() * len(labels)
-        correct += (main_output(outputs).argmax(1) == labels).sum()
-    mean_loss = total_loss.item() / samples
-    if not math.isfinite(mean_loss):
+        batch = _totals(loss.detach() * len(labels), main_output(outputs).detach(), labels, topk)
+        totals += batch
+        if report is not None:
+            report(step, batch, totals)
+    loss, accuracies = _means(reduce(totals))
+    if not math.isfinite(loss):
         raise GraftingError(
-            f"the training loss became {mean_loss} at learning rate {current:.4g}: training has diverged. Nothing of this "
-            f"epoch was published; try a lower --lr" + (", or without --amp" if amp else "")
+            f"the training loss became {loss} at a learning rate of {rate(0):.4g}: training has diverged. Nothing of this "
+            f"epoch was published; try a lower --lr" + (", or do without --amp" if amp else "")
         )
-    return mean_loss, 100 * correct.item() / samples
-
-
-def main_output(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The class scores; networks with auxiliary heads (Inception, GoogLeNet) give several in training."""
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
+    return loss, accuracies
 
 
 @torch.inference_mode()
@@ -117,25 +130,30 @@ def evaluate(
     amp: bool = False,
     topk: tuple[int, ...] = (1,),
     follow: Callable[[Iterable], Iterable] = iter,
+    reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
 ) -> tuple[float, list[float]]:
-    """(mean cross-entropy loss, accuracy in percent for each k of topk); the network is left in evaluation mode.
+    """(mean cross-entropy loss, accuracy in percent for each k); the network is left in evaluation mode.
 
     Accuracy at k counts the images whose label is among the k highest scores (all of them if there are fewer classes).
     """
     network.eval()
-    total_loss = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros(len(topk), dtype=torch.int64, device=device)
-    samples = 0
+    totals = torch.zeros(len(topk) + 2, dtype=torch.float64, device=device)
     for images, labels in follow(batches.epoch(0)):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            outputs = network(images)
-        outputs = outputs.float()
-        total_loss += F.cross_entropy(outputs, labels, reduction="sum")
-        highest = outputs.topk(min(max(topk), outputs.shape[1])).indices == labels[:, None]
-        correct += torch.stack([highest[:, :k].sum() for k in topk])
-        samples += len(labels)
-    mean_loss, *counts = torch.cat([total_loss[None], correct.double()]).tolist()
-    return mean_loss / samples, [100 * count / samples for count in counts]
+            scores = network(images)
+        totals += _totals(F.cross_entropy(scores.float(), labels, reduction="sum"), scores, labels, topk)
+    return _means(reduce(totals))
+
+
+def _totals(loss: Tensor, scores: Tensor, labels: Tensor, topk: tuple[int, ...]) -> Tensor:
+    """(summed loss, images correct for each k, images) of a batch, float64 on the device."""
+    images = torch.full((1,), len(labels), dtype=torch.float64, device=labels.device)
+    return torch.cat([loss.double()[None], count_correct(scores, labels, topk).double(), images])
+
+
+def _means(totals: Tensor) -> tuple[float, list[float]]:
+    loss, *correct, images = totals.tolist()
+    return loss / images, [100 * count / images for count in correct]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ A ring of two ResNet-32s on CIFAR-10, one process each (grafting.sh starts all o
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                        help="one coefficient for a layer, or for each filter (vgg16 only)")  # fmt: skip
     group.add_argument("--device", choices=("cuda", "cpu"), default=flags.default_device(), help="where to train")
     group.add_argument("--print_frequence", metavar="K", type=flags.number(int, 0), default=0,
-                       help="print the mean loss so far every K batches; 0 prints one line an epoch")  # fmt: skip
+                       help="print loss and accuracy every K batches; 0 prints one line an epoch")  # fmt: skip
     flags.add_ring_flags(parser, None, "the save directory, shared by all networks of the run "
                          "(default: checkpoint/ and a name made of the settings)")  # fmt: skip
     parser.add_argument("--resume", action="store_true",
@@ -49,6 +50,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     flags.check_common(parser, args)
     if args.level == "filter" and not args.model.startswith("vgg"):
         parser.error(f"argument --level: filter needs a chain of layers (--model vgg16), got --model {args.model}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("a CIFAR network trains in one process; torchrun is for grafting_imagenet")
     args.directory = args.directory or default_directory(parser, args)
     return args
 
@@ -66,7 +69,7 @@ def default_directory(parser: argparse.ArgumentParser, args: argparse.Namespace)
     return f"checkpoint/{name}"
 
 
-def build(args: argparse.Namespace) -> run.Task:
+def build(args: argparse.Namespace, world: run.World) -> run.Task:
     train, test, classes = data.load(args.data, args.cifar)
     torch.manual_seed(stream_seed(args.seed, args.network, "weights"))
     network = models.build(args.model, classes).to(args.device, memory_format=torch.channels_last)
@@ -81,6 +84,7 @@ def build(args: argparse.Namespace) -> run.Task:
              "seed": args.seed, "images": len(train.labels)},
         cosine=args.cos,
         step_epochs=60,
+        print_every=args.print_frequence,
     )  # fmt: skip
 
 
