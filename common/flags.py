@@ -67,6 +67,22 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)  # for the launcher: check all, start nothing
 
 
+def run_name(parser: argparse.ArgumentParser, args: argparse.Namespace, what: str, shown: dict[str, str]) -> str:
+    """Name of a run's folder: grafting_... (baseline_... of a single network), then the settings that are not the defaults.
+
+    Args:
+        what: what is trained, such as cifar10_resnet32.
+        shown: the settings that may appear, by attribute, with the short name to show.
+    """
+    name = f"{'grafting' if args.networks > 1 else 'baseline'}_{what}"
+    for key, short in shown.items():
+        value = getattr(args, key)
+        if value == parser.get_default(key) or (key, value) == ("networks", 1):
+            continue
+        name += f"_{short}" if value is True else f"_{short}{value:g}" if isinstance(value, float) else f"_{short}{value}"
+    return name
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 

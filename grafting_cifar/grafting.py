@@ -58,15 +58,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def default_directory(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     """checkpoint/grafting_cifar10_resnet32, with the settings that differ from the defaults appended."""
-    name = f"{'grafting' if args.networks > 1 else 'baseline'}_cifar{args.cifar}_{args.model}"
-    shown = {"data": "data", "epochs": "epochs", "batch_size": "batch", "lr": "lr", "cos": "cos", "difflr": "difflr",
-             "level": "level", "networks": "num", "amplitude": "a", "steepness": "c", "seed": "seed", "amp": "amp"}  # fmt: skip
-    for key, short in shown.items():
-        value = getattr(args, key)
-        if value != parser.get_default(key) and (key, value) != ("networks", 1):
-            value = Path(value).name if key == "data" else f"{value:g}" if isinstance(value, float) else value
-            name += f"_{short}" if value is True else f"_{value}" if key == "data" else f"_{short}{value}"
-    return f"checkpoint/{name}"
+    images = f"cifar{args.cifar}" if args.data == parser.get_default("data") else Path(args.data).name
+    shown = {"epochs": "epochs", "batch_size": "batch", "lr": "lr", "cos": "cos", "difflr": "difflr", "level": "level",
+             "networks": "num", "amplitude": "a", "steepness": "c", "seed": "seed", "amp": "amp"}  # fmt: skip
+    return f"checkpoint/{flags.run_name(parser, args, f'{images}_{args.model}', shown)}"
 
 
 def build(args: argparse.Namespace, world: run.World) -> run.Task:
