@@ -58,8 +58,8 @@ class Task:
     notes: list[str] = field(default_factory=list)  # lines for the head of the log
 
 
-class Stopped(Exception):
-    """A signal asked this process to end."""
+class Stopped(BaseException):
+    """A signal asked this process to end; no `except Exception` on the way takes it for a failure of its own."""
 
     def __init__(self, number: int):
         super().__init__(f"by {signal.Signals(number).name}")
@@ -211,9 +211,12 @@ def train_network(
     if ring:
         metrics = Table(ring.directory / f"metrics{args.network}.csv", METRICS)
         coefficients = Table(ring.directory / f"coefficients{args.network}.csv", COEFFICIENTS)
-        for table in (metrics, coefficients) if args.networks > 1 else (metrics,):
-            table.start(epoch)
+        if args.networks > 1:
+            coefficients.start(epoch)
+        earlier = metrics.start(epoch)
         introduce(args, task, world, log, start_rate, epoch if row else None)
+        for values in earlier:
+            log.recall(int(values["epoch"]), log_fields({key: float(value) for key, value in values.items()}))
     best = row["best"] if row else -1.0
     while True:
         if row is None:
@@ -254,7 +257,7 @@ def train_network(
                 world.hear(f"grafted {epoch}", signals.check)
             world.align(network.state_dict().values())
         if ring:
-            log.epoch(epoch, log_fields(row, task.topk))
+            log.epoch(epoch, log_fields(row, task.topk[1:]))
             metrics.append([[format_metric(column, row.get(column, 0.0)) for column in METRICS]])
         if epoch >= last_epoch:
             break
@@ -289,7 +292,7 @@ def publish(task: Task, ring: Ring, row: dict[str, Any], improved: bool) -> None
     weights = {ring.key: snapshot(task.network.state_dict())}
     if improved:  # before the checkpoint: a run that is resumed from it will not come by here again
         ring.write(ring.file("best"), {**weights, **result(task, row)})
-    ring.publish(row["epoch"], {**weights, **result(task, row), "optimizer": snapshot(task.optimizer.state_dict()), "metrics": row})
+    ring.publish(row["epoch"], {**weights, **result(task, row), "optimizer": snapshot(task.optimizer.state_dict()), "metrics": snapshot(row)})
 
 
 def result(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -351,9 +354,10 @@ def introduce(
         log.say(f"continuing after epoch {resumed}")
 
 
-def log_fields(row: Mapping[str, Any], topk: tuple[int, ...]) -> str:
+def log_fields(row: Mapping[str, Any], topk: tuple[int, ...] = ()) -> str:
+    """An epoch as a line of the log; topk: of which further accuracies."""
     fields = [f"accuracy:{row['test_accuracy']:.3f}", f"best:{row['best']:.3f}"]
-    fields += [f"accuracy@{k}:{value:.3f}" for k, value in zip(topk[1:], row["accuracies"][1:], strict=True)]
+    fields += [f"accuracy@{k}:{value:.3f}" for k, value in zip(topk, row.get("accuracies", ())[1:], strict=True)]
     fields += [f"loss:{row['train_loss']:.4f}", f"lr:{row['lr']:.5g}"]
     fields += [f"{phase}:{row.get(f'{phase}_seconds', 0):.2f}s" for phase in ("train", "test", "wait", "graft")]
     return "    ".join(fields)

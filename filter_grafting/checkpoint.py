@@ -8,6 +8,7 @@ import shutil
 import stat
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from .errors import CheckpointError, WriteError
 TEMPORARY = ".tmp"  # ending of files under construction: `.NAME.RANDOM.tmp`, in the folder of NAME
 
 
-def write_atomically(path: str | os.PathLike, data: bytes | memoryview, durable: bool = True) -> None:
+def write_atomically(path: str | os.PathLike, data: bytes | memoryview, durable: bool = True, new: bool = False) -> None:
     """Writes a file under a temporary name of its own in the same folder, then renames it: whole or not at all.
 
     Args:
         path: an existing file, or a link, is replaced; a link is not followed. The folder must exist.
         durable: flush to the disk first, so that the file survives a crash of the machine as well.
+        new: replace nothing; of several processes that do this at the same moment one succeeds.
 
     Raises:
+        FileExistsError: if `new`, and there is such a file already.
         WriteError: naming the file, the reason and the free space; what stood under `path` is untouched.
     """
     path = Path(path)
@@ -35,34 +38,52 @@ def write_atomically(path: str | os.PathLike, data: bytes | memoryview, durable:
                 file.flush()
                 if durable:
                     os.fsync(file.fileno())
-            os.replace(temporary, path)
-            if durable:
-                _sync_folder(path.parent)  # the rename itself must survive, too
+            if new:
+                _rename_to_new(temporary, path)
+            else:
+                os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise
+        if durable:
+            _sync_folder(path.parent)  # the rename itself must survive, too
+    except FileExistsError:
+        raise
     except OSError as error:
         raise write_error(path, error) from error
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _rename_to_new(temporary: Path, path: Path) -> None:
     try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems cannot; their server decides when a rename is on disk
-    finally:
-        os.close(descriptor)
+        os.link(temporary, path)  # unlike a rename, fails if there is such a file
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if os.path.lexists(path):
+            raise FileExistsError(path) from None
+        os.replace(temporary, path)
+    else:
+        temporary.unlink()
 
 
-def write_error(path: str | os.PathLike, error: OSError) -> WriteError:
+def _sync_folder(folder: Path) -> None:
+    # Some network file systems cannot; their server decides when a rename is on disk.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_error(path: str | os.PathLike, error: OSError, verb: str = "write") -> WriteError:
     """The one sentence for a file that could not be written: which, why, and how much space there is."""
     path = Path(path)
-    try:
+    free = ""
+    with suppress(OSError):
         free = f"; {shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free there"
-    except OSError:
-        free = ""
-    return WriteError(f"cannot write {path}: {error.strerror or error}{free}; mend that, then continue with --resume")
+    return WriteError(f"cannot {verb} {path}: {error.strerror or error}{free}; mend that, then continue with --resume")
 
 
 def save(path: str | os.PathLike, contents: Mapping[str, Any]) -> None:
@@ -97,10 +118,10 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     if not data:
         raise CheckpointError(f"{path} is empty: it was not written to its end")
     try:
-        if zipfile.is_zipfile(io.BytesIO(data)):
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                if damaged := archive.testzip():
-                    raise CheckpointError(f"{path} is damaged: the checksum of its record {damaged} is wrong")
+        # By its first bytes, as torch.load tells the formats apart, or by its last: damage to either is noticed.
+        if data.startswith(b"PK") or zipfile.is_zipfile(io.BytesIO(data)):
+            _check_archive(path, data)
+        # From memory: given a file, torch < 2.6 would also unpack a tar archive, whose contents it trusts.
         contents = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -113,6 +134,19 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise CheckpointError(f"{path} is not a checkpoint: expected a dict, found a {type(contents).__name__}")
     return contents
+
+
+def _check_archive(path: Path, data: bytes) -> None:
+    """Raises CheckpointError unless this is an archive as `torch.save` writes it, each record with its right checksum."""
+    # torch < 2.6 hands a TorchScript archive to torch.jit.load, which runs what is in it, whatever weights_only says
+    # (CVE-2025-32434). Names are not compressed: searching all bytes finds this one however the archive is made.
+    if b"constants.pkl" in data:
+        raise CheckpointError(f"{path} is a TorchScript archive, which could run code; it was not loaded")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise CheckpointError(f"{path} is compressed, as torch.save does not write it; it was not loaded")
+        if damaged := archive.testzip():
+            raise CheckpointError(f"{path} is damaged: the checksum of its record {damaged} is wrong; it was not loaded")
 
 
 def _read(path: Path) -> bytes:

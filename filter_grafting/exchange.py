@@ -8,6 +8,7 @@ a status file `network{i}.json`, rewritten every few seconds, and holds a lock o
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import secrets
@@ -17,18 +18,21 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import TEMPORARY, load, save, write_atomically, write_error
-from .errors import CheckpointError, NeighbourTimeout, RefusedError
+from .errors import CheckpointError, NeighbourTimeout, RefusedError, WriteError
 
 BEAT_SECONDS = 5.0  # how often a living network rewrites its status file
 POLL_SECONDS = 0.02  # how often a waiting network looks for its neighbour's checkpoint
+LOOK_SECONDS = 0.5  # how often it looks at its neighbour's status, and whether the directory is still there
+RETRY_SECONDS = 1.0  # how soon it tries a checkpoint again that was no good and has not changed since
 FIRST_MESSAGE_SECONDS, MESSAGE_SECONDS = 10.0, 60.0
+TURN_SECONDS = 120.0  # how long a network that starts waits for its turn: others need milliseconds, or a few beats
 ENDED = ("done", "stopped", "failed")
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks answer
 
@@ -38,15 +42,28 @@ def printable(text: object, limit: int = 500) -> str:
     return "".join(character if character.isprintable() else " " for character in str(text))[:limit]
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object that anyone may have written; no link is followed, and no pipe waited for.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is something else.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
+        try:
+            contents = json.loads(file.read(1 << 20) or b"")
+        except RecursionError as error:
+            raise ValueError(f"{path} is nested too deeply") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} holds a {type(contents).__name__}, expected an object")
+    return contents
+
+
 def read_status(directory: str | os.PathLike, network: int) -> dict[str, Any] | None:
     """What network i last said of itself (see `Ring.update`), or None if there is no readable status file."""
     try:
-        descriptor = os.open(Path(directory) / f"network{network}.json", os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = json.loads(file.read(1 << 20))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(status, dict):
+        status = _read_json(Path(directory) / f"network{network}.json")
+    except (OSError, ValueError):
         return None
     return {key: printable(value) if isinstance(value, str) else value for key, value in status.items()}
 
@@ -58,7 +75,8 @@ def holder(directory: str | os.PathLike, network: int) -> int | None:
     file would give up its own lock.
     """
     try:
-        descriptor = os.open(Path(directory) / f"network{network}.lock", os.O_RDWR | os.O_NOFOLLOW)
+        # Reading is enough to ask: whoever may see the run may see who is alive.
+        descriptor = os.open(Path(directory) / f"network{network}.lock", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
@@ -110,7 +128,8 @@ class Ring:
         self._say, self._check = say, check
         self._status: dict[str, Any] = {}
         self._status_lock = threading.Lock()
-        self._lock = None
+        self._lock: int | None = None
+        self._has_locks = True
         self._left = threading.Event()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")  # one thread: files appear in order
         self._pending: list[Future] = []
@@ -132,44 +151,47 @@ class Ring:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(self.directory, error) from error
-        with self._starting():
-            previous = read_status(self.directory, self.network)
-            self._claim(previous)
-            if not resume and (trace := self._trace()):
-                state = f" (state {previous.get('state')}, epoch {previous.get('epoch')})" if previous else ""
-                raise RefusedError(
-                    f"network {self.network} has already run in {self.directory}{state}: there is {trace}. Continue it "
-                    f"with --resume, or start anew in another directory (--s)"
-                )
-            self._remove_leftovers()
-            beat = (previous or {}).get("beat")
-            self._status = {
-                "network": self.network, "num": self.networks, "state": "starting", "detail": "", "epoch": None,
-                "epochs": None, "accuracy": None, "best": None, "host": socket.gethostname(), "pid": os.getpid(),
-                "time": time.time(), "beat": beat + 1 if isinstance(beat, int) else 0, "command": list(command),
-            }  # fmt: skip
-            self._write_status()
+        previous = read_status(self.directory, self.network) or {}
+        self._claim(previous)
+        if not resume and (trace := self._trace()):
+            state = f" (state {previous.get('state')}, epoch {previous.get('epoch')})" if previous else ""
+            raise RefusedError(
+                f"network {self.network} has already run in {self.directory}{printable(state)}: there is {trace}. Continue "
+                f"it with --resume, or start anew in another directory (--s)"
+            )
+        self._remove_leftovers()
+        earlier = previous if resume else {}
+        self._status = {
+            "network": self.network, "num": self.networks, "run": None, "state": "starting", "detail": "",
+            **{field: _number(earlier.get(field)) for field in ("epoch", "epochs", "accuracy", "best")},
+            "host": socket.gethostname(), "pid": os.getpid(), "time": time.time(),
+            "beat": int(_number(previous.get("beat")) or 0) + 1, "command": list(command),
+        }  # fmt: skip
+        self._write_status()
         threading.Thread(target=self._keep_fresh, name="heartbeat", daemon=True).start()
 
     @contextmanager
-    def _starting(self):
-        """Networks that start at the same moment take turns."""
+    def _turn(self) -> Iterator[None]:
+        """Within it, no other network is looking at the settings or recording them."""
         path = self.directory / "run.lock"
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise write_error(path, error) from error
+        began = time.monotonic()
         try:
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX)
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise write_error(path, error) from error
+            while _try_to_lock(descriptor, path) is False:
+                if time.monotonic() - began > TURN_SECONDS:
+                    raise RefusedError(
+                        f"{path} has been held for {_duration(TURN_SECONDS)} by another network that starts; see whether "
+                        f"it is stuck, end it if so, and start again"
+                    )
+                time.sleep(POLL_SECONDS)
             yield
         finally:
             os.close(descriptor)
 
-    def _claim(self, previous: Mapping[str, Any] | None) -> None:
+    def _claim(self, previous: Mapping[str, Any]) -> None:
         path = self.directory / f"network{self.network}.lock"
         try:
             # Never opened again by this process: closing any descriptor of it would give the lock up.
@@ -181,24 +203,30 @@ class Ring:
             f"network {self.network} is already running in {self.directory} ({where}); wait for its end or stop it "
             f"before you start it again"
         )
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise alive from None
-            if error.errno not in NO_LOCKS:
-                raise write_error(path, error) from error
-            locked = False
-        elsewhere = previous and previous.get("host") != socket.gethostname()
-        if previous and previous.get("state") not in ENDED and (elsewhere or not locked):
-            # A lock does not reach across every network file system; a heart that beats does.
-            deadline = time.monotonic() + 2 * BEAT_SECONDS
-            while time.monotonic() < deadline:
-                time.sleep(0.2)
-                now = read_status(self.directory, self.network)
-                if now and now.get("beat") != previous.get("beat"):
-                    raise alive
+        locked = _try_to_lock(self._lock, path)
+        if locked is False:
+            raise alive
+        self._has_locks = locked is True
+        if previous.get("state") not in (None, *ENDED) and self._locks_are_silent_about(previous):
+            if self._moves(self.network, previous):
+                raise alive
+
+    def _locks_are_silent_about(self, status: Mapping[str, Any]) -> bool:
+        """Whether the process that wrote a status may live although no lock shows it.
+
+        A lock does not reach across every network file system.
+        """
+        return not self._has_locks or status.get("host") != socket.gethostname()
+
+    def _moves(self, network: int, status: Mapping[str, Any]) -> bool:
+        """Whether network k's status changes while we look, for two beats of a living one's heart."""
+        deadline = time.monotonic() + 2 * BEAT_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(BEAT_SECONDS / 25)
+            now = read_status(self.directory, network)
+            if now and now.get("beat") != status.get("beat"):
+                return True
+        return False
 
     def _trace(self) -> str | None:
         """A file that shows that network i has already run here."""
@@ -217,7 +245,8 @@ class Ring:
         )  # fmt: skip
         for pattern in own:
             for path in self.directory.glob(f".{pattern}.*{TEMPORARY}"):
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # it only takes space
+                    path.unlink()
 
     def agree(self, settings: Mapping[str, Any], may_raise: Sequence[str] = (), why_not: str = "") -> None:
         """Records the settings that all networks of a run share in `run.json`, or compares with what is recorded.
@@ -230,52 +259,63 @@ class Ring:
         Raises:
             RefusedError: naming each setting that differs, and both values.
         """
-        path = self.directory / "run.json"
-        with self._starting():
-            if os.path.lexists(path):
-                recorded = self._recorded(path)
-                differing = {key for key in {**recorded, **settings} if recorded.get(key) != settings.get(key)}
-                raised = {key for key in differing if key in may_raise and settings[key] > recorded.get(key, 0)}
-                if not differing:
-                    return
-                others = self._at_work()
-                fresh = not any(self._published(network) for network in range(1, self.networks + 1)) and not self._trace()
-                if not others and fresh:
-                    pass  # a start that came to nothing, with other settings: there is nothing to protect
-                elif not others and raised == differing:
-                    self._record(path, settings)
-                    return
-                else:
-                    rows = ", ".join(
-                        f"--{key} is {settings.get(key)!r} here and {recorded.get(key)!r} in the run"
-                        for key in sorted(differing)
-                    )
-                    more = f" (network {others[0]} is at work with the recorded value)" if others and raised else ""
-                    if "epochs" in differing and why_not:
-                        more = f" ({why_not})"
-                    raise RefusedError(
-                        f"network {self.network} does not fit the run in {self.directory}: {printable(rows)}{more}; "
-                        f"give the same settings, or another directory (--s)"
-                    )
-            else:
+        with self._turn():
+            recorded = self._recorded()
+            if recorded is None:
                 self._refuse_remains()
-            self.run = secrets.token_hex(8)
-            self._record(path, settings)
+                with suppress(FileExistsError):  # where locks do not work, another network may have been first
+                    self._record(settings, new=True)
+                recorded = self._recorded() or {}
+            differing = sorted(key for key in {**recorded, **settings} if recorded.get(key) != settings.get(key))
+            if differing:
+                self._change(recorded, settings, differing, may_raise, why_not)
+            self.update("starting", run=self.run)
 
-    def _recorded(self, path: Path) -> dict[str, Any]:
+    def _change(
+        self,
+        recorded: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        differing: Sequence[str],
+        may_raise: Sequence[str],
+        why_not: str,
+    ) -> None:
+        """Records other settings than those of `run.json`, where that harms nobody; otherwise refuses."""
+        raised = [key for key in differing if key in may_raise and settings[key] > (_number(recorded.get(key)) or math.inf)]
+        others = self._at_work()
+        if not others and raised == differing:
+            return self._record(settings)
+        if not others and not self._trace() and not any(map(self._published, range(1, self.networks + 1))):
+            self.run = None  # a start that came to nothing, with other settings: there is nothing to protect
+            return self._record(settings)
+        rows = ", ".join(f"{key} is {settings.get(key)!r} here and {recorded.get(key)!r} in the run" for key in differing)
+        more = ""
+        if "epochs" in differing and why_not:
+            more = f" ({why_not})"
+        elif others and raised:
+            more = f" (network {others[0]} is at work with the recorded value)"
+        raise RefusedError(
+            f"network {self.network} does not fit the run in {self.directory}: {printable(rows)}{more}; give the same "
+            f"settings, or another directory (--s)"
+        )
+
+    def _recorded(self) -> dict[str, Any] | None:
+        """The settings in `run.json`, whose run becomes this network's; None if there is no such file."""
+        path = self.directory / "run.json"
         try:
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                contents = json.loads(file.read(1 << 20))
+            contents = _read_json(path)
             self.run, settings = contents["run"], contents["settings"]
             if isinstance(self.run, str) and isinstance(settings, dict):
                 return settings
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError):
             pass
         raise RefusedError(f"{path} is damaged: the run's settings cannot be read. Start anew in another directory (--s)")
 
-    def _record(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def _record(self, settings: Mapping[str, Any], new: bool = False) -> None:
+        self.run = self.run or secrets.token_hex(8)
         contents = {"run": self.run, "settings": dict(settings), "created": time.time()}
-        write_atomically(path, json.dumps(contents, indent=1).encode())
+        write_atomically(self.directory / "run.json", json.dumps(contents, indent=1).encode(), new=new)
 
     def _refuse_remains(self) -> None:
         """A new run must not start among an old one's checkpoints: its neighbours would take them for this run's."""
@@ -289,14 +329,32 @@ class Ring:
                 )
 
     def _at_work(self) -> list[int]:
-        """The other networks that live and have agreed on the recorded settings."""
-        others = [network for network in range(1, self.networks + 1) if network != self.network]
-        return [
-            network
-            for network in others
-            if holder(self.directory, network) is not None
-            and (read_status(self.directory, network) or {}).get("state") in ("training", "waiting")
-        ]
+        """The other networks that have agreed on the recorded settings, and live."""
+        working = []
+        for network in range(1, self.networks + 1):
+            status = read_status(self.directory, network) or {}
+            if network == self.network or status.get("run") != self.run or status.get("state") in ENDED:
+                continue
+            if holder(self.directory, network) is not None or (
+                self._locks_are_silent_about(status) and self._moves(network, status)
+            ):
+                working.append(network)
+        return working
+
+    def _check_place(self) -> None:
+        """Raises WriteError if the directory was deleted under this network, or made anew by another run."""
+        if self.run is None:
+            return
+        path, why = self.directory / "run.json", None
+        try:
+            if _read_json(path).get("run") != self.run:
+                why = "it is now that of another run"
+        except (FileNotFoundError, NotADirectoryError):
+            why = f"there is no {path.name} any more"
+        except (OSError, ValueError):
+            pass  # what cannot be read just now says nothing
+        if why:
+            raise WriteError(f"the save directory {self.directory} of network {self.network} is gone: {why}")
 
     # Status: what others are told
 
@@ -310,9 +368,18 @@ class Ring:
             self._write_status()
 
     def _write_status(self) -> None:
+        self._check_place()
         self._status["time"] = time.time()
-        data = json.dumps(self._status).encode()
-        write_atomically(self.directory / f"network{self.network}.json", data, durable=False)
+        path, data = self.directory / f"network{self.network}.json", json.dumps(self._status).encode()
+        try:
+            write_atomically(path, data, durable=False)
+        except WriteError as error:
+            # A full disk has no room for a new file, but the old one can be written over: why a network fails must
+            # not be lost just then.
+            try:
+                _write_over(path, data)
+            except OSError:
+                raise error from None
 
     def _keep_fresh(self) -> None:
         while not self._left.wait(BEAT_SECONDS):
@@ -333,12 +400,16 @@ class Ring:
         """
         self._writer.shutdown(wait=True)
         self._left.set()
-        if self._status:
-            try:
+        try:
+            if self._status:
                 self.update(state, detail)
-            except OSError:
-                if state == "done":
-                    raise
+        except OSError:
+            if state == "done":
+                raise
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     # Publishing
 
@@ -351,14 +422,19 @@ class Ring:
         Raises:
             WriteError: now or at a later call, if it could not be written.
         """
+        self._check_place()
         self.flush()  # one epoch is never further ahead of the disk than its own training takes
-        if not self._keep_all:
-            self._prune()
         stamped = {**contents, "run": self.run, "network": self.network, "epoch": epoch}
-        self.write(self._path(self.network, epoch), stamped)
+        self._pending.append(self._writer.submit(self._publish, epoch, stamped))
+
+    def _publish(self, epoch: int, contents: Mapping[str, Any]) -> None:
+        self._prune(epoch - 1)  # first, so that the disk never holds more than it must
+        save(self._path(self.network, epoch), contents)
+        self._prune(epoch)
 
     def write(self, path: str | os.PathLike, contents: Mapping[str, Any]) -> None:
         """`checkpoint.save` in the background, after everything that was given to be written before it."""
+        self._check_place()
         self.flush(wait=False)
         self._pending.append(self._writer.submit(save, path, contents))
 
@@ -369,24 +445,28 @@ class Ring:
                 job.result()
                 self._pending.remove(job)
 
-    def _prune(self) -> None:
-        """Deletes those of network i's checkpoints that nobody can need again.
+    def _prune(self, newest: int) -> None:
+        """Deletes those of network i's checkpoints that nobody can need again, `newest` being its newest.
 
         Whoever continues from a checkpoint of epoch e needs the neighbour's of epoch e as well, and may have to go
         back one more epoch if its newest file is damaged. So what counts is kept from the second newest epoch
         of this network, and of its reader, on. A network is at most N-1 epochs ahead of its reader, which bounds the
         number of files by N+1.
         """
-        own = self._published(self.network)
-        if not own:
+        if self._keep_all:
             return
-        keep = own[-1] - 1
+        keep = newest - 1
         if self.networks > 1:
-            read = self._published(self.reader)
-            keep = min(keep, (read[-1] if read else 0) - 1)
-        for epoch in own:
+            # Its reader can be one epoch ahead; a higher number is of no file of this run.
+            read = [epoch for epoch in self._published(self.reader) if epoch <= newest + 1]
+            keep = min(keep, max(read, default=0) - 1)
+        for epoch in self._published(self.network):
             if epoch < keep:
-                self._path(self.network, epoch).unlink(missing_ok=True)
+                path = self._path(self.network, epoch)
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    raise write_error(path, error) from error
 
     def file(self, kind: str) -> Path:
         """Path of network i's own file of a kind ("best", "final"), which no other network shares."""
@@ -411,15 +491,16 @@ class Ring:
         try:
             return sorted(int(match[1]) for name in os.listdir(self.directory) if (match := pattern.fullmatch(name)))
         except OSError as error:
-            raise write_error(self.directory, error) from error
+            raise write_error(self.directory, error, "list") from error
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """(epoch, contents) of network i's newest good checkpoint, or None if it has published none.
+        """(epoch, contents) of network i's newest good checkpoint, or None if it is to start from the beginning.
 
         A damaged one is renamed to `NAME.damaged`, with a line in the log, and the one before it is taken.
 
         Raises:
-            RefusedError: if there are checkpoints, but none of them is good.
+            RefusedError: if no checkpoint is good, and the neighbour has deleted what a new beginning needs.
+            WriteError: if a damaged one cannot be renamed.
         """
         damaged = []
         for epoch in reversed(self._published(self.network)):
@@ -431,13 +512,16 @@ class Ring:
                 return epoch, contents
             except CheckpointError as error:
                 aside = path.with_name(path.name + ".damaged")
+                try:
+                    os.replace(path, aside)
+                except OSError as trouble:
+                    raise write_error(aside, trouble) from error
                 self._say(f"Network:{self.network}    {error}; set aside as {aside.name}")
-                os.replace(path, aside)
                 damaged.append(path.name)
-        if damaged:
+        if damaged and self.networks > 1 and not self._path(self.neighbour, 0).exists():
             raise RefusedError(
                 f"network {self.network} has no good checkpoint left in {self.directory} ({', '.join(damaged)} damaged), "
-                f"and its neighbours have gone on; start the run anew in another directory (--s)"
+                f"and its neighbour has gone on; start the run anew in another directory (--s)"
             )
         return None
 
@@ -450,6 +534,11 @@ class Ring:
         if contents.get("run") and (contents.get("network"), contents.get("epoch")) != (network, epoch):
             found = f"network {contents.get('network')}, epoch {contents.get('epoch')}"
             raise CheckpointError(f"{path} is out of place: it holds {printable(found)}")
+        import torch  # here, so that the status of a run can be read in the blink of an eye
+
+        for name, entry in contents[self.key].items():
+            if isinstance(entry, torch.Tensor) and (entry.layout != torch.strided or entry.is_meta):
+                raise CheckpointError(f"{path} is not a checkpoint: its entry {printable(name)} is not a dense tensor")
         return contents
 
     # Waiting
@@ -464,12 +553,14 @@ class Ring:
                 for as long.
             WriteError: if network i's own checkpoint could not be written meanwhile, or the directory is gone.
         """
-        path = self._path(self.neighbour, epoch)
-        began = sign = time.monotonic()
-        message = began + FIRST_MESSAGE_SECONDS
-        look = began  # when the neighbour's status and the directory are looked at next
-        retry = began  # when a file that was no good is tried again although it has not changed
-        seen, problem, problem_since, tried, waiting = None, None, None, None, False
+        own, path = self._path(self.network, epoch), self._path(self.neighbour, epoch)
+        began = heard = time.monotonic()  # heard: when the neighbour last gave a sign of life
+        message, look, retry = began + FIRST_MESSAGE_SECONDS, began, began  # when each is due
+        signs = None  # of the neighbour's life, as last seen
+        tried = None  # which form of its file was no good
+        problem = missing = None  # with its file; why there is none, if that is known
+        since = None  # when the problem was first seen
+        announced = False
         while True:
             self._check()
             self.flush(wait=False)
@@ -478,41 +569,56 @@ class Ring:
                 found = os.stat(path)
                 form = (found.st_ino, found.st_size, found.st_mtime_ns)
                 if form != tried or now >= retry:
-                    tried, retry = form, now + 1.0
+                    tried = form
                     return path, self._verify(load(path), path, self.neighbour, epoch)[self.key]
             except FileNotFoundError:
-                problem = problem_since = tried = None
-            except OSError as error:
-                problem, problem_since = str(error), problem_since or now
-            except CheckpointError as error:
+                tried, problem = None, missing
+            except (OSError, CheckpointError) as error:
                 # It may be the authors' script writing it just now, or the neighbour may come to replace it.
-                problem, problem_since = str(error), problem_since or now
+                problem, retry = str(error), now + max(RETRY_SECONDS, min(now - (since or now), MESSAGE_SECONDS))
+            since = (since or now) if problem else None
             if now >= look:
-                look = now + 0.5
-                self._published(self.network)  # raises, if the directory is gone
-                signs = self._signs_of_life()
-                if signs != seen:
-                    seen, sign = signs, now
-            if not waiting and now - began > 1:
-                waiting = True
+                look = now + LOOK_SECONDS
+                self._check_place()
+                if not self._pending and not own.exists():
+                    raise WriteError(f"{own} of network {self.network} was deleted before its reader is past it")
+                seen = self._signs_of_life()
+                if seen != signs:
+                    signs, heard = seen, now
+                missing = self._describe_missing(epoch)
+            if not announced and now - began > 1:
+                announced = True
                 self.update("waiting", f"for network {self.neighbour}")
-            silent_since = problem_since or sign
-            if now >= message or (self._timeout and now - silent_since >= self._timeout):
-                state = problem or self._describe_neighbour(now - sign)
-                line = f"waiting for network {self.neighbour} (epoch {epoch}) for {_duration(now - began)}: {state}"
-                if self._timeout and now - silent_since >= self._timeout:
-                    raise NeighbourTimeout(
-                        f"network {self.network} gave up {line}; start network {self.neighbour} again with --resume, "
-                        f"then this one"
-                    )
-                self._say(f"Network:{self.network}    {line}")
+            in_vain = now - (since or heard)
+            gives_up = self._timeout and in_vain >= self._timeout
+            if now >= message or gives_up:
                 message = now + MESSAGE_SECONDS
+                whom, state = f"network {self.neighbour} (epoch {epoch})", self._describe_neighbour(now - heard)
+                if problem:
+                    state = f"{problem}; {state}"
+                if gives_up:
+                    raise NeighbourTimeout(
+                        f"network {self.network} gave up after {_duration(now - began)} of waiting for {whom}: {state}. "
+                        f"Start network {self.neighbour} again with --resume, then this one"
+                    )
+                self._say(f"Network:{self.network}    waiting for {whom} for {_duration(now - began)}: {state}")
+            asleep = time.monotonic()
             time.sleep(POLL_SECONDS)
+            asleep = time.monotonic() - asleep
+            if asleep > BEAT_SECONDS:  # suspended, perhaps together with the neighbour: that was not its silence
+                heard, since = heard + asleep, since and since + asleep
 
     def _signs_of_life(self) -> tuple:
         """What changes as long as the neighbour lives: a counter and its files, never a clock of another host."""
         status = read_status(self.directory, self.neighbour) or {}
         return status.get("beat"), status.get("state"), tuple(self._published(self.neighbour)[-1:])
+
+    def _describe_missing(self, epoch: int) -> str | None:
+        """Why there is no checkpoint of the neighbour and an epoch, if it is past it and will hardly make it again."""
+        later = [other for other in self._published(self.neighbour) if epoch < other < epoch + self.networks]
+        if not later or epoch in self._published(self.neighbour):
+            return None
+        return f"{self._path(self.neighbour, epoch)} was deleted, there is that of epoch {later[0]}"
 
     def _describe_neighbour(self, silence: float) -> str:
         name, status = f"network {self.neighbour}", read_status(self.directory, self.neighbour)
@@ -521,24 +627,60 @@ class Ring:
             if epochs:
                 return f"{name} keeps no status file; its newest checkpoint is of epoch {epochs[-1]}"
             return f"{name} has not started; start it with: {self._start_command(self.neighbour)}"
-        epoch = "before its first epoch" if status.get("epoch") is None else f"at epoch {status['epoch']}"
-        state, detail = status.get("state"), status.get("detail")
-        if state in ("stopped", "failed"):
-            return f"{name} {state} {epoch}: {detail}"
-        if status.get("host") == socket.gethostname() and holder(self.directory, self.neighbour) is None and state != "done":
-            return f"{name} died {epoch} (killed?); continue it with: {self._start_command(self.neighbour)} --resume"
-        if state == "waiting":
-            epoch += f", waiting {detail}"
-        return f"{name} is {epoch}, last seen {_duration(silence)} ago"
+        state, detail = printable(status.get("state")), printable(status.get("detail"))
+        epoch = _number(status.get("epoch"))
+        at = "before its first epoch" if epoch is None else f"at epoch {epoch}"
+        if state in ENDED:
+            return f"{name} {'is done' if state == 'done' else state} {at}" + (f": {detail}" if detail else "")
+        is_silent = silence >= 1.5 * BEAT_SECONDS
+        if is_silent and holder(self.directory, self.neighbour) is None and not self._locks_are_silent_about(status):
+            return f"{name} died {at} (killed?); continue it with: {self._start_command(self.neighbour)} --resume"
+        doing = f", waiting {detail}" if state == "waiting" else ""
+        return f"{name} is {at}{doing}, last seen {_duration(silence)} ago"
 
     def _start_command(self, network: int) -> str:
-        command = [word for word in self._status.get("command", []) if word != "--resume"]
-        for position, word in enumerate(command):
-            if word == "--i" and position + 1 < len(command):
-                command[position + 1] = str(network)
-            elif word.startswith("--i="):
-                command[position] = f"--i={network}"
-        return shlex.join(command or [Path(sys.argv[0]).name, "...", "--i", str(network)])
+        """The command line that started this network, made that of another."""
+        command = shlex.join(self._status.get("command") or [Path(sys.argv[0]).name, "..."])
+        words = shlex.split(re.sub(r"(?<= )--resume([ =]auto)?(?= -|$)", "", command))
+        for position, word in enumerate(words):
+            if word == "--i" and position + 1 < len(words):
+                words[position + 1] = str(network)
+                break
+            if word.startswith("--i="):
+                words[position] = f"--i={network}"
+                break
+        else:
+            words += ["--i", str(network)]
+        return shlex.join(words)
+
+
+def _try_to_lock(descriptor: int, path: Path) -> bool | None:
+    """Locks an open file, if no other process has (False); None where the file system has no locks."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        if error.errno in NO_LOCKS:
+            return None
+        raise write_error(path, error) from error
+
+
+def _write_over(path: Path, data: bytes) -> None:
+    """Replaces the contents of a file in place."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if os.write(descriptor, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(descriptor, len(data))
+    finally:
+        os.close(descriptor)
+
+
+def _number(value: Any) -> float | None:
+    """The value, out of a file that anyone may have written, if it is a number that can be worked with."""
+    return value if isinstance(value, int | float) and abs(value) < 1e18 else None
 
 
 def _duration(seconds: float) -> str:
