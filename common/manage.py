@@ -53,6 +53,7 @@ def main() -> int:
             "stop",
             "end the networks that run on this host; --resume can continue them",
         ),
+        ("alive", "print the numbers of the networks that are alive"),
         ("pending", "print the numbers of the networks that are neither alive nor done"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -72,6 +73,9 @@ def main() -> int:
         print(*(network.number for network in networks if not (network.alive or network.state == "done")))
         return 0
     numbers = networks_of(args.directory)
+    if args.command == "alive":
+        print(*(network.number for network in observe(args.directory, numbers) if network.alive))
+        return 0
     if not numbers:
         print(
             f"{printable(args.directory)} is not the save directory of a run: nothing has started there",
@@ -87,11 +91,19 @@ def main() -> int:
 def networks_of(directory: Path) -> range:
     """The numbers of a run's networks: as run.json says, and at least those that have left a status file."""
     num = 0
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        num = int(json.loads((directory / "run.json").read_bytes())["settings"]["num"])
+    with contextlib.suppress(OSError, ValueError):
+        num = _number(recorded_settings(directory).get("num"), int) or 0
     names = os.listdir(directory) if directory.is_dir() else []
     found = [int(match[1]) for name in names if (match := re.fullmatch(r"network([1-9]\d{0,2})\.json", name))]
     return range(1, max(min(num, 999), *found, 0) + 1)
+
+
+def recorded_settings(directory: Path) -> dict[str, Any]:
+    """The settings in a run's run.json. Raises OSError or ValueError if they cannot be read."""
+    try:
+        return dict(json.loads((directory / "run.json").read_bytes())["settings"])
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{directory / 'run.json'} holds no settings") from error
 
 
 def observe(directory: Path, numbers: range) -> list[Network]:
@@ -162,13 +174,13 @@ def _network(directory: Path, number: int, has_moved: bool) -> Network:
 
 def table(networks: list[Network]) -> list[str]:
     """One line per network under a heading, then why those that failed did; nothing wider than a terminal."""
-    rows = [("network", "state", "epoch", "accuracy", "best", "last seen")]
+    rows = [("network", "state", "epoch (last)", "accuracy", "best", "last seen")]
     for network in networks:
         rows.append(
             (
                 str(network.number),
                 shorten(network.state if network.state == "failed" else str(network), 26),
-                "" if network.epoch is None else f"{network.epoch} of {network.epochs}",
+                "" if network.epoch is None else f"{network.epoch} ({(network.epochs or 0) - 1})",
                 *("" if value is None else f"{value:.3f}" for value in (network.accuracy, network.best)),
                 "" if network.seen is None else ago(network.seen),
             )

@@ -1,7 +1,6 @@
 """Reads what runs have left in their save directories: settings, accuracies, coefficients, filters."""
 
 import csv
-import json
 import math
 import re
 import statistics
@@ -14,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from common.manage import Network as Observed
-from common.manage import networks_of, observe
+from common.manage import networks_of, observe, recorded_settings
 from filter_grafting.checkpoint import load
 from filter_grafting.errors import GraftingError
 from filter_grafting.exchange import printable
@@ -81,10 +80,10 @@ def read_run(directory: Path, label: str) -> Run:
         return Run(label, [nothing])
     settings, remark = {}, ""
     try:
-        settings = dict(json.loads((directory / "run.json").read_bytes())["settings"])
+        settings = recorded_settings(directory)
     except FileNotFoundError:
         remark = "run.json is missing"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError):
         remark = "run.json is unreadable"
     networks = [read_network(directory, seen, len(numbers)) for seen in observe(directory, numbers)]
     if remark:
