@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False):  # the help says it itself, or it is a switch
+        if action.default is None or action.default is False:  # the help says it itself, or it is a switch
             return action.help
         return super()._get_help_string(action)
 

@@ -15,6 +15,10 @@ class CheckpointError(GraftingError, ValueError):
     """A file that is not the checkpoint it should be: truncated, damaged, foreign, malicious or of another run."""
 
 
+class DataError(GraftingError):
+    """Images that cannot be had as asked: a folder laid out in another way, a file that is no image."""
+
+
 class WriteError(GraftingError, OSError):
     """A file that could not be written: the disk is full, read-only or gone."""
 

@@ -26,9 +26,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("training")
     group.add_argument("--model", choices=models.NAMES, default="resnet32", metavar="NAME", help="; ".join(models.NAMES))
     group.add_argument("--cifar", type=int, choices=(10, 100), default=10, help="which of the standard data sets")
-    group.add_argument("--data", default=str(data.DEFAULT_FOLDER), metavar="DIR",
+    group.add_argument("--data", metavar="DIR",
                        help="the folder of the standard CIFAR files (downloaded if absent), or one with train/<class>/ and "
-                            "test/<class>/ images, or the word glyphs: a data set made on the spot")  # fmt: skip
+                            "test/<class>/ images, or the word glyphs: a data set made on the spot (default: data/ beside README.md)")  # fmt: skip
     group.add_argument("--epochs", metavar="E", type=flags.number(int, 1), default=200, help="epochs to train")
     group.add_argument("--batch_size", metavar="B", type=flags.number(int, 1), default=128, help="images per step")
     group.add_argument("--lr", type=flags.number(float, 0, low_open=True), default=0.1, help="learning rate at the start")
@@ -53,12 +53,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("a CIFAR network trains in one process; torchrun is for grafting_imagenet")
     args.directory = args.directory or default_directory(parser, args)
+    args.data = args.data or data.DEFAULT_FOLDER
     return args
 
 
 def default_directory(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     """checkpoint/grafting_cifar10_resnet32, with the settings that differ from the defaults appended."""
-    images = f"cifar{args.cifar}" if args.data == parser.get_default("data") else Path(args.data).name
+    images = Path(args.data).resolve().name if args.data else f"cifar{args.cifar}"
     shown = {"epochs": "epochs", "batch_size": "batch", "lr": "lr", "cos": "cos", "difflr": "difflr", "level": "level",
              "networks": "num", "amplitude": "a", "steepness": "c", "seed": "seed", "amp": "amp"}  # fmt: skip
     return f"checkpoint/{flags.run_name(parser, args, f'{images}_{args.model}', shown)}"
