@@ -192,7 +192,7 @@ def build(args: argparse.Namespace, world: run.World) -> run.Task:
                 "a": args.amplitude, "c": args.steepness, "level": args.level},
         own={"lr": args.lr, "steplr": args.steplr, "momentum": args.momentum, "wd": args.weight_decay,
              "batch-size": args.batch_size, "image_size": args.image_size, "pretrained": args.pretrained,
-             "amp": args.amp, "seed": args.seed, "images": len(train)},
+             "amp": args.amp, "seed": args.seed, "images": len(train.labels)},
         cosine=not args.steplr,
         step_epochs=30,
         loss_function=with_auxiliary_heads(AUXILIARY_WEIGHT[args.arch]) if args.arch in AUXILIARY_WEIGHT else cross_entropy,
@@ -221,7 +221,7 @@ def evaluate_only(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return error.exit_status
     if world.leads:
-        print(f"Acc@1 {top1:.3f}    Acc@5 {top5:.3f}    Loss {loss:.4f}    Images {len(val)}")
+        print(f"Acc@1 {top1:.3f}    Acc@5 {top5:.3f}    Loss {loss:.4f}    Images {len(val.labels)}")
     world.leave()
     return 0
 
