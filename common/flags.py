@@ -58,6 +58,7 @@ def add_ring_flags(parser: argparse.ArgumentParser, directory: str | None, direc
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=("cuda", "cpu"), help="where to train (default: cuda where there is one)")
     group.add_argument("--seed", metavar="K", type=number(int, 0, 2**53), default=0,
                        help="seed of weights, order and augmentation; each network makes its own of it")  # fmt: skip
     group.add_argument("--deterministic", action="store_true",
@@ -83,13 +84,10 @@ def run_name(parser: argparse.ArgumentParser, args: argparse.Namespace, what: st
     return name
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def check_common(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """The checks that need more than one flag."""
     if args.network > args.networks:
         parser.error(f"argument --i: got {args.network}, expected 1 to {args.networks} (--num)")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: got cuda, but torch finds no CUDA device here; expected cpu")

@@ -38,7 +38,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                        help="network I starts at lr*(1+cos(pi*(N-I)/N))/2 instead of lr")  # fmt: skip
     group.add_argument("--level", choices=LEVELS, default="layer",
                        help="one coefficient for a layer, or for each filter (vgg16 only)")  # fmt: skip
-    group.add_argument("--device", choices=("cuda", "cpu"), default=flags.default_device(), help="where to train")
     group.add_argument("--print_frequence", metavar="K", type=flags.number(int, 0), default=0,
                        help="print loss and accuracy every K batches; 0 prints one line an epoch")  # fmt: skip
     flags.add_ring_flags(parser, None, "the save directory, shared by all networks of the run "

@@ -60,7 +60,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("-p", "--print-freq", metavar="K", type=flags.number(int, 0), default=10,
                        help="print a line every K batches; 0 prints one line an epoch")  # fmt: skip
     group.add_argument("--gpu", metavar="G", type=flags.number(int, 0), help="the GPU to use (default: the first)")
-    group.add_argument("--device", choices=("cuda", "cpu"), default=flags.default_device(), help="where to train")
     group.add_argument("-e", "--evaluate", action="store_true",
                        help="print the accuracy of --resume PATH or --pretrained on val/, and exit")  # fmt: skip
     flags.add_ring_flags(parser, None, "the run's folder under checkpoint/, shared by all its networks "
