@@ -20,10 +20,11 @@ users_python() {
         || fail "$python is $("$python" --version 2>&1), but 3.10 or newer is needed: name another, as in PYTHON=python3.12"
 }
 
-# lacking PYTHON FILE...: prints the requirements that PYTHON does not meet. Where all are installed, torch and
-# torchvision are imported too: builds that do not fit each other or this machine show only then.
+# lacking PYTHON FILE...: prints the requirements that PYTHON does not meet. With thorough=yes torch and torchvision are
+# imported, too, for some seconds: builds that do not fit each other or this machine show only then.
 lacking() {
-    "$1" - "${@:2}" <<'PYTHON'
+    thorough=${thorough-} "$1" - "${@:2}" <<'PYTHON'
+import os
 import re
 import sys
 from importlib import import_module, metadata
@@ -50,7 +51,8 @@ def can_be_imported(name):
 
 requirements = dict(line.strip().partition(">=")[::2] for path in sys.argv[1:] for line in open(path))
 unmet = [name for name, least in requirements.items() if not is_met(name, least)]
-unmet = unmet or [name for name in requirements if name.startswith("torch") and not can_be_imported(name)]
+if not unmet and os.environ["thorough"]:
+    unmet = [name for name in requirements if name.startswith("torch") and not can_be_imported(name)]
 print(*unmet)
 PYTHON
 }

@@ -142,22 +142,26 @@ follow() {
         [ $status -ne 0 ] || status=$result
     done
     sleep 1  # tail looks at the logs once a second where it is not told of changes
-    "$python" "$root/common/manage.py" status "$directory"
+    "$python" "$root/common/manage.py" status "$directory" || true
     exit $status
 }
 
 # watch_the_start: a process that ends at once has something to say that nobody would see.
 watch_the_start() {
-    local k status
+    local k alive
     for _ in {1..10}; do
         sleep 0.2
+        alive=0
         for k in "${!pids[@]}"; do
-            kill -0 "${pids[k]}" 2>/dev/null && continue
-            wait "${pids[k]}" && continue
-            say "${names[k]} has failed:"
-            tail -n 5 -- "${logs[k]}" >&2
-            exit 1
+            if kill -0 "${pids[k]}" 2>/dev/null; then
+                alive=1
+            elif ! wait "${pids[k]}"; then
+                say "${names[k]} has failed:"
+                tail -n 5 -- "${logs[k]}" >&2
+                exit 1
+            fi
         done
+        [ $alive = 1 ] || return 0
     done
 }
 

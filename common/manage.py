@@ -163,7 +163,7 @@ def _network(directory: Path, number: int, has_moved: bool) -> Network:
         alive=alive,
         pid=pid if pid and pid > 0 else None,
         where=printable(f"process {status.get('pid')} on {status.get('host')}", 80),
-        detail="" if state == "died" else printable(status.get("detail", "")),
+        detail="" if state == "died" else " ".join(printable(status.get("detail", "")).split()),
         epoch=_number(status.get("epoch"), int),
         epochs=_number(status.get("epochs"), int),
         accuracy=_number(status.get("accuracy")),

@@ -5,7 +5,7 @@ demo_flags=(--data glyphs --model resnet20 --epochs 5 --cos)
 
 demo() {
     local demo=checkpoint/demo marker k threads running
-    environment "$root/requirements.txt"
+    thorough=yes environment "$root/requirements.txt"
     plan "${demo_flags[@]}" "$@" --num 2 --s "$demo/grafted"
     # bfloat16 halves the time where the hardware has it, and multiplies it where it is emulated.
     if [ "$gpus" -gt 0 ] || grep -q -E 'avx512_bf16|amx_bf16' /proc/cpuinfo; then demo_flags+=(--amp); fi

@@ -6,7 +6,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../common/environment.sh"
 
 cd -- "$root"
-environment requirements.txt tests/requirements.txt
+thorough=yes environment requirements.txt tests/requirements.txt
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # many small processes share the cores
 "$python" -m ruff check
 exec "$python" -m pytest -n 2 "$@"
