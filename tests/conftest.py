@@ -1,0 +1,38 @@
+from collections.abc import Callable, Iterator
+
+import pytest
+from processes import Run, make_images
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of a few random images in two classes."""
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def make_run(tmp_path, images) -> Iterator[Callable[..., Run]]:
+    """Makes runs of real processes, none of which outlives the test."""
+    runs = []
+
+    def make(networks: int = 2, epochs: int = 3, *flags: str, directory=None) -> Run:
+        runs.append(Run(directory or tmp_path / f"run{len(runs)}", images, networks, epochs, flags))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.end()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, images) -> Callable[..., Run]:
+    """Runs to their end, without any fault, once for all tests that compare with them."""
+    runs = {}
+
+    def get(networks: int = 2, epochs: int = 3, *flags: str) -> Run:
+        key = (networks, epochs, *flags)
+        if key not in runs:
+            runs[key] = Run(tmp_path_factory.mktemp("undisturbed") / "run", images, networks, epochs, flags).finish()
+        return runs[key]
+
+    return get

@@ -1,0 +1,221 @@
+"""Networks as real processes: started, watched, killed, and compared by what they leave behind."""
+
+import atexit
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+CIFAR = ROOT / "grafting_cifar" / "grafting.py"
+DEADLINE = 120.0  # seconds that a test waits for anything; a busy machine may need many times what is usual
+
+
+def make_images(folder: Path) -> Path:
+    """Two classes of random images, in class folders: 32 to train on, 8 to test."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", 4)):
+        for name in ("one", "two"):
+            (folder / split / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{k}.png")
+    return folder
+
+
+class _Nursery:
+    """The server of nursery.py, which forks processes; one for all tests of a process, started by the first."""
+
+    def __init__(self):
+        self.server, self.lock = None, threading.Lock()
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        with self.lock:
+            if self.server is None:
+                self.server = subprocess.Popen(
+                    [sys.executable, Path(__file__).with_name("nursery.py")],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
+                )  # fmt: skip
+                atexit.register(self.server.stdin.close)
+            self.server.stdin.write(json.dumps(request) + "\n")
+            self.server.stdin.flush()
+            return json.loads(self.server.stdout.readline())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+NURSERY = _Nursery()
+
+
+class Process:
+    """A started script; `status` is its exit status once it has ended (negative: the signal that ended it)."""
+
+    def __init__(self, script: Path, arguments: list[str], log: Path, append: bool = True, plan: list | None = None):
+        self.log, self.errors, self.status = log, log.with_name(f"{log.name}.errors"), None
+        names = {"log": str(log), "append": append, "errors": str(self.errors), "plan": plan or []}
+        self.pid = NURSERY.ask({"start": {"script": str(script), "arguments": arguments, **names}})
+
+    def poll(self) -> int | None:
+        if self.status is None:
+            self.status = NURSERY.ask({"poll": self.pid})
+        return self.status
+
+    def wait(self, deadline: float = DEADLINE) -> int:
+        until(lambda: self.poll() is not None, deadline, lambda: f"the end of process {self.pid}\n{self.output()}")
+        return self.status
+
+    def signal(self, number: int) -> None:
+        if self.poll() is None:  # the server has not reaped it: the process id is still its own
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def sentence(self) -> str:
+        """What it said to standard error."""
+        return _text(self.errors)
+
+    def output(self) -> str:
+        return _text(self.log) + self.sentence()
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def until(condition: Callable[[], Any], deadline: float = DEADLINE, what: Callable[[], str] = str) -> Any:
+    """The first true value of a condition."""
+    end = time.monotonic() + deadline
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited {deadline:g} s in vain for {what()}"
+        time.sleep(0.01)
+    return value
+
+
+class Run:
+    """A ring in one save directory: starts its networks with the same flags."""
+
+    def __init__(self, directory: Path, data: Path, networks: int = 2, epochs: int = 3, flags: tuple = ()):
+        self.directory, self.networks, self.epochs = directory, networks, epochs
+        self.flags = ["--data", str(data), "--model", "resnet20", "--batch_size", "16", "--device", "cpu", *flags]
+        self.logs = directory.parent / f"{directory.name}-logs"
+        self.logs.mkdir(parents=True)
+        self.started: list[Process] = []
+
+    def arguments(self, network: int, *flags: str) -> list[str]:
+        ring = ["--s", str(self.directory), "--num", str(self.networks), "--epochs", str(self.epochs)]
+        return [*ring, "--i", str(network), *self.flags, *flags]
+
+    def start(self, network: int, *flags: str, append: bool = True, plan: list | None = None) -> Process:
+        """Starts one network; plan: faults that are to strike it, see faults.py."""
+        log = self.logs / f"{network}.log"
+        process = Process(CIFAR, self.arguments(network, *map(str, flags)), log, append, plan)
+        self.started.append(process)
+        return process
+
+    def finish(self, *flags: str, deadline: float = DEADLINE) -> "Run":
+        """Starts all networks and waits until all are done."""
+        processes = [self.start(network, *flags) for network in range(1, self.networks + 1)]
+        for process in processes:
+            assert process.wait(deadline) == 0, process.output()
+        return self
+
+    def end(self) -> None:
+        for process in self.started:
+            process.kill()
+
+    def status(self, network: int) -> dict[str, Any]:
+        try:
+            return json.loads((self.directory / f"network{network}.json").read_text())
+        except FileNotFoundError:
+            return {}
+
+    def reaches(self, network: int, state: str, epoch: int = 0, deadline: float = DEADLINE) -> None:
+        """Waits until a network says that it is in a state, at an epoch or a later one."""
+
+        def reached() -> bool:
+            status = self.status(network)
+            return status.get("state") == state and (status["epoch"] or 0) >= epoch
+
+        until(reached, deadline, lambda: f"network {network} {state} at epoch {epoch}, but {self.status(network)}")
+
+    def checkpoint(self, network: int, epoch: int) -> Path:
+        return self.directory / f"ckpt{network % self.networks}_{epoch}.t7"
+
+    def log(self, network: int) -> str:
+        return (self.logs / f"{network}.log").read_text()
+
+    def outcome(self, network: int) -> dict[str, Any]:
+        """All that a network has left which must not depend on what it went through."""
+        checkpoints = {
+            name: torch.load(path, weights_only=True)
+            for name, path in (
+                ("final", self.directory / f"final{network}.t7"),
+                ("best", self.directory / f"best{network}.t7"),
+                ("last", self.checkpoint(network, self.epochs - 1)),
+            )
+        }
+        for contents in checkpoints.values():
+            contents.pop("run", None)  # the random name of the run
+            contents["metrics"] = _timeless(contents.get("metrics", {}))
+        tables = {
+            name: [_timeless(row) for row in read_table(self.directory / f"{name}{network}.csv")]
+            for name in (("metrics", "coefficients") if self.networks > 1 else ("metrics",))
+        }
+        lines = [line for line in self.log(network).splitlines() if line.startswith(f"Network:{network}    epoch:")]
+        log = [re.sub(r"(train|test|wait|graft):[\d.]+s", "", line) for line in lines]
+        return {"checkpoints": checkpoints, "tables": tables, "log": log}
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    text = path.read_text()
+    assert text.endswith("\n"), f"{path} ends within a row"
+    return list(csv.DictReader(text.splitlines(), strict=True))
+
+
+def _timeless(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if not key.endswith("_seconds")}
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Two outcomes are equal: tensors bit for bit, all else by value."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and one.shape == other.shape, where
+        assert one.numpy().tobytes() == other.numpy().tobytes(), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), (where, one, other)
+        for position, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{where}/{position}")
+    else:
+        assert one == other, where
+
+
+def assert_same_runs(run: Run, undisturbed: Run) -> None:
+    """Every network has ended as in a run that nothing disturbed; logs and tables have no gap and no repeated row."""
+    for network in range(1, run.networks + 1):
+        outcome = run.outcome(network)
+        epochs = [str(epoch) for epoch in range(run.epochs)]
+        assert [row["epoch"] for row in outcome["tables"]["metrics"]] == epochs
+        assert re.findall(r"epoch:(\d+)", "\n".join(outcome["log"])) == epochs, run.log(network)
+        assert_same(outcome, undisturbed.outcome(network), f"network {network}")
+        assert not list(run.directory.glob(".*.tmp"))
