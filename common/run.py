@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.distributed import World
+from common.distributed import End, RankLost, World
 from common.records import Log, Table, on_terminal
 from filter_grafting.checkpoint import load
 from filter_grafting.errors import GraftingError, MismatchError, RefusedError
@@ -34,7 +34,8 @@ from filter_grafting.training import (
 
 METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "best",
            "train_seconds", "test_seconds", "wait_seconds", "graft_seconds")  # fmt: skip
-LOST_CONNECTION = re.compile("gloo|nccl|connection|socket", re.IGNORECASE)
+LOST_CONNECTION = re.compile("gloo|nccl|connection|socket|store", re.IGNORECASE)
+ECHO_SECONDS = 2.0
 COEFFICIENTS = ("epoch", "layer", "own_entropy", "neighbour_entropy", "coefficient")
 
 
@@ -67,19 +68,29 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """SIGTERM and Ctrl-C end the run after the current batch; a second one ends the process at once."""
+    """SIGTERM and Ctrl-C end the run after the current batch; a second one ends the process at once.
+
+    Under torchrun each often comes twice: from whoever signals all processes of a job, and from torchrun, which passes
+    on its own. There the second one within moments is taken for the echo of the first.
+    """
 
     def __init__(self):
-        self.received = None
+        self.received = self.when = None
         self.starting = True  # nothing to finish yet: leave from wherever we are
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as shells set it for background jobs
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
-        for other in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(other, signal.SIG_DFL)
-        self.received = number
+        has_echo = "TORCHELASTIC_RUN_ID" in os.environ
+        if self.received is not None and has_echo and time.monotonic() - self.when < ECHO_SECONDS:
+            return
+        if self.received is not None or not has_echo:
+            for other in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(other, signal.SIG_DFL)
+        if self.received is not None:
+            os.kill(os.getpid(), number)
+        self.received, self.when = number, time.monotonic()
         if self.starting:
             raise Stopped(number)
 
@@ -91,8 +102,10 @@ class Signals:
 class Progress:
     """Follows the batches of one epoch: a bar on a terminal, lines every so many batches, an ear for signals."""
 
-    def __init__(self, epoch: int, steps: int, signals: Signals, log: Log | None, every: int = 0, topk: tuple = (1,)):
-        self.epoch, self.steps, self.signals, self.log, self.every, self.topk = epoch, steps, signals, log, every, topk
+    def __init__(
+        self, epoch: int, steps: int, check: Callable[[], None], log: Log | None, every: int = 0, topk: tuple = (1,)
+    ):
+        self.epoch, self.steps, self.check, self.log, self.every, self.topk = epoch, steps, check, log, every, topk
         self.data = self.data_total = 0.0
         self.last = self.began = time.perf_counter()
 
@@ -110,7 +123,7 @@ class Progress:
                 yield batch
                 if bar is not None:
                     bar.update()
-                self.signals.check()
+                self.check()
                 asked = time.perf_counter()
         finally:
             if bar is not None:
@@ -139,12 +152,18 @@ def main(args: argparse.Namespace, build: Callable[[argparse.Namespace, World], 
     """Runs one network to its end, or one of the processes that train it together; returns the exit status."""
     signals = Signals()
     ring = log = world = None
+
+    def check() -> None:
+        signals.check()
+        world.check()
+
     try:
         world = World(torch.device(args.device))
         if world.leads:
             log = Log(args.network)
             ring = Ring(args.directory, args.network, args.networks, timeout=60 * args.timeout, keep_all=args.keep_all,
-                        say=log.say, check=signals.check, **ring_options)  # fmt: skip
+                        say=log.say, check=check, **ring_options)  # fmt: skip
+            world.last_words = lambda end: ring.leave(end.state, end.sentence)
             ring.join(bool(args.resume), [os.path.basename(sys.executable), *sys.argv])
         with deterministic(args.deterministic):
             task = build(args, world)
@@ -154,49 +173,47 @@ def main(args: argparse.Namespace, build: Callable[[argparse.Namespace, World], 
                 else:
                     ring.agree(task.shared, may_raise=["epochs"])
             signals.starting = False
-            signals.check()
-            train_network(args, task, world, ring, log, signals)
+            check()
+            train_network(args, task, world, ring, log, check)
         if world.leads:
             ring.leave("done")
         world.leave()
         return 0
-    except (Stopped, GraftingError) as error:
-        elsewhere = world.failure() if world else None
-        if isinstance(error, Stopped) and elsewhere is None:
-            return _end(args, world, ring, "stopped", str(error), error.exit_status)
-        return _end(args, world, ring, "failed", elsewhere or str(error), getattr(error, "exit_status", 1))
-    except torch.OutOfMemoryError as error:
-        sentence = f"{str(error).splitlines()[0]} Fewer networks on this device, a smaller batch or --amp need less"
-        return _end(args, world, ring, "failed", sentence, 1)
     except BaseException as error:
-        if world and world.size > 1 and isinstance(error, RuntimeError) and LOST_CONNECTION.search(str(error)):
-            # What torch says when another rank is gone.
-            if world.stopping() and signals.received:
-                return _end(args, world, ring, "stopped", str(Stopped(signals.received)), 128 + signals.received)
-            reason = world.failure() or "another rank of this network died (killed?)"
-            return _end(args, world, ring, "failed", reason, 1)
-        _end(args, world, ring, "failed", f"{type(error).__name__}: {error}", 1)
-        raise  # not foreseen: whoever mends it needs the traceback
+        is_foreseen, may_follow = isinstance(error, (Stopped, GraftingError)), isinstance(error, (Stopped, RankLost))
+        if isinstance(error, Stopped):
+            own = End("stopped", str(error), error.exit_status)
+        elif isinstance(error, GraftingError):
+            own = End("failed", str(error), error.exit_status)
+        elif isinstance(error, torch.OutOfMemoryError):
+            is_foreseen, sentence = True, str(error).splitlines()[0]
+            own = End("failed", f"{sentence} Fewer networks on this device, a smaller batch or --amp need less", 1)
+        else:
+            own = End("failed", f"{type(error).__name__}: {' '.join(str(error).split())}", 1)
+            # Other ranks that are gone show as what torch says of connections.
+            may_follow = isinstance(error, RuntimeError) and LOST_CONNECTION.search(str(error)) is not None
+        end = world.end(own, may_follow) if world else own
+        _say_farewell(args, ring, end, aloud=end is own or ring is not None)
+        if not is_foreseen and end is own:
+            raise  # whoever mends it needs the traceback
+        return end.status
 
 
-def _end(
-    args: argparse.Namespace, world: World | None, ring: Ring | None, state: str, sentence: str, status: int
-) -> int:
-    """Says how this process ended: in the status file, to the other ranks, and to the user."""
-    if world is not None:
-        world.blame(state, sentence)
+def _say_farewell(args: argparse.Namespace, ring: Ring | None, end: End, aloud: bool) -> None:
+    """Says how the network ended, in the status file and to the user."""
+    sentence = end.sentence
     if ring is not None:
-        ring.leave(state, sentence)
-        if state == "stopped":
+        ring.leave(end.state, sentence)
+        if end.state == "stopped":
             epoch = f" at epoch {ring.epoch}" if ring.epoch is not None else " before its first epoch"
             sentence = f"network {args.network} stopped {sentence}{epoch}; --resume continues it"
-    with suppress(OSError):
-        print(sentence, file=sys.stderr, flush=True)
-    return status
+    if aloud:
+        with suppress(OSError):
+            print(sentence, file=sys.stderr, flush=True)
 
 
 def train_network(
-    args: argparse.Namespace, task: Task, world: World, ring: Ring | None, log: Log | None, signals: Signals
+    args: argparse.Namespace, task: Task, world: World, ring: Ring | None, log: Log | None, check: Callable[[], None]
 ) -> None:
     """The loop. With several ranks, all of them run it, and rank 0 alone has the ring and the log."""
     network, epochs, last_epoch = task.network, args.epochs, args.epochs - 1
@@ -207,7 +224,7 @@ def train_network(
     forward_training = torch.compile(trained) if args.compile and trained is not network else trained
     forward_training = forward if trained is network else forward_training
 
-    epoch, row = resume(task, world, ring, signals) if args.resume else (task.start_epoch, None)
+    epoch, row = resume(task, world, ring, check) if args.resume else (task.start_epoch, None)
     if ring:
         metrics = Table(ring.directory / f"metrics{args.network}.csv", METRICS)
         coefficients = Table(ring.directory / f"coefficients{args.network}.csv", COEFFICIENTS)
@@ -228,17 +245,18 @@ def train_network(
 
             began = time.perf_counter()
             network.train()
-            progress = Progress(epoch, len(task.train), signals, log, task.print_every, task.topk)
+            progress = Progress(epoch, len(task.train), check, log, task.print_every, task.topk)
             train_loss, train_accuracies = train_one_epoch(
                 forward_training, task.train, task.optimizer, rate, device=device, amp=args.amp, topk=task.topk,
                 seed=stream_seed(args.seed, args.network, epoch), loss_function=task.loss_function,
-                follow=progress, reduce=world.sum, report=progress.report,
+                follow=progress, reduce=world.sum, report=progress.report, rank=world.rank,
             )  # fmt: skip
             between = time.perf_counter()
-            world.align(network.buffers())  # each rank has its own batch-norm statistics; rank 0's are the network's
+            world.compare(dict(network.named_parameters()))
+            world.align(dict(network.named_buffers()))  # each rank has batch-norm statistics of its own images
             test_loss, accuracies = evaluate(
                 forward, task.test, device=device, amp=args.amp, topk=task.topk, reduce=world.sum,
-                follow=Progress(epoch, len(task.test), signals, log),
+                follow=Progress(epoch, len(task.test), check, log),
             )  # fmt: skip
             improved, best = accuracies[0] > best, max(best, accuracies[0])
             row = {
@@ -254,8 +272,8 @@ def train_network(
                 row |= graft_once(args, network, ring, coefficients, epoch)
                 world.tell(f"grafted {epoch}")
             else:
-                world.hear(f"grafted {epoch}", signals.check)
-            world.align(network.state_dict().values())
+                world.hear(f"grafted {epoch}", check)
+            world.align(network.state_dict())
         if ring:
             log.epoch(epoch, log_fields(row, task.topk[1:]))
             metrics.append([[format_metric(column, row.get(column, 0.0)) for column in METRICS]])
@@ -312,13 +330,15 @@ def snapshot(state: Any) -> Any:
     return [snapshot(value) for value in state] if isinstance(state, (list, tuple)) else state
 
 
-def resume(task: Task, world: World, ring: Ring | None, signals: Signals) -> tuple[int, dict[str, Any] | None]:
+def resume(
+    task: Task, world: World, ring: Ring | None, check: Callable[[], None]
+) -> tuple[int, dict[str, Any] | None]:
     """Puts the newest good checkpoint back in place: (its epoch, that epoch's metrics); no metrics if there is none."""
     if ring:
         found = ring.newest()
         world.tell("resume", str(ring.path(found[0])) if found else "")
     else:
-        path = world.hear("resume", signals.check)
+        path = world.hear("resume", check)
         contents = load(path) if path else None
         found = (contents["epoch"], contents) if contents else None
     if found is None:

@@ -80,6 +80,7 @@ def train_one_epoch(
     follow: Callable[[Iterable], Iterable] = iter,
     reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
     report: Callable[[int, Tensor, Tensor], None] | None = None,
+    rank: int = 0,
 ) -> tuple[float, list[float]]:
     """Trains for one epoch, in which the host never waits for the device: (mean loss, accuracy in percent for each k).
 
@@ -92,11 +93,12 @@ def train_one_epoch(
         reduce: sums the totals over all processes that train this network.
         report: called after each step with its number, the batch's totals and the epoch's so far, as tensors on the
             device: (loss, images correct for each k, images).
+        rank: of the processes that train this network; each has its own dropout.
 
     Raises:
         GraftingError: if the loss was not finite.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + rank)
     totals = torch.zeros(len(topk) + 2, dtype=torch.float64, device=device)
     steps = len(batches)
     for step, (images, labels) in enumerate(follow(batches.epoch(seed))):
