@@ -12,9 +12,12 @@ Several GPUs for one network: torchrun --standalone --nproc-per-node 4 -- grafti
 import argparse
 import difflib
 import os
+import pickle
+import re
 import sys
-import urllib.error
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from common import flags, run
+from common.records import on_terminal
 from filter_grafting.checkpoint import load
 from filter_grafting.errors import CheckpointError, GraftingError
 from filter_grafting.training import cross_entropy, evaluate, stream_seed
@@ -70,22 +74,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     flags.add_machine_flags(parser)
     args = parser.parse_args(arguments)
     flags.check_common(parser, args)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     if args.arch not in NAMES:
         near = difflib.get_close_matches(args.arch, NAMES, 3, 0.4)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         parser.error(f"argument -a: torchvision has no model {args.arch!r}{hint}")
     if args.device == "cuda":
-        gpu = int(os.environ.get("LOCAL_RANK", 0)) if args.gpu is None else args.gpu
-        if gpu >= torch.cuda.device_count():
-            parser.error(f"argument --gpu: got {gpu}, expected 0 to {torch.cuda.device_count() - 1}")
+        if ranks > 1 and args.gpu is not None:
+            parser.error("argument --gpu: torchrun's processes have a GPU each; CUDA_VISIBLE_DEVICES says which")
+        gpu, count = int(os.environ.get("LOCAL_RANK", 0)) if args.gpu is None else args.gpu, torch.cuda.device_count()
+        if gpu >= count:
+            expected = f"0 to {count - 1}" if ranks == 1 else f"at most {count} of torchrun's processes on this machine"
+            parser.error(f"argument --gpu: got {gpu}, expected {expected}")
         args.device = f"cuda:{gpu}"
     elif args.gpu is not None:
         parser.error("argument --gpu: needs --device cuda")
     elif args.decode == "gpu":
         parser.error("argument --decode: gpu needs --device cuda")
+    if args.batch_size % ranks:
+        parser.error(f"argument -b: got {args.batch_size}, expected a multiple of {ranks}, torchrun's processes, which share it")
     args.image_size = args.image_size or (299 if args.arch == "inception_v3" else 224)
     args.level = "layer"
     args.directory = Path("checkpoint") / (args.directory or default_name(parser, args)).removeprefix("checkpoint/")
+    warnings.filterwarnings("ignore", "The auxiliary heads|Grad strides do not match", UserWarning)
     args.start_from = None
     if args.resume not in (None, "auto"):
         args.start_from, args.resume = Path(args.resume), None
@@ -114,23 +125,52 @@ def build_network(args: argparse.Namespace, classes: int) -> tuple[nn.Module, li
         options = {"image_size": args.image_size}
     elif args.arch.startswith("maxvit"):
         options = {"input_size": (args.image_size, args.image_size)}
-    network = zoo.get_model(args.arch, weights=None, num_classes=classes, **options)
-    if not args.pretrained:
-        return network, []
-    weights = zoo.get_model_weights(args.arch).DEFAULT
+    make = partial(zoo.get_model, args.arch, weights=None, num_classes=classes, **options)
     try:
-        pretrained = weights.get_state_dict(progress=False, check_hash=True)
-    except (urllib.error.URLError, OSError) as error:
+        with torch.device("meta"), torch.no_grad():  # where nothing is computed but shapes
+            make()(torch.empty(2, 3, args.image_size, args.image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise GraftingError(
+            f"{args.arch} does not work on images of {args.image_size} pixels ({' '.join(str(error).split())}); try another "
+            "--image_size"
+        ) from error
+    network = make()
+    return network, [start_from_pretrained(network, args)] if args.pretrained else []
+
+
+def start_from_pretrained(network: nn.Module, args: argparse.Namespace) -> str:
+    """Loads torchvision's weights, all but the layers that give the classes where their number differs; returns a line."""
+    weights = zoo.get_model_weights(args.arch).DEFAULT
+    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    try:
+        pretrained = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except OSError as error:
         raise GraftingError(
             f"--pretrained: the weights of {args.arch} cannot be downloaded ({error}); on a machine without a network, "
-            f"put {Path(weights.url).name} into {torch.hub.get_dir()}/checkpoints"
+            f"put {weights.url} at {place}"
         ) from error
-    own = network.state_dict()
-    fitting = {key: entry for key, entry in pretrained.items() if key in own and own[key].shape == entry.shape}
-    fresh = sorted({key.rpartition(".")[0] for key in own if key not in fitting})
-    network.load_state_dict(fitting, strict=False)
-    note = f"started from torchvision's weights of {args.arch}"
-    return network, [note + (f"; new for {classes} classes: {', '.join(fresh)}" if fresh else "")]
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise GraftingError(f"--pretrained: {place} is damaged; delete it, to have it downloaded again") from error
+    # In the files of the DenseNets, layers still have the names of their first release: norm.1 for norm1.
+    pretrained = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key): entry for key, entry in pretrained.items()}
+    own, known = network.state_dict(), len(weights.meta["categories"])
+    heads = {
+        key for key in own.keys() & pretrained.keys()
+        if own[key].shape != pretrained[key].shape == (known, *own[key].shape[1:])
+    }  # fmt: skip
+    try:
+        network.load_state_dict({key: own[key] if key in heads else entry for key, entry in pretrained.items()})
+    except RuntimeError as error:
+        raise GraftingError(
+            f"--pretrained: the weights of {args.arch} ({weights.name}) do not fit at --image_size {args.image_size}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    line = f"started from torchvision's weights of {args.arch} ({weights.name})"
+    if heads:
+        layers = ", ".join(sorted({key.rpartition(".")[0] for key in heads}))
+        classes = next(iter(own[key].shape[0] for key in heads))
+        line += f"; they know {known} classes and the data has {classes}: {layers} starts anew"
+    return line
 
 
 def with_auxiliary_heads(weight: float) -> Callable[[Tensor | tuple[Tensor, ...], Tensor], Tensor]:
@@ -144,7 +184,7 @@ def with_auxiliary_heads(weight: float) -> Callable[[Tensor | tuple[Tensor, ...]
 
 
 def load_weights(network: nn.Module, path: Path) -> dict:
-    """Loads a checkpoint's weights, of ours or of the published script, into the network; returns the checkpoint."""
+    """Loads a checkpoint's weights, of ours, of the published script or of PyTorch's example; returns the checkpoint."""
     try:
         contents = load(path)
     except FileNotFoundError:
@@ -155,6 +195,18 @@ def load_weights(network: nn.Module, path: Path) -> dict:
     except (RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}") from error
     return contents
+
+
+def load_momentum(optimizer: torch.optim.Optimizer, contents: dict, path: Path) -> None:
+    """Loads a checkpoint's optimizer state, where it has one, but not its settings: those are the flags'."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        if "optimizer" in contents:
+            optimizer.load_state_dict(contents["optimizer"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"the optimizer's state in {path} does not fit this network: {error}") from error
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
 
 
 def batches(args: argparse.Namespace, world: run.World, files: data.Files, train: bool) -> data.Batches:
@@ -175,10 +227,10 @@ def build(args: argparse.Namespace, world: run.World) -> run.Task:
     start_epoch = args.start_epoch or 0
     if args.start_from:
         contents = load_weights(network, args.start_from)
-        if "optimizer" in contents:
-            optimizer.load_state_dict(contents["optimizer"])
+        load_momentum(optimizer, contents, args.start_from)
         if args.start_epoch is None and isinstance(contents.get("epoch"), int):
-            start_epoch = contents["epoch"] + 1
+            # Ours say which epoch they come after, those of PyTorch's example which is to come.
+            start_epoch = contents["epoch"] + ("settings" in contents)
         notes.append(f"started from {args.start_from}, at epoch {start_epoch}")
     if start_epoch >= args.epochs:
         raise GraftingError(f"nothing to train: the first epoch would be {start_epoch}, and --epochs is {args.epochs}")
@@ -188,10 +240,10 @@ def build(args: argparse.Namespace, world: run.World) -> run.Task:
         test=batches(args, world, val, train=False),
         optimizer=optimizer,
         shared={"arch": args.arch, "classes": len(classes), "num": args.networks, "epochs": args.epochs,
-                "a": args.amplitude, "c": args.steepness, "level": args.level},
+                "start-epoch": start_epoch, "a": args.amplitude, "c": args.steepness, "level": args.level},
         own={"lr": args.lr, "steplr": args.steplr, "momentum": args.momentum, "wd": args.weight_decay,
              "batch-size": args.batch_size, "image_size": args.image_size, "pretrained": args.pretrained,
-             "amp": args.amp, "seed": args.seed, "images": len(train.labels)},
+             "amp": args.amp, "seed": args.seed, "images": len(train)},
         cosine=not args.steplr,
         step_epochs=30,
         loss_function=with_auxiliary_heads(AUXILIARY_WEIGHT[args.arch]) if args.arch in AUXILIARY_WEIGHT else cross_entropy,
@@ -208,19 +260,28 @@ def evaluate_only(args: argparse.Namespace) -> int:
     try:
         world = run.World(torch.device(args.device))
         _, val, classes = data.load(args.data)
-        network, _ = build_network(args, len(classes))
+        network, notes = build_network(args, len(classes))
         if args.start_from:
             load_weights(network, args.start_from)
+            notes = [f"weights: {args.start_from}"]
         network.to(args.device, memory_format=torch.channels_last)
+        test = batches(args, world, val, train=False)
+        follow = iter
+        if world.leads:
+            print(*notes, sep="\n", flush=True)
+            if on_terminal():
+                from tqdm import tqdm
+
+                follow = partial(tqdm, total=len(test), desc="test", leave=False, dynamic_ncols=True)
         loss, (top1, top5) = evaluate(
-            network, batches(args, world, val, train=False), device=torch.device(args.device), amp=args.amp, topk=(1, 5),
-            reduce=world.sum,
+            torch.compile(network) if args.compile else network, test, device=torch.device(args.device), amp=args.amp,
+            topk=(1, 5), follow=follow, reduce=world.sum,
         )  # fmt: skip
     except GraftingError as error:
         print(error, file=sys.stderr)
         return error.exit_status
     if world.leads:
-        print(f"Acc@1 {top1:.3f}    Acc@5 {top5:.3f}    Loss {loss:.4f}    Images {len(val.labels)}")
+        print(f"* Acc@1 {top1:.3f}    Acc@5 {top5:.3f}    Loss {loss:.4f}    Images {len(val)}")
     world.leave()
     return 0
 
