@@ -1,0 +1,75 @@
+"""MobileNetV2 for 32x32 images (Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks").
+
+It differs from the ImageNet network as the published CIFAR one does: stride 1 in the stem and in the second
+stage (the images are small), ReLU instead of ReLU6, and a 1x1 convolution on the shortcut wherever a block of
+stride 1 changes the number of channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Expansion, filters, blocks, stride of the first block.
+_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+def _conv1x1(inputs: int, filters: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, filters, kernel_size=1, bias=False)
+
+
+class Block(nn.Module):
+    """Inverted residual: expand (1x1), filter each channel (3x3, depthwise), project (1x1, no activation)."""
+
+    def __init__(self, inputs: int, filters: int, expansion: int, stride: int) -> None:
+        super().__init__()
+        width = expansion * inputs
+        self.conv1 = _conv1x1(inputs, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, groups=width, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = _conv1x1(width, filters)
+        self.bn3 = nn.BatchNorm2d(filters)
+        self.stride = stride
+        self.shortcut = nn.Sequential()
+        if stride == 1 and inputs != filters:
+            self.shortcut = nn.Sequential(_conv1x1(inputs, filters), nn.BatchNorm2d(filters))
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, inputs, h, w) -> (n, filters, h / stride, w / stride)
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
+        return out + self.shortcut(x) if self.stride == 1 else out
+
+
+class MobileNetV2(nn.Module):
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        blocks, inputs = [], 32
+        for expansion, filters, count, stride in _STAGES:
+            for k in range(count):
+                blocks.append(Block(inputs, filters, expansion, stride if k == 0 else 1))
+                inputs = filters
+        self.layers = nn.Sequential(*blocks)
+        self.conv2 = _conv1x1(inputs, 1280)
+        self.bn2 = nn.BatchNorm2d(1280)
+        self.linear = nn.Linear(1280, classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, classes)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.layers(x)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        return self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+def mobilenetv2(classes: int = 10) -> MobileNetV2:
+    return MobileNetV2(classes)

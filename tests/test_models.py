@@ -1,0 +1,213 @@
+"""The CIFAR models: their names, sizes and state dicts are a wire format; their outputs are computed again."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from grafting_cifar.models import NAMES, build
+
+ROOT = Path(__file__).resolve().parent.parent
+DEPTHS = (20, 32, 44, 56, 110)
+RESNETS = [f"resnet{depth}{variant}" for depth in DEPTHS for variant in ("", "_leaky")]
+BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def parameters(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def convolutions(network):
+    return {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+
+
+def bn(name):
+    return [f"{name}.{entry}" for entry in BN]
+
+
+def test_the_list_of_models():
+    assert sorted(NAMES) == sorted([*RESNETS, "mobilenetv2", "vgg16"])
+
+
+def test_the_names_are_known_without_importing_torch():
+    code = "import sys; from grafting_cifar.models import NAMES; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["resnet31", "ResNet32", "vgg", ""])
+def test_an_unknown_name_is_refused_with_names_that_exist(name):
+    with pytest.raises(ValueError, match="unknown model") as caught:
+        build(name, 10)
+    assert any(known in str(caught.value) for known in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_for_each_class_and_a_gradient_for_each_parameter(name):
+    network = build(name, 7)
+    logits = network(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 7)
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet20_leaky", "mobilenetv2", "vgg16"])
+def test_the_seed_decides_the_weights(name):
+    def weights(seed):
+        torch.manual_seed(seed)
+        return torch.cat([parameter.detach().flatten() for parameter in build(name, 10).parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenetv2", "vgg16"])
+def test_the_memory_format_does_not_change_the_result(name):
+    network = build(name, 10).eval()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(images)
+        network.to(memory_format=torch.channels_last)
+        actual = network(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+# ---- ResNets
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_resnet_sizes_and_names(name):
+    blocks = (int(name.removesuffix("_leaky").removeprefix("resnet")) - 2) // 6
+    network = build(name, 10)
+
+    names, weights = ["conv1.weight", *bn("bn1")], 3 * 9 * 16 + 2 * 16
+    for stage, filters in enumerate((16, 32, 64), start=1):
+        for k in range(blocks):
+            for half in (1, 2):
+                names += [f"layer{stage}.{k}.conv{half}.weight", *bn(f"layer{stage}.{k}.bn{half}")]
+                inputs = filters // 2 if stage > 1 and k == 0 and half == 1 else filters
+                weights += 9 * inputs * filters + 2 * filters
+    names += ["linear.weight", "linear.bias"]
+    weights += 64 * 10 + 10
+
+    assert list(network.state_dict()) == names
+    assert parameters(network) == weights
+    assert sum(module.out_channels for module in convolutions(network).values()) == 16 + 2 * blocks * 112
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "filters"),
+    [
+        ("resnet20", 269_722, 688),
+        ("resnet32", 464_154, 1_136),
+        ("resnet44", 658_586, 1_584),
+        ("resnet56", 853_018, 2_032),
+        ("resnet110", 1_727_962, 4_048),
+    ],
+)
+def test_resnet_sizes_in_figures(name, count, filters):
+    network = build(name, 10)
+    assert parameters(network) == count
+    assert sum(module.out_channels for module in convolutions(network).values()) == filters
+
+
+@pytest.mark.parametrize(("name", "slope"), [("resnet20", 0.0), ("resnet20_leaky", 0.01)])
+def test_resnet_computed_from_its_state_dict(name, slope):
+    network = build(name, 10).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):  # running statistics that matter
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    state = network.state_dict()
+
+    def conv_bn(x, conv, norm, stride):
+        x = F.conv2d(x, state[f"{conv}.weight"], stride=stride, padding=1)
+        mean, var = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
+        x = (x - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + 1e-5).sqrt()
+        return x * state[f"{norm}.weight"].view(-1, 1, 1) + state[f"{norm}.bias"].view(-1, 1, 1)
+
+    def activation(x):
+        return torch.where(x > 0, x, slope * x)
+
+    images = torch.randn(3, 3, 32, 32)
+    x = activation(conv_bn(images, "conv1", "bn1", 1))
+    for stage in (1, 2, 3):
+        for k in range(3):
+            block = f"layer{stage}.{k}"
+            stride = 2 if stage > 1 and k == 0 else 1
+            out = activation(conv_bn(x, f"{block}.conv1", f"{block}.bn1", stride))
+            out = conv_bn(out, f"{block}.conv2", f"{block}.bn2", 1)
+            if stride == 2:  # option A: every other pixel, zero channels before and after
+                zeros = torch.zeros(3, x.shape[1] // 2, *out.shape[2:])
+                x = torch.cat([zeros, x[:, :, ::2, ::2], zeros], dim=1)
+            x = activation(out + x)
+    expected = x.mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
+
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_resnet_weights_are_kaiming_normal():
+    network = build("resnet32", 100)
+    modules = [*convolutions(network).values(), network.linear]
+    large = [module.weight.detach() for module in modules if module.weight.numel() > 5000]
+    assert len(large) > 10
+    for weight in large:
+        deviation = math.sqrt(2 / weight[0].numel())
+        assert weight.std().item() == pytest.approx(deviation, rel=0.06)
+        # A uniform distribution of this deviation would end at 1.73 deviations.
+        assert weight.abs().max().item() > 3 * deviation
+
+
+# ---- MobileNetV2
+
+
+def test_mobilenetv2_sizes():
+    network = build("mobilenetv2", 10)
+    filters = {name: module.out_channels for name, module in convolutions(network).items()}
+    shortcuts = {name: count for name, count in filters.items() if "shortcut" in name}
+    assert parameters(network) == 2_296_922
+    assert sum(shortcuts.values()) == 456
+    assert sum(filters.values()) - sum(shortcuts.values()) == 17_088
+
+
+def test_mobilenetv2_names():
+    names = ["conv1.weight", *bn("bn1")]
+    for k in range(17):
+        for half in (1, 2, 3):
+            names += [f"layers.{k}.conv{half}.weight", *bn(f"layers.{k}.bn{half}")]
+        if k in (0, 1, 10, 16):  # the blocks of stride 1 that change the number of channels
+            names += [f"layers.{k}.shortcut.0.weight", *bn(f"layers.{k}.shortcut.1")]
+    names += ["conv2.weight", *bn("bn2"), "linear.weight", "linear.bias"]
+    assert list(build("mobilenetv2", 10).state_dict()) == names
+
+
+def test_mobilenetv2_reduces_the_images_three_times():
+    network = build("mobilenetv2", 10).eval()
+    sizes = []
+    for block in network.layers:
+        block.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[2]))
+    network(torch.randn(1, 3, 32, 32))
+    assert sizes == [32] * 3 + [16] * 3 + [8] * 7 + [4] * 4
+
+
+# ---- VGG
+
+
+def test_vgg16_sizes_and_names():
+    network = build("vgg16", 100)
+    positions = (0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40)
+    names = []
+    for k in positions:
+        names += [f"features.{k}.weight", f"features.{k}.bias", *bn(f"features.{k + 1}")]
+    assert list(network.state_dict()) == [*names, "classifier.weight", "classifier.bias"]
+    widths = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    assert [module.out_channels for module in convolutions(network).values()] == widths
+    assert network.classifier.weight.shape == (100, 512)
+    inputs = [3, *widths]
+    expected = sum(9 * i * o + o + 2 * o for i, o in zip(inputs, widths, strict=False)) + 512 * 100 + 100
+    assert parameters(network) == expected
