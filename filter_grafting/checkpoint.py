@@ -120,11 +120,13 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     try:
         # By its first bytes, as torch.load tells the formats apart, or by its last: damage to either is noticed.
         if data.startswith(b"PK") or zipfile.is_zipfile(io.BytesIO(data)):
-            _check_archive(path, data)
+            data = _checked_archive(path, data)
         # From memory: given a file, torch < 2.6 would also unpack a tar archive, whose contents it trusts.
         contents = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); it was not loaded") from error
     except pickle.UnpicklingError as error:
         refused = "Unsupported" in str(error) or "GLOBAL" in str(error)
         reason = "holds more than tensors and plain values, and could run code" if refused else "is truncated or damaged"
@@ -136,17 +138,26 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     return contents
 
 
-def _check_archive(path: Path, data: bytes) -> None:
-    """Raises CheckpointError unless this is an archive as `torch.save` writes it, each record with its right checksum."""
-    # torch < 2.6 hands a TorchScript archive to torch.jit.load, which runs what is in it, whatever weights_only says
-    # (CVE-2025-32434). Names are not compressed: searching all bytes finds this one however the archive is made.
-    if b"constants.pkl" in data:
-        raise CheckpointError(f"{path} is a TorchScript archive, which could run code; it was not loaded")
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-            raise CheckpointError(f"{path} is compressed, as torch.save does not write it; it was not loaded")
-        if damaged := archive.testzip():
-            raise CheckpointError(f"{path} is damaged: the checksum of its record {damaged} is wrong; it was not loaded")
+def _checked_archive(path: Path, data: bytes) -> bytes:
+    """The records of an archive as `torch.save` writes it, each with its right checksum, in an archive of our own.
+
+    Of its own, since torch reads archives by other rules than `zipfile`: what was checked need not be what it reads, be
+    it for a flipped bit between the records or by malice.
+
+    Raises:
+        CheckpointError: naming the file and what is wrong with it.
+    """
+    checked = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(checked, "w") as copy:
+        # torch < 2.6 hands a TorchScript archive to torch.jit.load, which runs what is in it, whatever weights_only says
+        # (CVE-2025-32434).
+        if any(name.endswith("constants.pkl") for name in archive.namelist()):
+            raise CheckpointError(f"{path} is a TorchScript archive, which could run code; it was not loaded")
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{path} is compressed, as torch.save does not write it; it was not loaded")
+            copy.writestr(record.filename, archive.read(record))
+    return checked.getvalue()
 
 
 def _read(path: Path) -> bytes:

@@ -110,6 +110,8 @@ def until(condition: Callable[[], Any], deadline: float = DEADLINE, what: Callab
 class Run:
     """A ring in one save directory: starts its networks with the same flags."""
 
+    checkpoint_name, suffix = "ckpt{}_{}", ".t7"
+
     def __init__(self, directory: Path, data: Path, networks: int = 2, epochs: int = 3, flags: tuple = ()):
         self.directory, self.networks, self.epochs = directory, networks, epochs
         self.flags = ["--data", str(data), "--model", "resnet20", "--batch_size", "16", "--device", "cpu", *flags]
@@ -155,7 +157,7 @@ class Run:
         until(reached, deadline, lambda: f"network {network} {state} at epoch {epoch}, but {self.status(network)}")
 
     def checkpoint(self, network: int, epoch: int) -> Path:
-        return self.directory / f"ckpt{network % self.networks}_{epoch}.t7"
+        return self.directory / (self.checkpoint_name.format(network % self.networks, epoch) + self.suffix)
 
     def log(self, network: int) -> str:
         return (self.logs / f"{network}.log").read_text()
@@ -165,8 +167,8 @@ class Run:
         checkpoints = {
             name: torch.load(path, weights_only=True)
             for name, path in (
-                ("final", self.directory / f"final{network}.t7"),
-                ("best", self.directory / f"best{network}.t7"),
+                ("final", self.directory / f"final{network}{self.suffix}"),
+                ("best", self.directory / f"best{network}{self.suffix}"),
                 ("last", self.checkpoint(network, self.epochs - 1)),
             )
         }
@@ -197,7 +199,8 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
     assert type(one) is type(other), where
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and one.shape == other.shape, where
-        assert one.numpy().tobytes() == other.numpy().tobytes(), where
+        bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+        assert torch.equal(*bits), where
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), where
         for key in one:
