@@ -1,6 +1,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+from imagenet import ImageRun, make_class_folders
 from processes import Run, make_images
 
 
@@ -36,3 +37,23 @@ def undisturbed(tmp_path_factory, images) -> Callable[..., Run]:
         return runs[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def class_folders(tmp_path_factory):
+    """A folder of a few real images in four classes."""
+    return make_class_folders(tmp_path_factory.mktemp("class_folders"))
+
+
+@pytest.fixture
+def make_image_run(tmp_path, class_folders) -> Iterator[Callable[..., ImageRun]]:
+    """The same for ImageNet networks."""
+    runs = []
+
+    def make(networks: int = 2, epochs: int = 2, *flags: str, ranks: int = 1, data=None) -> ImageRun:
+        runs.append(ImageRun(tmp_path / f"run{len(runs)}", data or class_folders, networks, epochs, flags, ranks))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.end()

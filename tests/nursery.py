@@ -20,13 +20,16 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import PIL.Image
 import torch
 import torch._dynamo  # else the first optimizer would import it
+import torch.distributed.run  # noqa: F401
+import torchvision.models  # noqa: F401
 
 import common.run
 import faults
 import grafting_cifar.data
 import grafting_cifar.models.mobilenetv2
 import grafting_cifar.models.resnet
-import grafting_cifar.models.vgg  # noqa: F401
+import grafting_cifar.models.vgg
+import grafting_imagenet.data  # noqa: F401
 
 PR_SET_PDEATHSIG = 1
 
