@@ -259,7 +259,8 @@ def _filter_coefficients(
         gamma = own[f"{norm}.weight"]
         kind = torch.promote_types(gamma.dtype, torch.float32)
         mine, other = gamma.to(kind).abs(), neighbour[f"{norm}.weight"].to(kind).abs()
-        shares[name] = torch.where(mine + other > 0, mine / (mine + other), 0.5)
+        total = mine + other
+        shares[name] = (mine / total).masked_fill(total == 0, 0.5)
     return shares
 
 
@@ -268,7 +269,7 @@ def _filter_level(
 ) -> Iterator[tuple[str, Tensor]]:
     """(key, coefficients that broadcast to the entry) of everything that belongs to a filter of the chain.
 
-    A weight (o, i) is blended with `w_o * w_i`; w_i belongs to the filter that made input channel i. Images and
+    A weight (o, i) is blended with `w_o * w_i`; w_i is of the filter that made input channel i. Images and
     classes have no such filter: their factor is 1, so that the classifier's bias stays its own.
     """
     chain, classifier = _chain(network)

@@ -59,7 +59,7 @@ def entropies(weights: Sequence[Tensor], bins: int = 10) -> Tensor:
     counts = (_count_on_cpu if low.device.type == "cpu" else _count)(layers, low, high, bins)
     # The probabilities of a layer do not add up to 1, as published: the maximum counts, but is in no bin.
     sizes = torch.tensor([[values.numel()] for values in layers]).to(low.device, non_blocking=True)
-    return torch.where((high - low).isfinite(), torch.special.entr(counts.double() / sizes).sum(1), math.nan)
+    return torch.special.entr(counts / sizes.double()).sum(1).masked_fill(~(high - low).isfinite(), math.nan)
 
 
 def _flatten(weight: Tensor) -> Tensor:
