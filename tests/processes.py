@@ -160,7 +160,7 @@ class Run:
         return self.directory / (self.checkpoint_name.format(network % self.networks, epoch) + self.suffix)
 
     def log(self, network: int) -> str:
-        return (self.logs / f"{network}.log").read_text()
+        return _text(self.logs / f"{network}.log")
 
     def outcome(self, network: int) -> dict[str, Any]:
         """All that a network has left which must not depend on what it went through."""
