@@ -29,6 +29,9 @@ All networks of a run share its save directory DIR. --num says how many they are
 FLAG is passed on to grafting.py, which explains them all:
        python $(printf %q "$script") --help
 USAGE
+    [ "${folder##*/}" != grafting_imagenet ] || cat <<USAGE
+With --gpus-per-network G each network has G GPUs of its own, a process each under torchrun; without GPUs, G processes.
+USAGE
 }
 
 main() {
@@ -53,10 +56,12 @@ launch() {
     if has --i "$@"; then
         fail "grafting.sh starts all networks of a run: --i is for grafting.py alone" 2
     fi
+    take_ranks "$@"
+    set -- "${flags[@]}"
     environment "$root/requirements.txt"
     plan "$@"
     pending=" $("$python" "$root/common/manage.py" pending "$directory" "$num") "
-    if ! has --resume "$@"; then
+    if ! continues "$@"; then
         for ((i = 1; i <= num; i++)); do
             if [ -e "$directory/metrics$i.csv" ] || [[ $pending != *" $i "* ]]; then
                 fail "network $i runs or has run in $directory: continue it with --resume, or choose another directory (--s)"
@@ -69,7 +74,7 @@ launch() {
     mkdir -p -- "$directory"
     has --s "$@" || known+=(--s "$directory")
     has --num "$@" || known+=(--num "$num")
-    threads=$(share_of_cores "$num")
+    threads=$(share_of_cores $((num * ranks)))
     for i in $pending; do
         start "network $i" "$i" "$directory/$i.$suffix" "$threads" "${known[@]}" "$@" --i "$i"
     done
@@ -88,15 +93,39 @@ has() {
     return 1
 }
 
+# continues FLAG...: whether a run is to go on: --resume, or --resume auto; with a file's name it is a new one's start.
+continues() {
+    [[ " $* " =~ " --resume"([ =]auto)?" "(-|$) ]]
+}
+
+# take_ranks FLAG...: sets $ranks, how many processes, and GPUs, each network has, and $flags, those for grafting.py.
+ranks=1 flags=()
+take_ranks() {
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --gpus-per-network=*) ranks=${1#*=} ;;
+            --gpus-per-network)
+                ranks=${2-}
+                [ $# -lt 2 ] || shift ;;
+            *) flags+=("$1") ;;
+        esac
+        shift
+    done
+    [[ $ranks =~ ^[1-9][0-9]{0,3}$ ]] || fail "grafting.sh: --gpus-per-network: got '$ranks', expected a number of GPUs" 2
+}
+
 # plan FLAG...: has grafting.py check the flags, which ends here with its one line if one is wrong; sets $directory, $num
 # and $gpus, the number of GPUs to spread over (0: use the CPU), and their names in $devices.
 plan() {
     local lines i
-    lines=$("$python" "$script" "$@" --plan) || exit
+    lines=$(WORLD_SIZE=$ranks "$python" "$script" "$@" --plan) || exit
     { IFS= read -r directory; read -r num; read -r gpus; } <<<"$lines"
     IFS=, read -r -a devices <<<"${CUDA_VISIBLE_DEVICES-}"
     if [ ${#devices[@]} -eq 0 ]; then
         for ((i = 0; i < gpus; i++)); do devices+=("$i"); done
+    fi
+    if [ "$gpus" -gt 0 ] && [ "$ranks" -gt "$gpus" ]; then
+        fail "grafting.sh: --gpus-per-network: got $ranks, but this machine has $gpus" 2
     fi
 }
 
@@ -111,14 +140,20 @@ share_of_cores() {
 pids=() names=() logs=() sizes=() tails=()
 trap 'kill "${tails[@]}" 2>/dev/null || true' EXIT
 
-# start NAME K LOG THREADS FLAG...: starts a network on GPU (K-1) mod the number of GPUs, or on so many threads. It
-# outlives this script and its terminal; in a process group of its own, it does not hear Ctrl-C either.
+# start NAME K LOG THREADS FLAG...: starts a network on the K-th GPU, or $ranks GPUs, counted round and round, or on so
+# many threads. It outlives this script and its terminal; in a process group of its own, it does not hear Ctrl-C either.
 start() {
-    local variables=() command=("$python" "$script" "${@:5}")
+    local variables=() command=("$python" "$script" "${@:5}") own=() k
     if [ "$gpus" -gt 0 ]; then
-        variables=("CUDA_VISIBLE_DEVICES=${devices[$((($2 - 1) % gpus))]}")
+        for ((k = ($2 - 1) * ranks; k < $2 * ranks; k++)); do own+=("${devices[$((k % gpus))]}"); done
+        variables=("CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${own[*]}")")
     elif [ -z "${OMP_NUM_THREADS-}" ]; then
         variables=("OMP_NUM_THREADS=$4")
+    fi
+    if [ "$ranks" -gt 1 ]; then
+        # It would undo nohup; and, but for the two dashes, it would take --s for the start of a flag of its own.
+        variables+=("TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT")
+        command=("$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -- "$script" "${@:5}")
     fi
     printf '%s>>%q 2>&1 </dev/null &\n' "$(printf '%q ' "${variables[@]}" nohup "${command[@]}")" "$3" >&2
     sizes+=("$(stat -c %s -- "$3" 2>/dev/null || echo 0)")
