@@ -68,9 +68,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                        help="print the accuracy of --resume PATH or --pretrained on val/, and exit")  # fmt: skip
     flags.add_ring_flags(parser, None, "the run's folder under checkpoint/, shared by all its networks "
                          "(default: a name made of the settings)")  # fmt: skip
-    parser.add_argument("--resume", metavar="PATH",
-                        help="a checkpoint to start from, or the word auto: continue this network's run, if it has "
-                             "begun, from its newest good checkpoint")  # fmt: skip
+    parser.add_argument("--resume", metavar="PATH", nargs="?", const="auto",
+                        help="a checkpoint to start from, or the word auto, which may be left out: continue this "
+                             "network's run, if it has begun, from its newest good checkpoint")  # fmt: skip
     flags.add_machine_flags(parser)
     args = parser.parse_args(arguments)
     flags.check_common(parser, args)
