@@ -200,4 +200,4 @@ watch_the_start() {
     done
 }
 
-main "$@"
+main "$@"; exit  # on one line: bash would read on in a file that may have changed during a long run
