@@ -34,15 +34,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+from filter_grafting.errors import DataError
+
 SIZE = 32  # pixels; every source is brought to it
 PADDING = 4
 MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10, as published; used for every source
 STD = (0.2023, 0.1994, 0.2010)
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "data"
-
-
-class DataError(Exception):
-    """The images cannot be had; one sentence says what was given, what was expected, and what to do."""
 
 
 class Split(NamedTuple):
@@ -407,10 +405,9 @@ def _standard_folder(folder: Path, cifar: int) -> Path:
     if not any(name.startswith("cifar-") for name in os.listdir(folder)):
         stray = [f"{name}/" for name in ("test", "val") if (folder / name).is_dir()] or _stray_images(folder)
         if stray:
-            raise DataError(
-                f"{folder} has no train/ but has {stray[0]}: for class folders, put images into train/<class>/ "
-                f"and test/<class>/; for CIFAR-{cifar}, give an empty folder or the one that holds {files}/."
-            )
+            reason = f"{folder} has no train/ but has {stray[0]}"
+            wanted = f"for CIFAR-{cifar}, give an empty folder or the one that holds {files}/"
+            raise DataError(f"{reason}: put images into train/<class>/ and test/<class>/; {wanted}.")
     return folder
 
 

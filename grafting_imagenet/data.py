@@ -1,11 +1,11 @@
-"""The images: listed once; decoded, cropped and flipped as uint8 by worker processes; normalised on the device.
+"""The images: decoded, cropped and flipped as uint8 by worker processes, normalised on the device.
 
-    train, val, classes = load(Path("imagenet"))
+    train, val, classes = load("imagenet")
     batches = Batches(train, batch_size=256, device="cuda", train=True, workers=8)
     for images, labels in batches.epoch(seed=0): ...
 
-What an epoch holds follows from its seed alone: not from the number of workers, nor from the number of ranks that share
-the network's batches.
+What an epoch holds follows from its seed alone, not from the number of workers; nor, but for how it is dealt
+out, from the number of ranks that share the network's batches.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from filter_grafting.exchange import printable
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # deprecated since torchvision 0.29: in a release without it, Pillow decodes everything
+except ImportError:  # deprecated since torchvision 0.29; where it is gone, Pillow decodes everything
     decode_jpeg = None
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as the PyTorch example and torchvision's weights have them
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the PyTorch example; torchvision's weights expect them
 STD = (0.229, 0.224, 0.225)
 AREA = (0.08, 1.0)  # of a random crop, as a share of the image's
 LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))  # of its width to its height
@@ -66,49 +66,56 @@ class Files:
 def load(folder: str | Path) -> tuple[Files, Files, list[str]]:
     """The training images, the validation images and the names of the classes of a folder.
 
-    It holds train/<class>/* and val/<class>/* (or test/, where there is no val/): files with the suffix of an image, in
-    sub-folders too, and hidden ones not, as torchvision's ImageFolder takes them. None is opened yet.
+    It holds train/<class>/* and val/<class>/* (or test/, where there is no val/). Of these, files with the
+    suffix of an image count, in sub-folders too, and hidden ones do not. No file is opened yet.
 
     Raises:
-        DataError: if the folder is laid out in another way, or the classes of the two differ.
+        DataError: if the folder is laid out in another way, or the classes of the two splits differ.
     """
     folder = Path(os.path.abspath(os.path.expanduser(folder)))
-    if not folder.is_dir():
-        raise DataError(f"{printable(folder)} {'is not a folder' if folder.exists() else 'does not exist'}: give a folder "
-                        "that holds train/<class>/ and val/<class>/")  # fmt: skip
-    held_out = "test" if (folder / "test").is_dir() and not (folder / "val").is_dir() else "val"
     try:
+        if not folder.is_dir():
+            problem = "is not a folder" if folder.exists() else "does not exist"
+            raise DataError(
+                f"{printable(folder)} {problem}: give a folder that holds train/<class>/ and val/<class>/"
+            )
+        held_out = "test" if (folder / "test").is_dir() and not (folder / "val").is_dir() else "val"
         train, val = _list_classes(folder, "train"), _list_classes(folder, held_out)
     except OSError as error:
-        raise DataError(f"{printable(error.filename)} cannot be listed ({error.strerror}): check its permissions") from error
+        place, reason = printable(error.filename or folder), error.strerror or error
+        raise DataError(f"{place} cannot be looked into ({reason})") from error
     if train.keys() != val.keys():
         differences = [
-            f"only {name}/ has {_first_few(sorted(classes))}"
-            for name, classes in (("train", train.keys() - val.keys()), (held_out, val.keys() - train.keys()))
-            if classes
+            f"only {split}/ has {_first_few(sorted(names))}"
+            for split, names in (("train", train.keys() - val.keys()), (held_out, val.keys() - train.keys()))
+            if names
         ]
-        raise DataError(f"train/ and {held_out}/ of {printable(folder)} must have the same class folders, but "
-                        + " and ".join(differences))  # fmt: skip
+        raise DataError(
+            f"train/ and {held_out}/ of {printable(folder)} must have the same class folders, but "
+            + " and ".join(differences)
+        )
     return _files(train), _files(val), list(train)
 
 
 def _list_classes(folder: Path, split: str) -> dict[str, list[str]]:
     """The image files of each class, all in sorted order."""
-    place = folder / split
+    place, wanted = folder / split, f"put the images of each class into {split}/<class>/"
     if not place.is_dir():
-        raise DataError(f"{printable(folder)} has no folder {split}/: put the images of each class into {split}/<class>/")
+        raise DataError(f"{printable(folder)} has no folder {split}/: {wanted}")
     with os.scandir(place) as found:
         entries = [entry for entry in found if not entry.name.startswith(".")]
     names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
-        loose = any(entry.name.lower().endswith(SUFFIXES) for entry in entries)
-        raise DataError(f"{printable(place)} has {'images but ' if loose else ''}no class folders: put the images of each "
-                        f"class into {split}/<class>/")  # fmt: skip
-    with ThreadPoolExecutor(16) as pool:  # on a network's disk each folder takes its time
-        classes = dict(zip(names, pool.map(lambda name: sorted(_images(place / name)), names)))
+        images = "images but " if any(_is_image(entry) for entry in entries) else ""
+        raise DataError(f"{printable(place)} has {images}no class folders: {wanted}")
+    with ThreadPoolExecutor(16) as pool:  # on a network's disk every folder takes its time
+        listed = pool.map(lambda name: sorted(_images(place / name)), names)
+        classes = dict(zip(names, listed, strict=True))
     for name, images in classes.items():
         if not images:
-            raise DataError(f"{printable(place / name)} has no image: put some there, or remove this class from every split")
+            raise DataError(
+                f"{printable(place / name)} has no image: put some there, or remove this class everywhere"
+            )
     return classes
 
 
@@ -119,8 +126,12 @@ def _images(folder: str | Path) -> Iterator[str]:
                 continue
             if entry.is_dir():
                 yield from _images(entry.path)
-            elif entry.name.lower().endswith(SUFFIXES):
+            elif _is_image(entry):
                 yield entry.path
+
+
+def _is_image(entry: os.DirEntry) -> bool:
+    return entry.name.lower().endswith(SUFFIXES)
 
 
 def _files(classes: dict[str, list[str]]) -> Files:
@@ -130,18 +141,19 @@ def _files(classes: dict[str, list[str]]) -> Files:
 
 
 def _first_few(names: Sequence[str], most: int = 3) -> str:
-    return printable(", ".join(names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return printable(", ".join(names[:most])) + more
 
 
 # Images
 
 
 def read_image(path: str) -> Tensor:
-    """The image in a file, whatever its suffix says: uint8 (3, h, w).
+    """The image in a file, whatever its suffix: uint8 (3, h, w).
 
-    Pixels are those of the usual pipeline, ImageFolder over Pillow: grey becomes RGB, transparency is dropped, the
-    orientation in EXIF is not applied, of an animation the first frame is taken. 16-bit grey is scaled to 8 bits,
-    where Pillow would clip it.
+    The pixels are those of torchvision's ImageFolder: grey and CMYK become RGB, transparency is dropped, of
+    an animation the first frame counts, and the orientation in EXIF is not applied. One thing differs: 16-bit
+    grey is scaled to 8 bits, where it would be clipped to white.
 
     Raises:
         DataError: if the file cannot be read as an image; the sentence names it.
@@ -157,18 +169,18 @@ def _read(path: str) -> Tensor:
 
 
 def _decode(data: Tensor, path: str) -> Tensor:
-    if decode_jpeg is not None and _is_jpeg(data):
-        with suppress(RuntimeError):  # what it refuses may still be something for Pillow, which also says what is wrong
-            return decode_jpeg(data, ImageReadMode.RGB)
     if not len(data):
         raise _unreadable(path, "it is empty")
+    if decode_jpeg is not None and _is_jpeg(data):
+        with suppress(RuntimeError):  # Pillow has the last word, and better words for what is wrong
+            return decode_jpeg(data, ImageReadMode.RGB)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, of large images
             with Image.open(io.BytesIO(data.numpy())) as image:
                 return torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1)
     except UnidentifiedImageError as error:
-        raise _unreadable(path, "its contents are no image, or damaged from the start") from error
+        raise _unreadable(path, "its contents are of no known format, or damaged from the start") from error
     except Exception as error:  # Pillow's decoders answer a broken file with nearly every exception there is
         raise _unreadable(path, error) from error
 
@@ -182,8 +194,6 @@ def _rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image)
         grey = grey >> 8 if "16" in image.mode or grey.max() > 255 else grey
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:  # of a palette, which convert() drops only from RGBA without a warning
-        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
@@ -194,8 +204,9 @@ def _unreadable(path: str, reason: object) -> DataError:
 def random_window(height: int, width: int, draw: random.Random) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random crop, distributed as that of torchvision's RandomResizedCrop.
 
-    Its area is uniform in 8 to 100 % of the image's, its ratio of width to height log-uniform in 3/4 to 4/3. After ten
-    windows that do not fit into the image it is the largest central one of a ratio within these bounds.
+    Its area is uniform in 8 to 100 % of the image's, its ratio of width to height log-uniform in 3/4 to 4/3.
+    If ten such windows do not fit into the image, it is the largest central one whose ratio is within these
+    bounds.
     """
     for _ in range(10):
         area = height * width * draw.uniform(*AREA)
@@ -208,7 +219,7 @@ def random_window(height: int, width: int, draw: random.Random) -> tuple[int, in
 
 
 def augment(image: Tensor, size: int, draw: random.Random) -> Tensor:
-    """A random crop, resized, mirrored or not: uint8 (3, h, w) to (3, size, size). All that is random comes from draw."""
+    """A random crop, resized, and mirrored or not: uint8 (3, h, w) to (3, size, size)."""
     top, left, height, width = random_window(*image.shape[-2:], draw)
     image = _resize(image[:, top : top + height, left : left + width], size, size)
     return image.flip(-1) if draw.random() < 0.5 else image
@@ -216,36 +227,43 @@ def augment(image: Tensor, size: int, draw: random.Random) -> Tensor:
 
 def central(image: Tensor, size: int, resize: int) -> Tensor:
     """The shorter side resized to `resize`, then the centre cut out: uint8 (3, h, w) to (3, size, size)."""
-    height, width = image.shape[-2:]
-    shorter = min(height, width)
-    height, width = resize * height // shorter, resize * width // shorter
+    shorter = min(image.shape[-2:])
+    height, width = (resize * side // shorter for side in image.shape[-2:])
     top, left = round((height - size) / 2), round((width - size) / 2)
     return _resize(image, height, width)[:, top : top + size, left : left + size]
 
 
 def _resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear, antialiased."""
-    if image.is_cuda:
-        resized = F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True)
+    """Bilinear, antialiased; in channels_last memory format, as the decoders give it."""
+    # A window of an image is in no memory format at all, which would double the time.
+    image = image[None].contiguous(memory_format=torch.channels_last)
+    if image.is_cuda:  # where it knows no integers
+        resized = F.interpolate(image.float(), (height, width), mode="bilinear", antialias=True)
         return resized.round_().to(torch.uint8)[0]
-    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]  # in Pillow's integer arithmetic
+    return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0]  # in integers, as Pillow
 
 
 def normalise(images: Tensor) -> Tensor:
-    """(images / 255 - mean) / std per channel: uint8 (n, h, w, 3) to float32 (n, 3, h, w) in channels_last format."""
+    """(images / 255 - mean) / std: uint8 (n, h, w, 3) to float32 (n, 3, h, w) in channels_last memory
+    format."""
     n, height, width, _ = images.shape
     scale, shift = _scale_and_shift(width, images.device)
-    return images.reshape(n, height, -1).float().mul_(scale).add_(shift).view(images.shape).permute(0, 3, 1, 2)
+    rows = images.reshape(n, height, 3 * width)
+    return rows.float().mul_(scale).add_(shift).view(images.shape).permute(0, 3, 1, 2)
 
 
 @functools.lru_cache
 def _scale_and_shift(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    # Repeated for a row of pixels: on the CPU, rows are several times faster than three channels at a time.
+    # For a whole row of pixels: on the CPU that is several times faster than three channels at a time.
     mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
     return tuple(x.float().repeat(width).to(device) for x in (1 / (255 * std), -mean / std))
 
 
 # Batches
+
+
+def _say(sentence: str) -> None:
+    print(sentence, flush=True)
 
 
 class Batches:
@@ -255,15 +273,15 @@ class Batches:
         batch_size: of a batch in total, over all ranks; each has an equal part.
         train: shuffled, cropped and flipped at random; otherwise in order, the centre of each image.
         image_size: height and width of what comes out, in pixels.
-        resize: the shorter side of a validation image before its centre is cut out; image_size * 256 / 224 if None.
+        resize: shorter side of a validation image before its centre is cut out; None: image_size * 256 / 224.
         workers: processes that decode; 0 decodes in this one.
         decode: "cpu", or "gpu": nvJPEG decodes, threads read the files. Its pixels differ by a few levels.
-        skip_bad: files that cannot be read are named once (to `say`) and counted in `bad`, instead of ending the epoch.
-            In training the next image of the epoch's order takes the place of such a one, so that batches and ranks keep
-            their sizes; in validation it is left out.
-        rank, world_size: of the processes that train the same network. In training the last batch is cut to a multiple of
-            world_size, so that all ranks have equally many images in every step; in validation every image comes once,
-            on one of the ranks, and a rank may have a batch less than another, or none.
+        skip_bad: what cannot be read is named once (to `say`) and counted in `bad`, instead of ending the
+            epoch. In training, the image that follows in the epoch's order takes its place, so that batches
+            keep their sizes, and all ranks the same; in validation it is left out.
+        rank, world_size: of the processes that train this network. In training the last batch is cut to a
+            multiple of world_size, so that all ranks have equally many images in every step. In validation
+            every image comes once, on one of the ranks; a rank may have a batch less than another, or none.
 
     Raises:
         DataError: if these do not go together.
@@ -283,91 +301,89 @@ class Batches:
         skip_bad: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        say: Callable[[str], None] = functools.partial(print, flush=True),
+        say: Callable[[str], None] = _say,
     ) -> None:
         resize = resize or image_size * 256 // 224
         if batch_size % world_size:
-            raise DataError(f"a batch of {batch_size} images cannot be shared equally by {world_size} processes: give a "
-                            f"batch size that is a multiple of {world_size}")  # fmt: skip
+            raise DataError(
+                f"a batch of {batch_size} images cannot be shared equally by {world_size} processes: give a "
+                f"batch size that is a multiple of {world_size}"
+            )
         if train and len(files) < world_size:
-            raise DataError(f"there are fewer training images ({len(files)}) than processes that share them ({world_size})")
+            raise DataError(f"{len(files)} training images cannot be shared by {world_size} processes")
         if resize < image_size:
-            raise DataError(f"images resized to {resize} pixels have no centre of {image_size}: resize to {image_size} or more")
+            raise DataError(f"images resized to {resize} pixels have no centre of {image_size} pixels")
         self.files = files
         self.device = torch.device(device)
         self.train = train
         self.samples = len(files)  # over all ranks
         self.batch_size = batch_size // world_size  # of this rank
-        self.rank, self.world_size = rank, world_size
         self.skip_bad, self.say = skip_bad, say
         self.bad: dict[str, str] = {}  # what cannot be read: path, sentence
+        # The places in the epoch's order of this rank's images. Part k of them is this rank's part of batch
+        # k.
+        end = self.samples - self.samples % world_size if train else self.samples
+        self._places = torch.arange(rank, max(rank, end), world_size)
         self._prepare = Prepare(train, image_size, resize)
-        slot = (self.batch_size, image_size, image_size, 3)
+        shape = (self.batch_size, image_size, image_size, 3)
         if decode == "gpu":
-            _check_nvjpeg(self.device)
-            self._loader = _GPU(self._prepare, slot, self.device, workers)
+            self._loader = _GPU(self._prepare, shape, self.device, workers)
         elif workers:
-            self._loader = _Workers(self._prepare, slot, workers)
+            self._loader = _Workers(self._prepare, shape, workers)
         else:
-            self._loader = _InProcess(self._prepare, slot)
+            self._loader = _InProcess(self._prepare, shape)
 
     def __len__(self) -> int:
-        """Batches per epoch of this rank."""
-        return -(-len(self._positions()) // self.batch_size)
-
-    def _positions(self) -> Tensor:
-        """The places in the epoch's order of this rank's images: batch after batch, every world_size-th of each."""
-        end = self.samples - self.samples % self.world_size if self.train else self.samples
-        return torch.arange(self.rank, end, self.world_size)
+        """Batches per epoch, of this rank."""
+        return -(-len(self._places) // self.batch_size)
 
     def epoch(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields normalised images, float32 (b, 3, s, s) in channels_last memory format, and their labels (b,).
+        """Yields images, normalised, float32 (b, 3, s, s) in channels_last memory format, and labels (b,).
 
-        Everything random about an image is a function of the seed and its place in the epoch's order. Without train
-        there is nothing random, and seed is not used.
+        All that is random about an image is a function of the seed and of its place in the epoch's order.
+        Without `train` there is nothing random, and seed is not used.
 
         Raises:
-            DataError: that names the first file that cannot be read; or, with skip_bad, if these are no longer few.
+            DataError: if a file cannot be read, which it names; with skip_bad, if these are no longer few.
         """
         order = torch.arange(self.samples)
         if self.train:
             order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(seed))
         self._loader.reset()
         started = deque()
-        for positions in self._positions().split(self.batch_size):
+        for places in self._places.split(self.batch_size)[: len(self)]:  # no places would be one empty batch
             items = [
-                Item(self.files.paths[row], f"{seed}/{position}")
-                for row, position in zip(order[positions].tolist(), positions.tolist())
+                Item(self.files.paths[row], f"{seed}/{place}")
+                for row, place in zip(order[places].tolist(), places.tolist(), strict=True)
             ]
             self._loader.start(items)
-            started.append((positions, items))
+            started.append((places, items))
             if len(started) > self._loader.ahead:
                 yield from self._finish(order, *started.popleft())
         while started:
             yield from self._finish(order, *started.popleft())
 
-    def _finish(self, order: Tensor, positions: Tensor, items: list[Item]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _finish(self, order: Tensor, places: Tensor, items: list[Item]) -> Iterator[tuple[Tensor, Tensor]]:
         images, errors = self._loader.finish()
-        labels = self.files.labels[order[positions]]
-        kept = [row for row in range(len(items)) if row not in errors]
+        labels = self.files.labels[order[places]]
         for row in sorted(errors):
             self._note_bad(items[row].path, errors[row])
             if self.train:
-                replacement, image = self._replacement(order, int(positions[row]), items[row].draw)
+                replacement, image = self._replacement(order, int(places[row]), items[row].draw)
                 images[row].copy_(image.permute(1, 2, 0))
                 labels[row] = self.files.labels[replacement]
         if errors and not self.train:
-            images, labels = images[kept], labels[kept]
-        if self.device.type == "cuda":  # pinned, so that the host need not wait for the copies
+            good = [row for row in range(len(items)) if row not in errors]
+            images, labels = images[good], labels[good]
+        if self.device.type == "cuda":  # from pinned memory, so that the host need not wait for the copies
             images = images if images.is_cuda else images.pin_memory().to(self.device, non_blocking=True)
             labels = labels.pin_memory().to(self.device, non_blocking=True)
         if len(labels):
             yield normalise(images), labels
 
-    def _replacement(self, order: Tensor, position: int, draw: str) -> tuple[int, Tensor]:
-        """(its row, the image) of the next image that can be read: the same on whatever rank, by whatever worker."""
-        for step in range(1, self.samples):
-            row = int(order[(position + step) % self.samples])
+    def _replacement(self, order: Tensor, place: int, draw: str) -> tuple[int, Tensor]:
+        """(its row, the image) of the next one in the order that can be read: whoever asks gets the same."""
+        for row in order.roll(-place)[1:].tolist():
             path = self.files.paths[row]
             if path not in self.bad:
                 try:
@@ -384,12 +400,14 @@ class Batches:
         self.bad[path] = sentence
         self.say(f"left out, {len(self.bad)} so far: {sentence}")
         if len(self.bad) > max(10, self.samples // 10) or len(self.bad) == self.samples:
-            raise DataError(f"{len(self.bad)} of {self.samples} images cannot be read, too many to leave out: is their disk "
-                            "all right?")  # fmt: skip
+            raise DataError(
+                f"{len(self.bad)} of {self.samples} images cannot be read, too many to leave out: is their "
+                f"disk all right? The last: {sentence}"
+            )
 
 
-# Loaders: each is given the images of a batch (start) and later hands them out (finish), in the same order, and lets the
-# batches go that nobody has asked for (reset). Up to `ahead` batches are worth starting before the first is finished.
+# Loaders: each is told which images the next batch has (start), and later gives out the batches in that order
+# (finish), or forgets them (reset). `ahead` batches are worth starting before the first is asked for.
 
 
 class Item(NamedTuple):
@@ -398,7 +416,7 @@ class Item(NamedTuple):
 
 
 class Prepare(NamedTuple):
-    """An image as it was read to what the network sees of it: uint8 (3, h, w) to (3, size, size)."""
+    """Makes of an image as it was read what the network sees of it: of uint8 (3, h, w), (3, size, size)."""
 
     train: bool
     size: int
@@ -406,12 +424,14 @@ class Prepare(NamedTuple):
 
     def __call__(self, image: Tensor, draw: str) -> Tensor:
         if self.train:
-            # Seeded with a text, which is hashed: neighbouring seeds and positions have nothing in common.
+            # Seeded with a text, which Python hashes: the draws of neighbouring seeds and places are
+            # unrelated.
             return augment(image, self.size, random.Random(draw))
         return central(image, self.size, self.resize)
 
 
-Finished = tuple[Tensor, dict[int, str]]  # uint8 (b, s, s, 3), valid until the next start(); by row, why it is not there
+# uint8 (b, s, s, 3), valid until the next start; by row, what is wrong with the files that could not be read
+Batch = tuple[Tensor, dict[int, str]]
 
 
 def _fill(images: Tensor, items: list[Item], prepare: Prepare, first: int = 0) -> dict[int, str]:
@@ -427,9 +447,10 @@ def _fill(images: Tensor, items: list[Item], prepare: Prepare, first: int = 0) -
 class _InProcess:
     ahead = 0
 
-    def __init__(self, prepare: Prepare, slot: tuple[int, ...]) -> None:
+    def __init__(self, prepare: Prepare, shape: tuple[int, ...]) -> None:
         self.prepare = prepare
-        self.images = torch.empty(slot, dtype=torch.uint8)
+        self.images = torch.empty(shape, dtype=torch.uint8)
+        self.items: list[Item] = []
 
     def reset(self) -> None:
         pass
@@ -437,83 +458,84 @@ class _InProcess:
     def start(self, items: list[Item]) -> None:
         self.items = items
 
-    def finish(self) -> Finished:
+    def finish(self) -> Batch:
         return self.images[: len(self.items)], _fill(self.images, self.items, self.prepare)
 
 
 class _Workers:
-    """Processes that share each batch, and write their parts of it straight into shared memory.
+    """Processes that share every batch, and write their parts of it straight into shared memory.
 
-    A DataLoader would send every batch through new shared memory, and its workers would die of a SIGTERM or Ctrl-C that
-    goes to the whole process group, under a main process that means to finish its batch. Here
-    - a worker's only tie is the pipe to its main process, whose end, however it comes, ends the worker;
-    - workers come from a fork server: they inherit none of the main process's threads, locks, sockets and CUDA memory
-      (the ranks of a network learn of the death of one by its closed sockets);
-    - SIGINT and SIGTERM are blocked in them.
+    A DataLoader would lose its workers to a SIGTERM or Ctrl-C for the whole process group, while the main
+    process means to finish its batch; and it makes new shared memory for every batch. Here
+    - SIGINT and SIGTERM are blocked in workers, and a worker ends with its pipe: when the main process lets
+      it go, or is no more, however it ended;
+    - workers come from a fork server, and inherit no threads, locks, CUDA memory or sockets of the main
+      process (by closed sockets the other ranks know that it died).
     """
 
     ahead = 2
 
-    def __init__(self, prepare: Prepare, slot: tuple[int, ...], count: int) -> None:
-        self.prepare, self.shape, self.count = prepare, slot, min(count, slot[0])
-        self.connections: list[Connection] = []
+    def __init__(self, prepare: Prepare, shape: tuple[int, ...], workers: int) -> None:
+        self.prepare, self.shape, self.workers = prepare, shape, min(workers, shape[0])
+        self.slots: Tensor | None = None  # (ahead + 1, b, s, s, 3): batch k goes into slot k mod (ahead + 1)
+        self.pipes: list[Connection] = []
         self.started = 0  # batches
-        self.waiting: deque[tuple[int, int]] = deque()  # of those not yet finished: images, workers that share them
-        _start_fork_server()  # it imports torch while this process goes on
+        self.waiting: deque[tuple[int, int, int]] = deque()  # of those not finished: k, images, workers at it
+        with _explaining("cannot be started"):
+            _start_fork_server()  # imports torch while this process goes on
+        # At exit multiprocessing joins its processes: the pipes are closed before that, which ends them.
+        util.Finalize(self, _close, (self.pipes,), exitpriority=0)
 
     def reset(self) -> None:
-        if not self.connections:
-            self._start_workers()
-        while self.waiting:
-            self.finish()
+        if self.waiting or len(self.pipes) < self.workers:  # an epoch was broken off: they may be at anything
+            _close(self.pipes)
+            self.waiting.clear()
+            with _explaining("cannot be started"):
+                self._start_workers()
 
     def _start_workers(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        try:
-            self.slots = torch.empty((self.ahead + 1, *self.shape), dtype=torch.uint8).share_memory_()
-            for _ in range(self.count):
-                ours, theirs = context.Pipe()
-                worker = context.Process(target=_work, args=(theirs, self.slots, self.prepare), name="loader", daemon=True)
-                worker.start()
-                theirs.close()
-                self.connections.append(ours)
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"the {self.count} loading processes cannot be started ({error}): fewer --workers, or a smaller "
-                            "batch, need less") from error  # fmt: skip
-        # At exit this comes before multiprocessing waits for its processes, which would wait for us.
-        util.Finalize(self, _close, (self.connections,), exitpriority=0)
+        self.slots = torch.empty((self.ahead + 1, *self.shape), dtype=torch.uint8).share_memory_()
+        for _ in range(self.workers):
+            ours, theirs = context.Pipe()
+            self.pipes.append(ours)
+            context.Process(target=_work, args=(theirs, self.slots, self.prepare), daemon=True).start()
+            theirs.close()
 
     def start(self, items: list[Item]) -> None:
-        share = -(-len(items) // self.count)
+        share = -(-len(items) // self.workers)
         shares = [(first, items[first : first + share]) for first in range(0, len(items), share)]
-        with _explaining_lost_workers():
-            for connection, (first, part) in zip(self.connections, shares):
-                connection.send((self.started % len(self.slots), first, part))
+        self.waiting.append((self.started, len(items), len(shares)))
+        with _explaining("have ended before their time"):
+            for pipe, (first, part) in zip(self.pipes, shares, strict=False):  # a small batch needs fewer
+                pipe.send((self.started % len(self.slots), first, part))
         self.started += 1
-        self.waiting.append((len(items), len(shares)))
 
-    def finish(self) -> Finished:
-        length, shares = self.waiting.popleft()
+    def finish(self) -> Batch:
+        k, length, shares = self.waiting[0]
         errors = {}
-        with _explaining_lost_workers():
-            for connection in self.connections[:shares]:
-                errors |= connection.recv()
-        slot = (self.started - len(self.waiting) - 1) % len(self.slots)
-        return self.slots[slot, :length], errors
+        with _explaining("have ended before their time"):
+            for pipe in self.pipes[:shares]:
+                errors |= pipe.recv()
+        self.waiting.popleft()
+        return self.slots[k % len(self.slots), :length], errors
 
 
 @contextmanager
-def _explaining_lost_workers() -> Iterator[None]:
+def _explaining(what: str) -> Iterator[None]:
     try:
         yield
-    except (EOFError, ConnectionError) as error:
-        raise DataError("a process that loads images has ended; its last words, if it had any, stand above. If it was killed, "
-                        "memory may have run out: fewer --workers need less") from error  # fmt: skip
+    except (EOFError, OSError, RuntimeError) as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(
+            f"the processes that load images {what} ({printable(reason)}): if memory is short, on the "
+            "machine or in /dev/shm, fewer --workers or a smaller batch help"
+        ) from error
 
 
 def _start_fork_server() -> None:
-    # Signals that are blocked now stay so in the server, and in the workers that it forks, from their first moment.
-    resource_tracker.ensure_running()  # the server would start it, and that would unblock them
+    # What is blocked here stays so in the server and in the workers that it forks, from their first moment.
+    resource_tracker.ensure_running()  # if the server had to start it, that would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         forkserver.set_forkserver_preload(["torchvision", "PIL.Image"])
@@ -522,27 +544,28 @@ def _start_fork_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(connection: Connection, slots: Tensor, prepare: Prepare) -> None:
+def _work(pipe: Connection, slots: Tensor, prepare: Prepare) -> None:
     torch.set_num_threads(1)
-    with suppress(EOFError, ConnectionError):  # the main process has ended, or lets its workers go
+    with suppress(EOFError, ConnectionError):  # nobody is at the other end any more
         while True:
-            slot, first, items = connection.recv()
-            connection.send(_fill(slots[slot], items, prepare, first))
+            slot, first, items = pipe.recv()
+            pipe.send(_fill(slots[slot], items, prepare, first))
 
 
-def _close(connections: list[Connection]) -> None:
-    for connection in connections:
-        connection.close()
+def _close(pipes: list[Connection]) -> None:
+    while pipes:
+        pipes.pop().close()
 
 
 class _GPU:
-    """nvJPEG decodes whole batches; files are read ahead by threads. What is no JPEG is decoded on the CPU."""
+    """nvJPEG decodes a batch at once; threads read the files ahead. What is no JPEG is decoded on the CPU."""
 
     ahead = 2
 
-    def __init__(self, prepare: Prepare, slot: tuple[int, ...], device: torch.device, threads: int) -> None:
-        self.prepare, self.shape, self.device = prepare, slot, device
-        self.threads = ThreadPoolExecutor(max(1, threads), thread_name_prefix="read")
+    def __init__(self, prepare: Prepare, shape: tuple[int, ...], device: torch.device, workers: int) -> None:
+        _check_nvjpeg(device)
+        self.prepare, self.shape, self.device = prepare, shape, device
+        self.threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="read")
         self.waiting: deque[tuple[list[Item], list[Future[Tensor]]]] = deque()
 
     def reset(self) -> None:
@@ -551,41 +574,51 @@ class _GPU:
     def start(self, items: list[Item]) -> None:
         self.waiting.append((items, [self.threads.submit(_read, item.path) for item in items]))
 
-    def finish(self) -> Finished:
-        items, reads = self.waiting.popleft()
-        images = torch.zeros((len(items), *self.shape[1:]), dtype=torch.uint8, device=self.device)
-        data, errors = {}, {}
-        for row, read in enumerate(reads):
-            try:
-                data[row] = read.result()
-            except DataError as error:
-                errors[row] = str(error)
-        decoded: dict[int, Tensor | Future[Tensor]] = {}
-        jpegs = [row for row in data if _is_jpeg(data[row])]
-        # It decodes all or nothing, and does not say which was not to its taste (CMYK, damage): the CPU tries them all.
-        with suppress(RuntimeError):
-            if jpegs:
-                decoded.update(zip(jpegs, decode_jpeg([data[row] for row in jpegs], ImageReadMode.RGB, self.device)))
-        for row in data.keys() - decoded.keys():
-            decoded[row] = self.threads.submit(_decode, data[row], items[row].path)
-        for row, image in decoded.items():
-            try:
-                image = image if isinstance(image, Tensor) else image.result().to(self.device)
-            except DataError as error:
-                errors[row] = str(error)
-            else:
-                images[row].copy_(self.prepare(image, items[row].draw).permute(1, 2, 0))
-        return images, errors
+    def finish(self) -> Batch:
+        items, reading = self.waiting.popleft()
+        files, errors = _results(dict(enumerate(reading)))
+        jpegs = [row for row, data in files.items() if _is_jpeg(data)]
+        decoded = dict(zip(jpegs, self._decode_jpegs([files[row] for row in jpegs]), strict=False))
+        rest = {row: (files[row], items[row].path) for row in files.keys() - decoded.keys()}
+        others, more_errors = _results(
+            {row: self.threads.submit(_decode, *file) for row, file in rest.items()}
+        )
+        images = torch.empty((len(items), *self.shape[1:]), dtype=torch.uint8, device=self.device)
+        for row, image in (decoded | others).items():
+            images[row].copy_(self.prepare(image.to(self.device), items[row].draw).permute(1, 2, 0))
+        return images, errors | more_errors
+
+    def _decode_jpegs(self, files: list[Tensor]) -> list[Tensor]:
+        """All or none: nvJPEG stops at the first that it refuses (CMYK, damaged), and does not say which."""
+        try:
+            return decode_jpeg(files, ImageReadMode.RGB, self.device) if files else []
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return []
+
+
+def _results(futures: dict[int, Future[Tensor]]) -> tuple[dict[int, Tensor], dict[int, str]]:
+    """By row, what could be had, and why the others could not."""
+    results, errors = {}, {}
+    for row, future in futures.items():
+        try:
+            results[row] = future.result()
+        except DataError as error:
+            errors[row] = str(error)
+    return results, errors
 
 
 def _check_nvjpeg(device: torch.device) -> None:
     if device.type != "cuda":
-        raise DataError(f"--decode gpu needs CUDA, and the network trains on {device}: leave it out there")
+        raise DataError(f"--decode gpu needs a network that trains on CUDA, and this one trains on {device}")
+    if decode_jpeg is None:
+        raise DataError("--decode gpu needs a torchvision that still has decoders: an older one")
+    jpeg = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
     try:
-        if decode_jpeg is None:
-            raise RuntimeError("it has no JPEG decoder any more")
-        jpeg = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
-        decode_jpeg([torch.frombuffer(bytearray(jpeg.getvalue()), dtype=torch.uint8)], ImageReadMode.RGB, device)
+        decode_jpeg([torch.frombuffer(jpeg.getbuffer(), dtype=torch.uint8)], ImageReadMode.RGB, device)
     except RuntimeError as error:
-        raise DataError(f"--decode gpu needs torchvision's nvJPEG decoder, which does not work here ({error})") from error
+        raise DataError(
+            f"--decode gpu: torchvision cannot decode on {device} ({printable(error)})"
+        ) from error
