@@ -1,4 +1,4 @@
-"""The CIFAR models: their names, sizes and state dicts are a wire format; their outputs are computed again."""
+"""The CIFAR models: names, sizes and state dicts are a wire format; the outputs are computed again here."""
 
 import math
 import subprocess
