@@ -16,8 +16,8 @@ def make_run(tmp_path, images) -> Iterator[Callable[..., Run]]:
     """Makes runs of real processes, none of which outlives the test."""
     runs = []
 
-    def make(networks: int = 2, epochs: int = 3, *flags: str, directory=None) -> Run:
-        runs.append(Run(directory or tmp_path / f"run{len(runs)}", images, networks, epochs, flags))
+    def make(networks: int = 2, epochs: int = 3, *flags: str, directory=None, data=images, logs=None) -> Run:
+        runs.append(Run(directory or tmp_path / f"run{len(runs)}", data, networks, epochs, flags, logs))
         return runs[-1]
 
     yield make

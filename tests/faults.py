@@ -7,6 +7,7 @@ A moment is an event, named by a regular expression, and how often it must have 
 import builtins
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -50,9 +51,12 @@ def become_nobody() -> None:
 
 
 def limit_file_size(size: int) -> None:
-    import resource
-
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def _limit_growth(path: str, size: int) -> None:
+    """From now on no file can be longer than this one is, and a few bytes."""
+    limit_file_size(os.path.getsize(path) + size)
 
 
 def _fill(path: str) -> None:
@@ -77,11 +81,10 @@ def _kill() -> None:
 ACTIONS: dict[str, Callable[..., Any]] = {
     "kill": _kill,
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
-    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "fill": _fill,
+    "limit": _limit_growth,
     "remove": shutil.rmtree,
     "truncate": _truncate,
-    "forbid": lambda path: os.chmod(path, 0o555),
     "sleep": time.sleep,
 }
 

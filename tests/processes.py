@@ -64,10 +64,12 @@ NURSERY = _Nursery()
 class Process:
     """A started script; `status` is its exit status once it has ended (negative: the signal that ended it)."""
 
-    def __init__(self, script: Path, arguments: list[str], log: Path, append: bool = True, plan: list | None = None):
+    def __init__(
+        self, script: Path, arguments: list[str], log: Path, output: str = "", append: bool = True, plan: list | None = None
+    ):
         self.log, self.errors, self.status = log, log.with_name(f"{log.name}.errors"), None
-        names = {"log": str(log), "append": append, "errors": str(self.errors), "plan": plan or []}
-        self.pid = NURSERY.ask({"start": {"script": str(script), "arguments": arguments, **names}})
+        files = {"log": output or str(log), "append": append, "errors": str(self.errors)}
+        self.pid = NURSERY.ask({"start": {"script": str(script), "arguments": arguments, **files, "plan": plan or []}})
 
     def poll(self) -> int | None:
         if self.status is None:
@@ -112,21 +114,25 @@ class Run:
 
     checkpoint_name, suffix = "ckpt{}_{}", ".t7"
 
-    def __init__(self, directory: Path, data: Path, networks: int = 2, epochs: int = 3, flags: tuple = ()):
+    def __init__(
+        self, directory: Path, data: Path, networks: int = 2, epochs: int = 3, flags: tuple = (), logs: Path | None = None
+    ):
         self.directory, self.networks, self.epochs = directory, networks, epochs
         self.flags = ["--data", str(data), "--model", "resnet20", "--batch_size", "16", "--device", "cpu", *flags]
-        self.logs = directory.parent / f"{directory.name}-logs"
-        self.logs.mkdir(parents=True)
+        self.logs = logs or directory.parent / f"{directory.name}-logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
         self.started: list[Process] = []
 
     def arguments(self, network: int, *flags: str) -> list[str]:
         ring = ["--s", str(self.directory), "--num", str(self.networks), "--epochs", str(self.epochs)]
         return [*ring, "--i", str(network), *self.flags, *flags]
 
-    def start(self, network: int, *flags: str, append: bool = True, plan: list | None = None) -> Process:
+    def start(
+        self, network: int, *flags: str, log: str = "", append: bool = True, plan: list | None = None
+    ) -> Process:
         """Starts one network; plan: faults that are to strike it, see faults.py."""
-        log = self.logs / f"{network}.log"
-        process = Process(CIFAR, self.arguments(network, *map(str, flags)), log, append, plan)
+        path = self.logs / f"{network}.log"
+        process = Process(CIFAR, self.arguments(network, *flags), path, log or str(path), append, plan)
         self.started.append(process)
         return process
 
@@ -174,6 +180,7 @@ class Run:
         }
         for contents in checkpoints.values():
             contents.pop("run", None)  # the random name of the run
+            contents["settings"].pop("epochs")  # may have been raised since it was written
             contents["metrics"] = _timeless(contents.get("metrics", {}))
         tables = {
             name: [_timeless(row) for row in read_table(self.directory / f"{name}{network}.csv")]
