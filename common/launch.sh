@@ -79,9 +79,13 @@ launch() {
         start "network $i" "$i" "$directory/$i.$suffix" "$threads" "${known[@]}" "$@" --i "$i"
     done
     say "logs: $directory/*.$suffix"
+    say_how
+    if [ -t 1 ]; then follow; else watch_the_start; fi
+}
+
+say_how() {
     say "see them: $(printf %q "$folder/grafting.sh") status $(printf %q "$directory")"
     say "end them: $(printf %q "$folder/grafting.sh") stop $(printf %q "$directory")"
-    if [ -t 1 ]; then follow; else watch_the_start; fi
 }
 
 # has NAME FLAG...: whether NAME is among the flags.
@@ -166,7 +170,7 @@ start() {
 # follow: shows what is written to the logs until the networks have ended; Ctrl-C ends the following alone.
 follow() {
     local k status=0 result
-    trap 'say; say "no longer following; the training goes on"; exit 130' INT
+    trap 'say; say "no longer following; the training goes on"; say_how; exit 130' INT
     say "following the logs; Ctrl-C ends that, not the training"
     for k in "${!pids[@]}"; do
         tail -c +$((sizes[k] + 1)) -f -- "${logs[k]}" &
