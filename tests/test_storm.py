@@ -1,0 +1,93 @@
+"""Networks that are killed again and again, and networks that run for long."""
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import CIFAR, DEADLINE, assert_same_runs, environment, read_table, until
+
+
+def storm(run, kills: int, seed: int) -> int:
+    """Kills random networks at random moments, spread over the whole run, and continues each; returns how many."""
+    schedule = random.Random(seed)
+    processes = {network: run.start(network) for network in range(1, run.networks + 1)}
+    total, struck = run.networks * (run.epochs - 1), 0
+
+    def progress() -> int:
+        return sum(run.status(network).get("epoch") or 0 for network in processes)
+
+    for moment in sorted(schedule.uniform(0, 0.95 * total) for _ in range(kills)):
+        until(lambda moment=moment: progress() >= int(moment), 5 * DEADLINE, lambda: f"epoch {moment}: {outputs(processes)}")
+        time.sleep(schedule.uniform(0, 0.3))
+        alive = [network for network, process in processes.items() if process.poll() is None]
+        victim = schedule.choice(alive)
+        processes[victim].kill()
+        struck += processes[victim].status == -signal.SIGKILL
+        processes[victim] = run.start(victim, "--resume")
+    for process in processes.values():
+        assert process.wait(5 * DEADLINE) == 0, process.output()
+    return struck
+
+
+def outputs(processes) -> str:
+    return "\n".join(process.output() for process in processes.values())
+
+
+def test_twenty_kills_change_nothing(make_run, undisturbed):
+    run = make_run(3, 12)
+    assert storm(run, kills=20, seed=1) == 20
+    assert_same_runs(run, undisturbed(3, 12))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_kills_of_eight_networks_change_nothing(make_run, undisturbed):
+    run = make_run(8, 30)
+    assert storm(run, kills=100, seed=2) == 100
+    assert_same_runs(run, undisturbed(8, 30))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_eight_networks_do_not_grow(make_run):
+    run = make_run(8, 20)
+    logs = [open(run.logs / f"{network}.log", "w") for network in range(1, 9)]
+    processes = {
+        network: subprocess.Popen(
+            [sys.executable, str(CIFAR), *run.arguments(network)], env=environment(), stdout=log, stderr=log
+        )
+        for network, log in enumerate(logs, 1)
+    }
+    memory = {network: {} for network in processes}  # the most that was in use in each epoch, in kB
+    try:
+        while any(process.poll() is None for process in processes.values()):
+            for network, process in processes.items():
+                epoch = run.status(network).get("epoch")
+                used = resident(process.pid)
+                if epoch is not None and used:
+                    memory[network][epoch] = max(used, memory[network].get(epoch, 0))
+            time.sleep(0.02)
+    finally:
+        for process, log in zip(processes.values(), logs, strict=True):
+            process.kill()
+            log.close()
+    for network, process in processes.items():
+        assert process.returncode == 0, run.log(network)
+        assert len(read_table(run.directory / f"metrics{network}.csv")) == 20
+        before = max(memory[network][epoch] for epoch in range(1, 4))
+        after = max(used for epoch, used in memory[network].items() if epoch > 3)
+        print(f"network {network}: {before / 1024:.0f} MB up to epoch 3, {after / 1024:.0f} MB after it")
+        assert after <= 1.02 * before
+
+
+def resident(pid: int) -> int:
+    try:
+        match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(match[1]) if match else 0  # a process that has just ended has none
