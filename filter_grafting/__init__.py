@@ -4,7 +4,14 @@
     coefficients = graft(network, neighbour_state_dict)   # blends the network in place
 """
 
-from .grafting import coefficient, graft
-from .information import entropy, invalid_filters
+from importlib import import_module
 
-__all__ = ["coefficient", "entropy", "graft", "invalid_filters"]
+_MODULES = {"coefficient": "grafting", "graft": "grafting", "entropy": "information", "invalid_filters": "information"}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str):
+    # With the first name that needs it torch is imported, not before: the status of a run must not wait for it.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
