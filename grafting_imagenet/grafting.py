@@ -93,7 +93,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --decode: gpu needs --device cuda")
     if args.batch_size % ranks:
         parser.error(f"argument -b: got {args.batch_size}, expected a multiple of {ranks}, torchrun's processes, which share it")
-    args.image_size = args.image_size or (299 if args.arch == "inception_v3" else 224)
+    args.image_size = args.image_size or usual_size(args.arch)
     args.level = "layer"
     args.directory = Path("checkpoint") / (args.directory or default_name(parser, args)).removeprefix("checkpoint/")
     warnings.filterwarnings("ignore", "The auxiliary heads|Grad strides do not match", UserWarning)
@@ -115,6 +115,11 @@ def default_name(parser: argparse.ArgumentParser, args: argparse.Namespace) -> s
     return flags.run_name(parser, args, f"imagenet_{args.arch}", shown)
 
 
+def usual_size(arch: str) -> int:
+    """Side of the images that a model is trained on, in pixels."""
+    return 299 if arch == "inception_v3" else 224
+
+
 def build_network(args: argparse.Namespace, classes: int) -> tuple[nn.Module, list[str]]:
     """The network, with torchvision's weights if asked for, and lines for the log."""
     options = {}
@@ -125,16 +130,19 @@ def build_network(args: argparse.Namespace, classes: int) -> tuple[nn.Module, li
         options = {"image_size": args.image_size}
     elif args.arch.startswith("maxvit"):
         options = {"input_size": (args.image_size, args.image_size)}
-    make = partial(zoo.get_model, args.arch, weights=None, num_classes=classes, **options)
     try:
-        with torch.device("meta"), torch.no_grad():  # where nothing is computed but shapes
-            make()(torch.empty(2, 3, args.image_size, args.image_size))
+        network = zoo.get_model(args.arch, weights=None, num_classes=classes, **options)
+        if args.image_size != usual_size(args.arch):
+            # On the meta device nothing is computed but shapes: says what the first batch would.
+            state = {key: entry.to("meta") for key, entry in network.state_dict().items()}
+            images = torch.empty(2, 3, args.image_size, args.image_size, device="meta")
+            with torch.no_grad():
+                torch.func.functional_call(network, state, images)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise GraftingError(
             f"{args.arch} does not work on images of {args.image_size} pixels ({' '.join(str(error).split())}); try another "
             "--image_size"
         ) from error
-    network = make()
     return network, [start_from_pretrained(network, args)] if args.pretrained else []
 
 
