@@ -82,13 +82,14 @@ class Log:
         if epoch > self.last_epoch:
             self.say(f"{self.prefix}{epoch}    {fields}")
             if _is_file(1):
+                # Before the next epoch's checkpoint is: after a crash of the machine, too, no line is missing.
                 with suppress(OSError):
-                    os.fsync(1)  # before the next epoch's checkpoint: after a crash of the machine, too, none is missing
+                    os.fsync(1)
             self._last_epoch = epoch
 
 
     def recall(self, epoch: int, fields: str) -> None:
-        """The same for an epoch of an earlier process: where the log is a file, which a shell's `>` may have emptied."""
+        """The same for an epoch of an earlier process, where the log is a file: a shell's `>` may have emptied it."""
         if _is_file(1):
             self.epoch(epoch, fields)
 

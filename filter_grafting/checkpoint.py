@@ -17,7 +17,9 @@ from .errors import CheckpointError, WriteError
 TEMPORARY = ".tmp"  # ending of files under construction: `.NAME.RANDOM.tmp`, in the folder of NAME
 
 
-def write_atomically(path: str | os.PathLike, data: bytes | memoryview, durable: bool = True, new: bool = False) -> None:
+def write_atomically(
+    path: str | os.PathLike, data: bytes | memoryview, durable: bool = True, new: bool = False
+) -> None:
     """Writes a file under a temporary name of its own in the same folder, then renames it: whole or not at all.
 
     Args:
@@ -128,8 +130,9 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     except zipfile.BadZipFile as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); it was not loaded") from error
     except pickle.UnpicklingError as error:
-        refused = "Unsupported" in str(error) or "GLOBAL" in str(error)
-        reason = "holds more than tensors and plain values, and could run code" if refused else "is truncated or damaged"
+        reason = "is truncated or damaged"
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            reason = "holds more than tensors and plain values, and could run code"
         raise CheckpointError(f"{path} {reason}; it was not loaded") from error
     except Exception as error:  # any exception can come out of bytes that anyone may have written
         raise CheckpointError(f"{path} is truncated or damaged ({type(error).__name__}); it was not loaded") from error
@@ -149,8 +152,8 @@ def _checked_archive(path: Path, data: bytes) -> bytes:
     """
     checked = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(checked, "w") as copy:
-        # torch < 2.6 hands a TorchScript archive to torch.jit.load, which runs what is in it, whatever weights_only says
-        # (CVE-2025-32434).
+        # torch < 2.6 hands a TorchScript archive to torch.jit.load, which runs what is in it, whatever weights_only
+        # says (CVE-2025-32434).
         if any(name.endswith("constants.pkl") for name in archive.namelist()):
             raise CheckpointError(f"{path} is a TorchScript archive, which could run code; it was not loaded")
         for record in archive.infolist():

@@ -38,7 +38,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what 
 
 
 def printable(text: object, limit: int = 500) -> str:
-    """Text out of a file that anyone may have written, made fit for a terminal and a log: one line, no control codes."""
+    """Text out of a file that anyone may have written, fit for a terminal and a log: one line, no control codes."""
     return "".join(character if character.isprintable() else " " for character in str(text))[:limit]
 
 
@@ -156,8 +156,8 @@ class Ring:
         if not resume and (trace := self._trace()):
             state = f" (state {previous.get('state')}, epoch {previous.get('epoch')})" if previous else ""
             raise RefusedError(
-                f"network {self.network} has already run in {self.directory}{printable(state)}: there is {trace}. Continue "
-                f"it with --resume, or start anew in another directory (--s)"
+                f"network {self.network} has already run in {self.directory}{printable(state)}: there is {trace}. "
+                f"Continue it with --resume, or start anew in another directory (--s)"
             )
         self._remove_leftovers()
         earlier = previous if resume else {}
@@ -183,8 +183,8 @@ class Ring:
             while _try_to_lock(descriptor, path) is False:
                 if time.monotonic() - began > TURN_SECONDS:
                     raise RefusedError(
-                        f"{path} has been held for {_duration(TURN_SECONDS)} by another network that starts; see whether "
-                        f"it is stuck, end it if so, and start again"
+                        f"{path} has been held for {_duration(TURN_SECONDS)} by another network that starts; see "
+                        f"whether it is stuck, end it if so, and start again"
                     )
                 time.sleep(POLL_SECONDS)
             yield
@@ -207,9 +207,9 @@ class Ring:
         if locked is False:
             raise alive
         self._has_locks = locked is True
-        if previous.get("state") not in (None, *ENDED) and self._locks_are_silent_about(previous):
-            if self._moves(self.network, previous):
-                raise alive
+        may_live = previous.get("state") not in (None, *ENDED) and self._locks_are_silent_about(previous)
+        if may_live and self._moves(self.network, previous):
+            raise alive
 
     def _locks_are_silent_about(self, status: Mapping[str, Any]) -> bool:
         """Whether the process that wrote a status may live although no lock shows it.
@@ -280,14 +280,18 @@ class Ring:
         why_not: str,
     ) -> None:
         """Records other settings than those of `run.json`, where that harms nobody; otherwise refuses."""
-        raised = [key for key in differing if key in may_raise and settings[key] > (_number(recorded.get(key)) or math.inf)]
+        raised = [
+            key for key in differing if key in may_raise and settings[key] > (_number(recorded.get(key)) or math.inf)
+        ]
         others = self._at_work()
         if not others and raised == differing:
             return self._record(settings)
         if not others and not self._trace() and not any(map(self._published, range(1, self.networks + 1))):
             self.run = None  # a start that came to nothing, with other settings: there is nothing to protect
             return self._record(settings)
-        rows = ", ".join(f"{key} is {settings.get(key)!r} here and {recorded.get(key)!r} in the run" for key in differing)
+        rows = ", ".join(
+            f"{key} is {settings.get(key)!r} here and {recorded.get(key)!r} in the run" for key in differing
+        )
         more = ""
         if "epochs" in differing and why_not:
             more = f" ({why_not})"
@@ -310,7 +314,7 @@ class Ring:
             return None
         except (OSError, ValueError, KeyError):
             pass
-        raise RefusedError(f"{path} is damaged: the run's settings cannot be read. Start anew in another directory (--s)")
+        raise RefusedError(f"{path} is damaged: it holds no settings of a run. Start anew in another directory (--s)")
 
     def _record(self, settings: Mapping[str, Any], new: bool = False) -> None:
         self.run = self.run or secrets.token_hex(8)
@@ -387,10 +391,8 @@ class Ring:
                 if self._left.is_set():
                     return
                 self._status["beat"] += 1
-                try:
+                with suppress(OSError):  # the network itself says so when it next writes a file that matters
                     self._write_status()
-                except OSError:
-                    pass  # the network itself says so, in a sentence, when it next writes a file that matters
 
     def leave(self, state: str, detail: str = "") -> None:
         """Finishes what is being written, then records how network i ended: done, stopped or failed.
@@ -520,8 +522,8 @@ class Ring:
                 damaged.append(path.name)
         if damaged and self.networks > 1 and not self._path(self.neighbour, 0).exists():
             raise RefusedError(
-                f"network {self.network} has no good checkpoint left in {self.directory} ({', '.join(damaged)} damaged), "
-                f"and its neighbour has gone on; start the run anew in another directory (--s)"
+                f"network {self.network} has no good checkpoint left in {self.directory} ({', '.join(damaged)} "
+                f"damaged), and its neighbour has gone on; start the run anew in another directory (--s)"
             )
         return None
 
@@ -598,8 +600,8 @@ class Ring:
                     state = f"{problem}; {state}"
                 if gives_up:
                     raise NeighbourTimeout(
-                        f"network {self.network} gave up after {_duration(now - began)} of waiting for {whom}: {state}. "
-                        f"Start network {self.neighbour} again with --resume, then this one"
+                        f"network {self.network} gave up after {_duration(now - began)} of waiting for {whom}: "
+                        f"{state}. Start network {self.neighbour} again with --resume, then this one"
                     )
                 self._say(f"Network:{self.network}    waiting for {whom} for {_duration(now - began)}: {state}")
             asleep = time.monotonic()

@@ -17,19 +17,20 @@ import traceback
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+# ruff: noqa: E402, F401 (all that the scripts and the faults import, however lazily)
+import faults
 import PIL.Image
 import torch
-import torch._dynamo  # else the first optimizer would import it
-import torch.distributed.run  # noqa: F401
-import torchvision.models  # noqa: F401
+import torch._dynamo
+import torch.distributed.run
+import torchvision.models
 
 import common.run
-import faults
 import grafting_cifar.data
 import grafting_cifar.models.mobilenetv2
 import grafting_cifar.models.resnet
 import grafting_cifar.models.vgg
-import grafting_imagenet.data  # noqa: F401
+import grafting_imagenet.data
 
 PR_SET_PDEATHSIG = 1
 

@@ -62,18 +62,39 @@ NURSERY = _Nursery()
 
 
 class Process:
-    """A started script; `status` is its exit status once it has ended (negative: the signal that ended it)."""
+    """A started script; `status` is its exit status once it has ended (negative: the signal that ended it).
+
+    Args:
+        log: where its standard output goes, unless `output` names another file; standard error goes beside it.
+        plan: the faults that are to strike it, see faults.py.
+        fork: start it from the nursery; otherwise as a shell would.
+    """
 
     def __init__(
-        self, script: Path, arguments: list[str], log: Path, output: str = "", append: bool = True, plan: list | None = None
+        self,
+        script: Path,
+        arguments: list[str],
+        log: Path,
+        output: str = "",
+        append: bool = True,
+        plan: list[list] | None = None,
+        fork: bool = True,
     ):
-        self.log, self.errors, self.status = log, log.with_name(f"{log.name}.errors"), None
-        files = {"log": output or str(log), "append": append, "errors": str(self.errors)}
-        self.pid = NURSERY.ask({"start": {"script": str(script), "arguments": arguments, **files, "plan": plan or []}})
+        self.log, self.errors, self.status, self.child = log, log.with_name(f"{log.name}.errors"), None, None
+        output = output or str(log)
+        if fork:
+            files = {"log": output, "append": append, "errors": str(self.errors)}
+            start = {"script": str(script), "arguments": arguments, **files, "plan": plan or []}
+            self.pid = NURSERY.ask({"start": start})
+        else:
+            with open(output, "a" if append else "w") as out, open(self.errors, "w") as errors:
+                command = [sys.executable, script.name, *arguments]
+                self.child = subprocess.Popen(command, cwd=script.parent, env=environment(), stdout=out, stderr=errors)
+            self.pid = self.child.pid
 
     def poll(self) -> int | None:
         if self.status is None:
-            self.status = NURSERY.ask({"poll": self.pid})
+            self.status = self.child.poll() if self.child else NURSERY.ask({"poll": self.pid})
         return self.status
 
     def wait(self, deadline: float = DEADLINE) -> int:
@@ -115,7 +136,13 @@ class Run:
     checkpoint_name, suffix = "ckpt{}_{}", ".t7"
 
     def __init__(
-        self, directory: Path, data: Path, networks: int = 2, epochs: int = 3, flags: tuple = (), logs: Path | None = None
+        self,
+        directory: Path,
+        data: Path,
+        networks: int = 2,
+        epochs: int = 3,
+        flags: tuple[str, ...] = (),
+        logs: Path | None = None,
     ):
         self.directory, self.networks, self.epochs = directory, networks, epochs
         self.flags = ["--data", str(data), "--model", "resnet20", "--batch_size", "16", "--device", "cpu", *flags]
@@ -127,14 +154,10 @@ class Run:
         ring = ["--s", str(self.directory), "--num", str(self.networks), "--epochs", str(self.epochs)]
         return [*ring, "--i", str(network), *self.flags, *flags]
 
-    def start(
-        self, network: int, *flags: str, log: str = "", append: bool = True, plan: list | None = None
-    ) -> Process:
-        """Starts one network; plan: faults that are to strike it, see faults.py."""
-        path = self.logs / f"{network}.log"
-        process = Process(CIFAR, self.arguments(network, *flags), path, log or str(path), append, plan)
-        self.started.append(process)
-        return process
+    def start(self, network: int, *flags: str, **options: Any) -> Process:
+        """Starts one network; for the options see Process."""
+        self.started.append(Process(CIFAR, self.arguments(network, *flags), self.logs / f"{network}.log", **options))
+        return self.started[-1]
 
     def finish(self, *flags: str, deadline: float = DEADLINE) -> "Run":
         """Starts all networks and waits until all are done."""

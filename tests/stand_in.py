@@ -2,8 +2,8 @@
 
     python stand_in.py DIRECTORY NETWORK NETWORKS EPOCHS
 
-It writes no status file, writes its checkpoints in place and slowly, looks for the neighbour's now and then, loads it as
-soon as the file is there, and blends by a simple average. Instead of training, it adds noise.
+It writes no status file, writes its checkpoints in place and slowly, looks for the neighbour's now and then, loads it
+as soon as the file is there, and blends by a simple average. Instead of training, it adds noise.
 """
 
 import io

@@ -239,8 +239,11 @@ def test_blocks_of_zeros_are_noticed(path):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("data", [b"\0" * 4096, b"PK\x03\x04", b"PK\x05\x06" + bytes(18), b"not a checkpoint\n", b"\x80\x02.",
-                                  b"\x80\x04\x95", os.urandom(4096), b"\x93NUMPY\x01\x00"])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [bytes(4096), b"PK\x03\x04", b"PK\x05\x06" + bytes(18), b"not a checkpoint\n", b"\x80\x02.", b"\x80\x04\x95",
+     random.Random(0).randbytes(4096), b"\x93NUMPY\x01\x00"],
+)  # fmt: skip
 def test_other_files_are_refused(path, data):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"ckpt1_3\.t7"):
@@ -263,7 +266,7 @@ def test_a_pickle_that_would_run_a_command_is_refused_and_runs_nothing(path, tmp
     bomb = {"net": CONTENTS["net"], "more": Bomb(mark)}
     for form in True, False:
         torch.save(bomb, path, _use_new_zipfile_serialization=form)
-        with pytest.raises(CheckpointError, match=r"ckpt1_3\.t7 holds more than tensors and plain values, and could run"):
+        with pytest.raises(CheckpointError, match=r"ckpt1_3\.t7 holds more than tensors and plain values, and could"):
             load(path)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         path.write_bytes(pickle.dumps(bomb["more"], protocol))
@@ -301,7 +304,7 @@ def test_an_archive_that_would_grow_in_memory_is_refused(path):
         archive.writestr("archive/data.pkl", pickle.dumps({}))
         archive.writestr("archive/data/0", bytes(10_000_000))
     assert path.stat().st_size < 20_000
-    with pytest.raises(CheckpointError, match="is compressed, as torch.save does not write it"):
+    with pytest.raises(CheckpointError, match=r"is compressed, as torch\.save does not write it"):
         load(path)
 
 

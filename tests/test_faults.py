@@ -1,4 +1,4 @@
-"""A network may be struck at any moment, by any fault: it says so in one sentence, and continues exactly where it was."""
+"""A network may be struck at any moment by any fault: it says so in one sentence, and continues where it was."""
 
 import os
 import re
@@ -13,6 +13,9 @@ import pytest
 from processes import assert_same_runs, make_images, until
 
 from filter_grafting.checkpoint import load
+
+MEND = "mend that, then continue with --resume"
+GONE = "the save directory {} of network 1 is gone: there is no run.json any more\n"
 
 # A network publishes epoch 1 of 3, waits, grafts, and records it: each step that a kill can come between.
 STEPS = {
@@ -210,8 +213,8 @@ def test_a_full_disk_is_one_sentence_and_it_continues_when_there_is_space(make_r
     process = run.start(1, plan=[["at", *moment, "fill", str(ballast)]])
     assert process.wait() == 1, process.output()
     said = run.status(1)["detail"]  # standard error, on the same disk, may be lost
-    assert re.fullmatch(rf"cannot write {run.directory}/{file}\.t7: No space left on device; [01]\.\d MB are free there; "
-                        "mend that, then continue with --resume", said)  # fmt: skip
+    reason = rf"No space left on device; [01]\.\d MB are free there; {MEND}"
+    assert re.fullmatch(rf"cannot write {run.directory}/{file}\.t7: {reason}", said)
     assert run.status(1)["state"] == "failed"
     for path in run.directory.glob("*.t7"):
         load(path)
@@ -228,8 +231,8 @@ def test_a_row_or_line_for_which_there_is_no_space_is_one_sentence_and_comes_whe
     path = run.logs / "1.log" if file == "log" else run.directory / "metrics1.csv"
     process = run.start(1, plan=[["at", moment, 1 + (file == "metrics"), "limit", str(path), 20]])
     assert process.wait() == 1
-    assert re.fullmatch(rf"cannot write {path}: File too large; [\d.]+ MB are free there; mend that, then continue with "
-                        r"--resume\n", process.sentence())  # fmt: skip
+    reason = rf"File too large; [\d.]+ MB are free there; {MEND}\n"
+    assert re.fullmatch(rf"cannot write {path}: {reason}", process.sentence())
     assert not path.read_text().endswith("\n")
     assert run.start(1, "--resume").wait() == 0
     assert_same_runs(run, undisturbed(1, 3))
@@ -237,7 +240,7 @@ def test_a_row_or_line_for_which_there_is_no_space_is_one_sentence_and_comes_whe
 
 def test_a_log_that_cannot_be_written_is_one_sentence(make_run):
     run = make_run(1, 3)
-    process = run.start(1, log="/dev/full")
+    process = run.start(1, output="/dev/full")
     assert process.wait() == 1
     assert process.sentence() == "cannot write the log to standard output: No space left on device\n"
     assert run.status(1)["detail"] == process.sentence().strip()
@@ -247,8 +250,8 @@ def test_a_checkpoint_that_may_not_grow_is_one_sentence(make_run):
     run = make_run(1, 3)
     process = run.start(1, plan=[["limit_file_size", 2_000_000]])
     assert process.wait() == 1
-    assert re.fullmatch(rf"cannot write {run.checkpoint(1, 0)}: File too large; [\d.]+ MB are free there; mend that, then "
-                        r"continue with --resume\n", process.sentence())  # fmt: skip
+    reason = rf"File too large; [\d.]+ MB are free there; {MEND}\n"
+    assert re.fullmatch(rf"cannot write {run.checkpoint(1, 0)}: {reason}", process.sentence())
     assert run.status(1)["detail"] == process.sentence().strip()
     load(run.directory / "best1.t7")
 
@@ -272,8 +275,8 @@ def test_a_directory_that_becomes_read_only_is_one_sentence(make_run, undisturbe
     run.directory.chmod(0o555)
     assert process.wait() == 1
     said = process.sentence()
-    assert re.fullmatch(rf"cannot write {run.directory}/\S+: Permission denied; [\d.]+ MB are free there; mend that, then "
-                        r"continue with --resume\n", said)  # fmt: skip
+    reason = rf"Permission denied; [\d.]+ MB are free there; {MEND}\n"
+    assert re.fullmatch(rf"cannot write {run.directory}/\S+: {reason}", said)
     assert run.status(1)["detail"] == said.strip()  # the file itself may still be written over
     run.directory.chmod(0o777)
     assert run.start(1, "--resume", plan=user).wait() == 0
@@ -293,8 +296,7 @@ def test_a_directory_that_is_deleted_while_it_trains_is_one_sentence(make_run):
     run.start(2)
     process = run.start(1, plan=[["at", "before train", 2, "remove", str(run.directory)]])
     assert process.wait() == 1
-    gone = f"the save directory {run.directory} of network 1 is gone: there is no run.json any more\n"
-    assert process.sentence() == gone
+    assert process.sentence() == GONE.format(run.directory)
     assert not run.directory.exists()
 
 
@@ -304,7 +306,7 @@ def test_a_directory_that_is_deleted_while_it_waits_is_one_sentence(make_run):
     run.reaches(1, "waiting")
     shutil.rmtree(run.directory)
     assert process.wait() == 1
-    assert process.sentence() == f"the save directory {run.directory} of network 1 is gone: there is no run.json any more\n"
+    assert process.sentence() == GONE.format(run.directory)
 
 
 # Settings
@@ -343,7 +345,8 @@ def test_epochs_may_not_be_raised_with_a_cosine(make_run, undisturbed):
     run = undisturbed(2, 3, "--cos")
     process = run.start(1, "--resume", "--epochs", "5")
     assert process.wait() == 1
-    assert "epochs is 5 here and 3 in the run (--epochs is fixed: it shapes the whole of a cosine schedule)" in process.sentence()
+    why = "(--epochs is fixed: it shapes the whole of a cosine schedule)"
+    assert f"epochs is 5 here and 3 in the run {why}" in process.sentence()
 
 
 def test_killed_with_a_cosine_and_different_rates_it_ends_with_the_same_bits(make_run, undisturbed):
