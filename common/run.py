@@ -218,7 +218,6 @@ def train_network(
     """The loop. With several ranks, all of them run it, and rank 0 alone has the ring and the log."""
     network, epochs, last_epoch = task.network, args.epochs, args.epochs - 1
     device = torch.device(args.device)
-    start_rate = initial_rate(args.lr, args.network, args.networks, getattr(args, "difflr", False))
     forward, forward_training = network, world.parallel(network)
     if args.compile:
         forward = compiled(forward, device)
@@ -231,7 +230,7 @@ def train_network(
         if args.networks > 1:
             coefficients.start(epoch)
         earlier = metrics.start(epoch)
-        introduce(args, task, world, log, start_rate, epoch if row else None)
+        introduce(args, task, world, log, epoch if row else None)
         for values in earlier:
             log.recall(int(values["epoch"]), log_fields({key: float(value) for key, value in values.items()}))
     best = row["best"] if row else -1.0
@@ -239,34 +238,12 @@ def train_network(
         if row is None:
             if ring:
                 ring.update("training", epoch=epoch, epochs=epochs)
-
-            def rate(part: float, epoch: int = epoch) -> float:
-                return learning_rate(start_rate, epoch + part, epochs, task.cosine, task.step_epochs)
-
-            began = time.perf_counter()
-            network.train()
-            progress = Progress(epoch, len(task.train), check, log, task.print_every, task.topk)
-            train_loss, train_accuracies = train_one_epoch(
-                forward_training, task.train, task.optimizer, rate, device=device, amp=args.amp, topk=task.topk,
-                seed=stream_seed(args.seed, args.network, epoch), loss_function=task.loss_function,
-                follow=progress, reduce=world.sum, report=progress.report, rank=world.rank,
-            )  # fmt: skip
-            between = time.perf_counter()
-            world.compare(dict(network.named_parameters()))
-            world.align(dict(network.named_buffers()))  # each rank has batch-norm statistics of its own images
-            test_loss, accuracies = evaluate(
-                forward, task.test, device=device, amp=args.amp, topk=task.topk, reduce=world.sum,
-                follow=Progress(epoch, len(task.test), check, log),
-            )  # fmt: skip
-            improved, best = accuracies[0] > best, max(best, accuracies[0])
-            row = {
-                "epoch": epoch, "lr": rate(0), "train_loss": train_loss, "train_accuracy": train_accuracies[0],
-                "test_loss": test_loss, "test_accuracy": accuracies[0], "accuracies": accuracies, "best": best,
-                "train_seconds": between - began, "test_seconds": time.perf_counter() - between,
-            }  # fmt: skip
+            row = train_and_test(args, task, world, log, check, epoch, forward_training, forward)
+            improved, best = row["test_accuracy"] > best, max(best, row["test_accuracy"])
+            row["best"] = best
             if ring:
                 publish(task, ring, row, improved)
-                ring.update("training", accuracy=accuracies[0], best=best)
+                ring.update("training", accuracy=row["test_accuracy"], best=best)
         if args.networks > 1 and epoch < last_epoch:
             if ring:
                 row |= graft_once(args, network, ring, coefficients, epoch)
@@ -283,6 +260,42 @@ def train_network(
     if ring:
         ring.write(ring.file("final"), {ring.key: snapshot(network.state_dict()), **result(task, row)})
         ring.flush()
+
+
+def train_and_test(
+    args: argparse.Namespace, task: Task, world: World, log: Log | None, check: Callable[[], None], epoch: int,
+    forward_training: nn.Module, forward: nn.Module,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains for one epoch, then tests; returns the epoch's metrics."""
+    network, device = task.network, torch.device(args.device)
+
+    def rate(part: float) -> float:
+        return learning_rate(start_rate(args), epoch + part, args.epochs, task.cosine, task.step_epochs)
+
+    began = time.perf_counter()
+    network.train()
+    progress = Progress(epoch, len(task.train), check, log, task.print_every, task.topk)
+    train_loss, train_accuracies = train_one_epoch(
+        forward_training, task.train, task.optimizer, rate, device=device, amp=args.amp, topk=task.topk,
+        seed=stream_seed(args.seed, args.network, epoch), loss_function=task.loss_function,
+        follow=progress, reduce=world.sum, report=progress.report, rank=world.rank,
+    )  # fmt: skip
+    trained = time.perf_counter()
+    world.compare(dict(network.named_parameters()))
+    world.align(dict(network.named_buffers()))  # each rank has batch-norm statistics of its own images
+    test_loss, accuracies = evaluate(
+        forward, task.test, device=device, amp=args.amp, topk=task.topk, reduce=world.sum,
+        follow=Progress(epoch, len(task.test), check, log),
+    )  # fmt: skip
+    return {
+        "epoch": epoch, "lr": rate(0), "train_loss": train_loss, "train_accuracy": train_accuracies[0],
+        "test_loss": test_loss, "test_accuracy": accuracies[0], "accuracies": accuracies,
+        "train_seconds": trained - began, "test_seconds": time.perf_counter() - trained,
+    }  # fmt: skip
+
+
+def start_rate(args: argparse.Namespace) -> float:
+    return initial_rate(args.lr, args.network, args.networks, getattr(args, "difflr", False))
 
 
 def compiled(network: nn.Module, device: torch.device) -> nn.Module:
@@ -317,7 +330,8 @@ def publish(task: Task, ring: Ring, row: dict[str, Any], improved: bool) -> None
     weights = {ring.key: snapshot(task.network.state_dict())}
     if improved:  # before the checkpoint: a run that is resumed from it will not come by here again
         ring.write(ring.file("best"), {**weights, **result(task, row)})
-    ring.publish(row["epoch"], {**weights, **result(task, row), "optimizer": snapshot(task.optimizer.state_dict()), "metrics": snapshot(row)})
+    training = {"optimizer": snapshot(task.optimizer.state_dict()), "metrics": snapshot(row)}
+    ring.publish(row["epoch"], {**weights, **result(task, row), **training})
 
 
 def result(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -364,13 +378,13 @@ def resume(
         raise RefusedError(f"the checkpoint of epoch {epoch} does not fit this network: {error}") from error
 
 
-def introduce(
-    args: argparse.Namespace, task: Task, world: World, log: Log, rate: float, resumed: int | None
-) -> None:
+def introduce(args: argparse.Namespace, task: Task, world: World, log: Log, resumed: int | None) -> None:
     """The head of the log: what runs, with which settings, on what."""
-    settings = {**task.shared, **task.own, "start_lr": rate}
-    log.say(f"Network {args.network} of {args.networks} in {args.directory}: {sum(p.numel() for p in task.network.parameters()):,} parameters")
-    log.say("settings: " + " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()))
+    settings = {**task.shared, **task.own, "start_lr": start_rate(args)}
+    shown = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()]
+    parameters = sum(parameter.numel() for parameter in task.network.parameters())
+    log.say(f"Network {args.network} of {args.networks} in {args.directory}: {parameters:,} parameters")
+    log.say(f"settings: {' '.join(shown)}")
     device = f"cpu, {torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     if world.size > 1:
         device = f"{world.size} processes, each on {device}"
