@@ -33,7 +33,8 @@ def number(kind: type, low: float, high: float = math.inf, low_open: bool = Fals
         except ValueError:
             value = math.nan
         if not (low <= value <= high and math.isfinite(value)) or (low_open and value == low):
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a{'n integer' if kind is int else ' number'} {bounds}")
+            what = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {what} {bounds}")
         return value
 
     return convert
@@ -65,11 +66,12 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
                        help="the same results on every run on CUDA too, at some cost of speed")  # fmt: skip
     group.add_argument("--amp", action="store_true", help="compute in bfloat16 where that is safe: faster")
     group.add_argument("--compile", action="store_true", help="torch.compile the network: a slow start, then faster")
-    group.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)  # for the launcher: check all, start nothing
+    # For the launcher: check all flags, start nothing, print what it has to know.
+    group.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
 
 
 def run_name(parser: argparse.ArgumentParser, args: argparse.Namespace, what: str, shown: dict[str, str]) -> str:
-    """Name of a run's folder: grafting_... (baseline_... of a single network), then the settings that are not the defaults.
+    """Name of a run's folder: grafting_... (baseline_... of a single network), then what differs from the defaults.
 
     Args:
         what: what is trained, such as cifar10_resnet32.
@@ -80,7 +82,7 @@ def run_name(parser: argparse.ArgumentParser, args: argparse.Namespace, what: st
         value = getattr(args, key)
         if value == parser.get_default(key) or (key, value) == ("networks", 1):
             continue
-        name += f"_{short}" if value is True else f"_{short}{value:g}" if isinstance(value, float) else f"_{short}{value}"
+        name += f"_{short}" + ("" if value is True else f"{value:g}" if isinstance(value, float) else str(value))
     return name
 
 

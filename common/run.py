@@ -300,7 +300,7 @@ def start_rate(args: argparse.Namespace) -> float:
 
 def compiled(network: nn.Module, device: torch.device) -> nn.Module:
     # One graph for each size of a batch: there are two, and a graph for any size would be slower. A small network on a
-    # GPU is bound by its kernels' launches, which CUDA graphs ("reduce-overhead") save; they do not go with several ranks.
+    # GPU is bound by its kernels' launches, which CUDA graphs ("reduce-overhead") save; they do not go with DDP.
     single = not isinstance(network, nn.parallel.DistributedDataParallel)
     return torch.compile(network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" and single else None)
 
@@ -385,7 +385,8 @@ def introduce(args: argparse.Namespace, task: Task, world: World, log: Log, resu
     parameters = sum(parameter.numel() for parameter in task.network.parameters())
     log.say(f"Network {args.network} of {args.networks} in {args.directory}: {parameters:,} parameters")
     log.say(f"settings: {' '.join(shown)}")
-    device = f"cpu, {torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    on_cpu = args.device == "cpu"
+    device = f"cpu, {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(args.device)
     if world.size > 1:
         device = f"{world.size} processes, each on {device}"
     log.say(f"device: {device}; torch {torch.__version__}, Python {platform.python_version()}")

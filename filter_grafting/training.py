@@ -117,8 +117,8 @@ def train_one_epoch(
     loss, accuracies = _means(reduce(totals))
     if not math.isfinite(loss):
         raise GraftingError(
-            f"the training loss became {loss} at a learning rate of {rate(0):.4g}: training has diverged. Nothing of this "
-            f"epoch was published; try a lower --lr" + (", or do without --amp" if amp else "")
+            f"the training loss became {loss} at a learning rate of {rate(0):.4g}: training has diverged. Nothing of "
+            f"this epoch was published; try a lower --lr" + (", or do without --amp" if amp else "")
         )
     return loss, accuracies
 

@@ -24,14 +24,16 @@ from grafting_cifar import data, models
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = flags.Parser(description=__doc__)
     group = parser.add_argument_group("training")
-    group.add_argument("--model", choices=models.NAMES, default="resnet32", metavar="NAME", help="; ".join(models.NAMES))
+    group.add_argument("--model", choices=models.NAMES, default="resnet32", metavar="NAME",
+                       help=", ".join(models.NAMES))  # fmt: skip
     group.add_argument("--cifar", type=int, choices=(10, 100), default=10, help="which of the standard data sets")
     group.add_argument("--data", metavar="DIR",
-                       help="the folder of the standard CIFAR files (downloaded if absent), or one with train/<class>/ and "
-                            "test/<class>/ images, or the word glyphs: a data set made on the spot (default: data/ beside README.md)")  # fmt: skip
+                       help="the folder of the standard CIFAR files (downloaded if absent), or one with train/<class>/ "
+                            "and test/<class>/ images, or the word glyphs: a data set made on the spot (default: data/ "
+                            "beside README.md)")  # fmt: skip
     group.add_argument("--epochs", metavar="E", type=flags.number(int, 1), default=200, help="epochs to train")
     group.add_argument("--batch_size", metavar="B", type=flags.number(int, 1), default=128, help="images per step")
-    group.add_argument("--lr", type=flags.number(float, 0, low_open=True), default=0.1, help="learning rate at the start")
+    group.add_argument("--lr", type=flags.number(float, 0, low_open=True), default=0.1, help="first learning rate")
     group.add_argument("--cos", action="store_true",
                        help="cosine from the first rate to 0, per step, instead of x0.1 every 60 epochs")  # fmt: skip
     group.add_argument("--difflr", action="store_true",
