@@ -25,16 +25,19 @@ class Log:
 
     def __init__(self, network: int):
         self.prefix = f"Network:{network}    epoch:"
-        self._last_epoch: int | None = None  # not known before the first line: until then the log may be another's
+        self._last_epoch: int | None = None  # not looked up before the first line: until then the log may be another's
         with suppress(AttributeError):  # names of files need not fit the terminal's encoding
             sys.stdout.reconfigure(errors="backslashreplace")
 
     @property
     def last_epoch(self) -> int:
         """The last epoch whose line is in the log; -1 if there is none, or the log cannot be read."""
+        self._take_over()
+        return self._last_epoch
+
+    def _take_over(self) -> None:
         if self._last_epoch is None:
             self._last_epoch = self._repair() if _is_file(1) else -1
-        return self._last_epoch
 
     def _repair(self) -> int:
         """Cuts off a last line of this network that is half-written (the disk was full); returns the last epoch."""
@@ -62,7 +65,7 @@ class Log:
         Raises:
             WriteError: if it cannot.
         """
-        self.last_epoch  # noqa: B018 (a half-written last line is cut off before the first is added)
+        self._take_over()
         try:
             print(line, flush=True)
         except OSError as error:

@@ -163,7 +163,7 @@ def main(args: argparse.Namespace, build: Callable[[argparse.Namespace, World], 
             log = Log(args.network)
             ring = Ring(args.directory, args.network, args.networks, timeout=60 * args.timeout, keep_all=args.keep_all,
                         say=log.say, check=check, **ring_options)  # fmt: skip
-            world.last_words = lambda end: ring.leave(end.state, end.sentence)
+            world.last_words = lambda end: _say_farewell(args, ring, end, aloud=True)
             ring.join(bool(args.resume), [os.path.basename(sys.executable), *sys.argv])
         with deterministic(args.deterministic):
             task = build(args, world)
@@ -232,7 +232,8 @@ def train_network(
         earlier = metrics.start(epoch)
         introduce(args, task, world, log, epoch if row else None)
         for values in earlier:
-            log.recall(int(values["epoch"]), log_fields({key: float(value) for key, value in values.items()}))
+            with suppress(ValueError):  # a row that someone has changed
+                log.recall(int(values["epoch"]), log_fields({key: float(value) for key, value in values.items()}))
     best = row["best"] if row else -1.0
     while True:
         if row is None:
@@ -369,13 +370,16 @@ def resume(
         recorded, settings = contents["settings"], {**task.shared, **task.own}
         differing = [key for key in settings if key != "epochs" and recorded.get(key) != settings[key]]
         if differing:
-            rows = ", ".join(f"--{key} is {settings[key]!r} here and was {recorded.get(key)!r}" for key in differing)
+            rows = ", ".join(f"{key} is {settings[key]!r} here and was {recorded.get(key)!r}" for key in differing)
             raise RefusedError(f"the network cannot be continued with other settings: {rows}")
         task.network.load_state_dict(contents[task.key])
         task.optimizer.load_state_dict(contents["optimizer"])
-        return epoch, dict(contents["metrics"])
+        row = dict(contents["metrics"])
+        log_fields(row, task.topk[1:])  # all that is read of it later is there, and of its type
+        return epoch, row
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise RefusedError(f"the checkpoint of epoch {epoch} does not fit this network: {error}") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise RefusedError(f"the checkpoint of epoch {epoch} does not fit this network ({reason})") from error
 
 
 def introduce(args: argparse.Namespace, task: Task, world: World, log: Log, resumed: int | None) -> None:

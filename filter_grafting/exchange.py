@@ -244,9 +244,12 @@ class Ring:
             f"best{self.network}.*", f"final{self.network}.*",
         )  # fmt: skip
         for pattern in own:
-            for path in self.directory.glob(f".{pattern}.*{TEMPORARY}"):
-                with suppress(OSError):  # it only takes space
-                    path.unlink()
+            self._remove_temporary(pattern)
+
+    def _remove_temporary(self, pattern: str) -> None:
+        for path in self.directory.glob(f".{pattern}.*{TEMPORARY}"):
+            with suppress(OSError):  # it only takes space
+                path.unlink()
 
     def agree(self, settings: Mapping[str, Any], may_raise: Sequence[str] = (), why_not: str = "") -> None:
         """Records the settings that all networks of a run share in `run.json`, or compares with what is recorded.
@@ -260,6 +263,8 @@ class Ring:
             RefusedError: naming each setting that differs, and both values.
         """
         with self._turn():
+            if self._has_locks:  # nobody else is writing it now
+                self._remove_temporary("run.json")
             recorded = self._recorded()
             if recorded is None:
                 self._refuse_remains()

@@ -209,8 +209,12 @@ def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp
     others = [".ckpt0_3.t7.0a.tmp", ".metrics11.csv.0a.tmp", ".best12.t7.0a.tmp", "notes.tmp"]
     for name in own + others:
         (tmp_path / name).touch()
+    (tmp_path / ".run.json.0a.tmp").touch()
     ring = Ring(tmp_path, 1, 2)
     ring.join(resume=False)
+    assert (tmp_path / ".run.json.0a.tmp").exists()  # of a network that is agreeing just now
+    ring.agree(SETTINGS)
+    assert not (tmp_path / ".run.json.0a.tmp").exists()
     ring.leave("stopped")
     assert not [name for name in own if (tmp_path / name).exists()]
     assert all((tmp_path / name).exists() for name in others)

@@ -326,7 +326,7 @@ def test_each_setting_that_would_change_the_outcome_is_named(undisturbed):
         ("--c", "400"): "c is 400.0 here and 500.0 in the run",
         ("--model", "resnet32"): "model is 'resnet32' here and 'resnet20' in the run",
         ("--epochs", "2"): "epochs is 2 here and 3 in the run",
-        ("--lr", "0.2", "--seed", "1"): "lr is 0.2 here and was 0.1, --seed is 1 here and was 0",
+        ("--lr", "0.2", "--seed", "1"): "lr is 0.2 here and was 0.1, seed is 1 here and was 0",
     }.items():
         process = run.start(1, "--resume", *flags)
         assert process.wait() == 1
