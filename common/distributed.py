@@ -1,4 +1,4 @@
-"""Several processes that train one network together (`torchrun`): who they are, and how they stay, and end, together."""
+"""Several processes that train one network together (`torchrun`): how they keep together, and how they end together."""
 
 import json
 import os
@@ -56,10 +56,14 @@ class World:
             torch.cuda.set_device(device)
         # Two connections: torch may keep one busy for long.
         (self._store, _, _), (self._words, _, _) = (next(dist.rendezvous("env://")) for _ in range(2))
-        self._place = f"{socket.gethostname()} {os.environ.get('GROUP_RANK', 0)}"
-        self._words.set(f"process {self.rank}", json.dumps([self._place, os.getpid()]))
+        place = f"{socket.gethostname()} {os.environ.get('GROUP_RANK', 0)}"
+        self._words.set(f"process {self.rank}", json.dumps([place, os.getpid()]))
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size)
+        processes = {rank: json.loads(self._words.get(f"process {rank}")) for rank in range(self.size)}
+        self._beside = {  # other ranks on this machine
+            rank: pid for rank, (where, pid) in processes.items() if where == place and rank != self.rank
+        }
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     @property
@@ -116,7 +120,7 @@ class World:
         differs = (torch.stack(sums) != sums[0]).any(0).tolist()
         if any(differs):
             name = list(tensors)[differs.index(True)]
-            raise GraftingError(f"the {self.size} processes of this network no longer agree: {name} differs between them")
+            raise GraftingError(f"the {self.size} ranks of this network no longer agree: {name} differs between them")
 
     # Ending together
 
@@ -178,12 +182,13 @@ class World:
                 self._ended = End("failed", "the connection to torchrun was lost: it has died (killed?)", 1)
             if self._ended:
                 break
-        if self._ended and not self._left.wait(GRACE_SECONDS):  # the main thread hangs, or is not done with its last words
+        if self._ended and not self._left.wait(GRACE_SECONDS):  # the main thread hangs
             with suppress(OSError):
                 self.last_words(self._ended)
             os._exit(self._ended.status)
 
     def _say(self, sentence: str) -> End:
+        """Speaks for a rank that cannot, unless a rank has said something before."""
         self._words.compare_set("end", "", json.dumps(End("failed", sentence, 1)))
         return self._said()
 
@@ -193,14 +198,12 @@ class World:
 
     def _dead(self) -> End | None:
         """A rank on this machine whose process has ended without a word: killed, by a person or for its memory."""
-        for rank in range(self.size):
-            place, pid = json.loads(self._words.get(f"process {rank}"))
-            if place == self._place and rank != self.rank:
-                try:
-                    os.kill(pid, 0)
-                except ProcessLookupError:
-                    if not self._words.check([f"left {rank}"]) and not self._said():
-                        return self._say(f"rank {rank} (process {pid}) died (killed?)")
+        for rank, pid in self._beside.items():
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                if not self._words.check([f"left {rank}"]):
+                    return self._say(f"rank {rank} (process {pid}) died (killed?)")
         return None
 
 

@@ -41,12 +41,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("training")
     group.add_argument("--data", metavar="DIR", type=Path, default=Path("imagenet"),
                        help="folder with train/<class>/ and val/<class>/ images")  # fmt: skip
-    group.add_argument("-a", "--arch", metavar="NAME", default="resnet18", help=f"a model of torchvision: {', '.join(NAMES)}")
+    group.add_argument("-a", "--arch", metavar="NAME", default="resnet18",
+                       help=f"a model of torchvision: {', '.join(NAMES)}")  # fmt: skip
     group.add_argument("-j", "--workers", metavar="W", type=flags.number(int, 0), default=4,
                        help="processes that decode images, for each process that trains")  # fmt: skip
     group.add_argument("--epochs", metavar="E", type=flags.number(int, 1), default=90, help="epochs to train")
     group.add_argument("--start-epoch", metavar="E", type=flags.number(int, 0),
-                       help="number of the first epoch (default: 0, or the one after that of --resume PATH)")  # fmt: skip
+                       help="the first epoch's number (default: 0, or the one after that of --resume PATH)")  # fmt: skip
     group.add_argument("-b", "--batch-size", metavar="B", type=flags.number(int, 1), default=256,
                        help="images per step, in total over the GPUs of this network")  # fmt: skip
     group.add_argument("--lr", "--learning-rate", metavar="LR", type=flags.number(float, 0, low_open=True), default=0.1,
@@ -54,8 +55,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--steplr", action="store_true",
                        help="x0.1 every 30 epochs instead of a cosine from the first rate to 0, per step")  # fmt: skip
     group.add_argument("--momentum", metavar="M", type=flags.number(float, 0, 1), default=0.9, help="of SGD")
-    group.add_argument("--wd", "--weight-decay", dest="weight_decay", metavar="W", type=flags.number(float, 0), default=1e-4,
-                       help="weight decay")  # fmt: skip
+    group.add_argument("--wd", "--weight-decay", dest="weight_decay", metavar="W", type=flags.number(float, 0),
+                       default=1e-4, help="weight decay")  # fmt: skip
     group.add_argument("--image_size", metavar="PIXELS", type=flags.number(int, 32),
                        help="side of a training and test image (default: 224; inception_v3: 299)")  # fmt: skip
     group.add_argument("--pretrained", action="store_true", help="start from torchvision's weights")
@@ -92,11 +93,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     elif args.decode == "gpu":
         parser.error("argument --decode: gpu needs --device cuda")
     if args.batch_size % ranks:
-        parser.error(f"argument -b: got {args.batch_size}, expected a multiple of {ranks}, torchrun's processes, which share it")
+        parser.error(f"argument -b: got {args.batch_size}, expected a multiple of {ranks}, as torchrun's processes share it")
     args.image_size = args.image_size or usual_size(args.arch)
     args.level = "layer"
     args.directory = Path("checkpoint") / (args.directory or default_name(parser, args)).removeprefix("checkpoint/")
-    warnings.filterwarnings("ignore", "The auxiliary heads|Grad strides do not match", UserWarning)
     args.start_from = None
     if args.resume not in (None, "auto"):
         args.start_from, args.resume = Path(args.resume), None
@@ -139,15 +139,15 @@ def build_network(args: argparse.Namespace, classes: int) -> tuple[nn.Module, li
             with torch.no_grad():
                 torch.func.functional_call(network, state, images)
     except (RuntimeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())
         raise GraftingError(
-            f"{args.arch} does not work on images of {args.image_size} pixels ({' '.join(str(error).split())}); try another "
-            "--image_size"
+            f"{args.arch} does not work on images of {args.image_size} pixels ({reason}); try another --image_size"
         ) from error
     return network, [start_from_pretrained(network, args)] if args.pretrained else []
 
 
 def start_from_pretrained(network: nn.Module, args: argparse.Namespace) -> str:
-    """Loads torchvision's weights, all but the layers that give the classes where their number differs; returns a line."""
+    """Loads torchvision's weights, but for the layers that give the classes if their number differs; returns a line."""
     weights = zoo.get_model_weights(args.arch).DEFAULT
     place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
@@ -160,7 +160,8 @@ def start_from_pretrained(network: nn.Module, args: argparse.Namespace) -> str:
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise GraftingError(f"--pretrained: {place} is damaged; delete it, to have it downloaded again") from error
     # In the files of the DenseNets, layers still have the names of their first release: norm.1 for norm1.
-    pretrained = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key): entry for key, entry in pretrained.items()}
+    old_name = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")
+    pretrained = {old_name.sub(r"\1\2", key): entry for key, entry in pretrained.items()}
     own, known = network.state_dict(), len(weights.meta["categories"])
     heads = {
         key for key in own.keys() & pretrained.keys()
@@ -192,7 +193,7 @@ def with_auxiliary_heads(weight: float) -> Callable[[Tensor | tuple[Tensor, ...]
 
 
 def load_weights(network: nn.Module, path: Path) -> dict:
-    """Loads a checkpoint's weights, of ours, of the published script or of PyTorch's example; returns the checkpoint."""
+    """Loads the weights of a checkpoint, ours, the published script's or PyTorch's example's; returns the checkpoint."""
     try:
         contents = load(path)
     except FileNotFoundError:
@@ -254,7 +255,7 @@ def build(args: argparse.Namespace, world: run.World) -> run.Task:
              "amp": args.amp, "seed": args.seed, "images": len(train)},
         cosine=not args.steplr,
         step_epochs=30,
-        loss_function=with_auxiliary_heads(AUXILIARY_WEIGHT[args.arch]) if args.arch in AUXILIARY_WEIGHT else cross_entropy,
+        loss_function=with_auxiliary_heads(AUXILIARY_WEIGHT.get(args.arch, 0)),
         topk=(1, 5),
         print_every=args.print_freq,
         start_epoch=start_epoch,
@@ -265,8 +266,8 @@ def build(args: argparse.Namespace, world: run.World) -> run.Task:
 
 def evaluate_only(args: argparse.Namespace) -> int:
     """Prints the accuracy of a checkpoint, or of torchvision's weights; returns the exit status."""
+    world = run.World(torch.device(args.device))
     try:
-        world = run.World(torch.device(args.device))
         _, val, classes = data.load(args.data)
         network, notes = build_network(args, len(classes))
         if args.start_from:
@@ -286,8 +287,9 @@ def evaluate_only(args: argparse.Namespace) -> int:
             topk=(1, 5), follow=follow, reduce=world.sum,
         )  # fmt: skip
     except GraftingError as error:
-        print(error, file=sys.stderr)
-        return error.exit_status
+        end = world.end(run.End("failed", str(error), error.exit_status), may_follow=False)
+        print(end.sentence, file=sys.stderr)
+        return end.status
     if world.leads:
         print(f"* Acc@1 {top1:.3f}    Acc@5 {top5:.3f}    Loss {loss:.4f}    Images {len(val)}")
     world.leave()
@@ -296,6 +298,8 @@ def evaluate_only(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parse()
+    # Of 1x1 convolutions in channels_last format, whose gradients are the same numbers in the same places either way.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     if args.plan:
         print(args.directory, args.networks, torch.cuda.device_count() if args.device != "cpu" else 0, sep="\n")
         return 0

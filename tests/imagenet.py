@@ -1,8 +1,8 @@
 """Runs of grafting_imagenet/grafting.py as real processes, and the small set of images that they train on."""
 
-import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from processes import ROOT, Process, Run, until
@@ -44,18 +44,19 @@ class ImageRun(Run):
 
     checkpoint_name, suffix = "pth{}_{}", ".tar"
 
-    def __init__(self, directory: Path, data: Path, networks: int = 2, epochs: int = 2, flags: tuple = (), ranks: int = 1):
+    def __init__(
+        self, directory: Path, data: Path, networks: int = 2, epochs: int = 2, flags: tuple = (), ranks: int = 1
+    ):
         super().__init__(directory, data, networks, epochs)
         self.ranks = ranks
         self.flags = ["--data", str(data), "-a", "tiny", "-b", "12", "-j", "0", "--image_size", "32", "--lr", "0.02",
                       "--device", "cpu", "-p", "0", *flags]  # fmt: skip
 
-    def start(self, network: int, *flags: str, append: bool = True, plan: list | None = None, ranks: int | None = None):
-        """Starts one network; its process is torchrun's, or that of the network if it has one rank."""
+    def start(self, network: int, *flags: str, ranks: int | None = None, **options: Any) -> Process:
+        """Starts one network; its process is torchrun's, or that of the network itself if it has one rank."""
         arguments = [str(ranks or self.ranks), *self.arguments(network, *map(str, flags))]
-        process = Process(RANKS, arguments, self.logs / f"{network}.log", append, plan)
-        self.started.append(process)
-        return process
+        self.started.append(Process(RANKS, arguments, self.logs / f"{network}.log", **options))
+        return self.started[-1]
 
     def pids(self, network: int, process: Process) -> list[int]:
         """The process ids of a network's ranks, once it trains or waits."""
@@ -64,6 +65,3 @@ class ImageRun(Run):
         lead = self.status(network)["pid"]
         assert str(lead) in children
         return [lead, *sorted(int(pid) for pid in children if int(pid) != lead)]
-
-    def settings(self) -> dict:
-        return json.loads((self.directory / "run.json").read_text())["settings"]

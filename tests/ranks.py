@@ -1,4 +1,4 @@
-"""python ranks.py RANKS ARGUMENT...: what `torchrun --nproc-per-node RANKS grafting_imagenet/grafting.py ARGUMENT...` does.
+"""python ranks.py RANKS ARGUMENT...: does what torchrun --nproc-per-node RANKS -- grafting.py ARGUMENT... does.
 
 It is torchrun's own agent, but the ranks are forked from it instead of started, so that torch is imported once. Two
 networks that train in no time are added to torchvision's, `tiny` and, without batch norm, `tiny_plain`; with either the
