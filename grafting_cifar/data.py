@@ -24,7 +24,7 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -244,10 +244,10 @@ def _wait_for(lock: io.FileIO, place: Path) -> None:
             notice += 60
             lock.seek(0)
             holder = lock.read().decode(errors="replace") or "another process"
-            sentence = f"{holder} has been preparing the images in {place} for {seconds:.0f} s"
+            sentence = f"{seconds:.0f} s for {holder}, which prepares the images in {place}"
             if seconds > 60 * _LOCK_MINUTES:
-                raise DataError(f"{sentence}: see whether it is stuck, end it if so, and start again.")
-            _say(f"Waiting: {sentence}.")
+                raise DataError(f"Waited {sentence}: see whether it is stuck, end it if so, and start again.")
+            _say(f"Waiting {sentence}.")
         time.sleep(0.1)
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -453,7 +453,7 @@ def _read_standard(folder: Path, cifar: int) -> Loaded:
 
 _GLYPHS_VERSION = "1"  # to be raised with every change of the images
 _CHARACTERS = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
-_LUMA = np.array([0.299, 0.587, 0.114])  # brightness of red, green and blue
+_LUMA = np.array([299, 587, 114])  # brightness of red, green and blue, in thousandths
 
 
 def _draw_glyphs() -> Loaded:
@@ -470,37 +470,40 @@ def _draw_split(count: int, random: np.random.Generator) -> Split:
 
 
 def _draw_image(digit: str, random: np.random.Generator) -> np.ndarray:
-    """A digit near the middle, over other glyphs at the edges; blurred, with noise: uint8 (32, 32, 3)."""
-    # Bright on dark, and most images easy to read while a few (the cubes below) hardly are: with either way round,
-    # or all of them of middling difficulty, a small network spends its first epochs at 10 % accuracy.
-    background = random.integers(140, size=3)
-    image = Image.new("RGB", (SIZE, SIZE), tuple(background.tolist()))
+    """A bright digit near the middle of a dark ground, over smaller and dimmer glyphs at the edges: uint8 (32, 32, 3).
+
+    Most images are easy to read; some, by the cubes of the blur and the noise, hardly. A network that finds nothing
+    easy in its first steps at lr 0.1 turns its features off, and stays at 10 % for epochs: so it was with digits
+    brighter or darker than the ground, with clutter of their own brightness, and with noise on every image.
+    """
+    ground = random.integers(80, size=3)
+    image = Image.new("RGB", (SIZE, SIZE), tuple(ground.tolist()))
     for _ in range(random.integers(1, 4)):
-        along, across = random.uniform(0, SIZE), random.choice([0, SIZE])  # a point on the border
-        centre = (along, across) if random.random() < 0.5 else (across, along)
-        _paste(image, random.choice(list(_CHARACTERS)), centre, 180, background, random)
-    _paste(image, digit, SIZE / 2 + random.uniform(-3, 3, size=2), 20, background, random)
-    image = image.filter(ImageFilter.GaussianBlur(2 * random.random() ** 3))
-    noise = random.normal(0, 100 * random.random() ** 3, size=(SIZE, SIZE, 3))
+        along, across = random.uniform(0, SIZE), SIZE * random.integers(2)
+        border = (along, across) if random.random() < 0.5 else (across, along)
+        mask = _tilt(_glyph(_CHARACTERS[random.integers(len(_CHARACTERS))], random.integers(12, 19)), 180, random)
+        _paint(image, mask, border, _ink(ground, 15, 60, random))
+    mask = _tilt(_glyph(digit, random.integers(18, 29)), 25, random)
+    _paint(image, mask, SIZE / 2 + random.uniform(-3, 3, size=2), _ink(ground, 110, 255, random))
+    image = image.filter(ImageFilter.GaussianBlur(4 * random.random() ** 3))
+    noise = random.normal(0, 60 * random.random() ** 3, size=(SIZE, SIZE, 3))
     return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
 
 
-def _paste(
-    image: Image.Image,
-    character: str,
-    centre: tuple[float, float] | np.ndarray,
-    tilt: float,
-    background: np.ndarray,
-    random: np.random.Generator,
-) -> None:
-    """Puts the character on the image around centre, in a random size, colour and tilt (degrees, at most)."""
-    mask = _glyph(character, int(random.integers(19, 29)))
-    mask = mask.rotate(random.uniform(-tilt, tilt), Image.Resampling.BICUBIC, expand=True)
-    ink = random.integers(256, size=3)
-    while (ink - background) @ _LUMA < 50:
+def _ink(ground: np.ndarray, least: int, most: int, random: np.random.Generator) -> tuple[int, int, int]:
+    """A colour that is brighter than the ground by least to most (of 255)."""
+    while True:
         ink = random.integers(256, size=3)
-    corner = (round(centre[0] - mask.width / 2), round(centre[1] - mask.height / 2))
-    image.paste(tuple(ink.tolist()), corner, mask)
+        if 1000 * least <= (ink - ground) @ _LUMA <= 1000 * most:  # in integers: the same on every machine
+            return tuple(ink.tolist())
+
+
+def _tilt(mask: Image.Image, degrees: float, random: np.random.Generator) -> Image.Image:
+    return mask.rotate(random.uniform(-degrees, degrees), Image.Resampling.BICUBIC, expand=True)
+
+
+def _paint(image: Image.Image, mask: Image.Image, centre: Sequence[float], ink: tuple[int, int, int]) -> None:
+    image.paste(ink, (round(centre[0] - mask.width / 2), round(centre[1] - mask.height / 2)), mask)
 
 
 @functools.cache
