@@ -76,9 +76,7 @@ def load(folder: str | Path) -> tuple[Files, Files, list[str]]:
     try:
         if not folder.is_dir():
             problem = "is not a folder" if folder.exists() else "does not exist"
-            raise DataError(
-                f"{printable(folder)} {problem}: give a folder that holds train/<class>/ and val/<class>/"
-            )
+            raise DataError(f"{printable(folder)} {problem}: give a folder that holds train/<class>/ and val/<class>/")
         held_out = "test" if (folder / "test").is_dir() and not (folder / "val").is_dir() else "val"
         train, val = _list_classes(folder, "train"), _list_classes(folder, held_out)
     except OSError as error:
@@ -113,9 +111,7 @@ def _list_classes(folder: Path, split: str) -> dict[str, list[str]]:
         classes = dict(zip(names, listed, strict=True))
     for name, images in classes.items():
         if not images:
-            raise DataError(
-                f"{printable(place / name)} has no image: put some there, or remove this class everywhere"
-            )
+            raise DataError(f"{printable(place / name)} has no image: put some there, or remove this class everywhere")
     return classes
 
 
@@ -563,8 +559,8 @@ class _GPU:
     ahead = 2
 
     def __init__(self, prepare: Prepare, shape: tuple[int, ...], device: torch.device, workers: int) -> None:
-        _check_nvjpeg(device)
         self.prepare, self.shape, self.device = prepare, shape, device
+        self.stream = _start_nvjpeg(device)
         self.threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="read")
         self.waiting: deque[tuple[list[Item], list[Future[Tensor]]]] = deque()
 
@@ -579,10 +575,8 @@ class _GPU:
         files, errors = _results(dict(enumerate(reading)))
         jpegs = [row for row, data in files.items() if _is_jpeg(data)]
         decoded = dict(zip(jpegs, self._decode_jpegs([files[row] for row in jpegs]), strict=False))
-        rest = {row: (files[row], items[row].path) for row in files.keys() - decoded.keys()}
-        others, more_errors = _results(
-            {row: self.threads.submit(_decode, *file) for row, file in rest.items()}
-        )
+        rest = files.keys() - decoded.keys()
+        others, more_errors = _results({row: self.threads.submit(_decode, files[row], items[row].path) for row in rest})
         images = torch.empty((len(items), *self.shape[1:]), dtype=torch.uint8, device=self.device)
         for row, image in (decoded | others).items():
             images[row].copy_(self.prepare(image.to(self.device), items[row].draw).permute(1, 2, 0))
@@ -590,12 +584,22 @@ class _GPU:
 
     def _decode_jpegs(self, files: list[Tensor]) -> list[Tensor]:
         """All or none: nvJPEG stops at the first that it refuses (CMYK, damaged), and does not say which."""
+        if not files:
+            return []
         try:
-            return decode_jpeg(files, ImageReadMode.RGB, self.device) if files else []
-        except torch.OutOfMemoryError:
+            # It writes at once, in a stream of its own, to memory of which the current stream may still have use:
+            # the allocator thinks in the order of streams. In a stream that does nothing else, it is right.
+            with torch.cuda.stream(self.stream):
+                images = decode_jpeg(files, ImageReadMode.RGB, self.device)
+        except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError:
             return []
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        for image in images:
+            image.record_stream(current)
+        return images
 
 
 def _results(futures: dict[int, Future[Tensor]]) -> tuple[dict[int, Tensor], dict[int, str]]:
@@ -609,7 +613,12 @@ def _results(futures: dict[int, Future[Tensor]]) -> tuple[dict[int, Tensor], dic
     return results, errors
 
 
-def _check_nvjpeg(device: torch.device) -> None:
+def _start_nvjpeg(device: torch.device) -> torch.cuda.Stream:
+    """A stream to decode in.
+
+    Raises:
+        DataError: if nvJPEG does not work here.
+    """
     if device.type != "cuda":
         raise DataError(f"--decode gpu needs a network that trains on CUDA, and this one trains on {device}")
     if decode_jpeg is None:
@@ -619,6 +628,6 @@ def _check_nvjpeg(device: torch.device) -> None:
     try:
         decode_jpeg([torch.frombuffer(jpeg.getbuffer(), dtype=torch.uint8)], ImageReadMode.RGB, device)
     except RuntimeError as error:
-        raise DataError(
-            f"--decode gpu: torchvision cannot decode on {device} ({printable(error)})"
-        ) from error
+        reason = printable(error)
+        raise DataError(f"--decode gpu: torchvision cannot decode on {device} ({reason})") from error
+    return torch.cuda.Stream(device)
