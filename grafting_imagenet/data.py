@@ -316,8 +316,7 @@ class Batches:
         self.batch_size = batch_size // world_size  # of this rank
         self.skip_bad, self.say = skip_bad, say
         self.bad: dict[str, str] = {}  # what cannot be read: path, sentence
-        # The places in the epoch's order of this rank's images. Part k of them is this rank's part of batch
-        # k.
+        # This rank's places in the epoch's order; the k-th batch_size of them are its part of batch k.
         end = self.samples - self.samples % world_size if train else self.samples
         self._places = torch.arange(rank, max(rank, end), world_size)
         self._prepare = Prepare(train, image_size, resize)
@@ -420,8 +419,7 @@ class Prepare(NamedTuple):
 
     def __call__(self, image: Tensor, draw: str) -> Tensor:
         if self.train:
-            # Seeded with a text, which Python hashes: the draws of neighbouring seeds and places are
-            # unrelated.
+            # Of a text Python makes a hash: what neighbouring seeds and places draw is unrelated.
             return augment(image, self.size, random.Random(draw))
         return central(image, self.size, self.resize)
 
