@@ -95,9 +95,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="images per batch")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of each loader")
     parser.add_argument("--repetitions", type=int, default=5, help="timed epochs of each loader")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
-    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -132,9 +130,7 @@ def main() -> None:
     reference = [per_core for _, per_core, _ in results["PyTorch example"]]
     for name, rows in results.items():
         ratios = [per_core / other for (_, per_core, _), other in zip(rows, reference, strict=True)]
-        cells = [
-            spread(column, digits) for column, digits in zip(zip(*rows, strict=True), (0, 0, 2), strict=True)
-        ]
+        cells = [spread(column, digits) for column, digits in zip(zip(*rows, strict=True), (0, 0, 2), strict=True)]
         print("|", " | ".join([name, *cells, spread(ratios, 2)]), "|")
 
 
