@@ -185,7 +185,7 @@ def main(args: argparse.Namespace, build: Callable[[argparse.Namespace, World], 
             own = End("stopped", str(error), error.exit_status)
         elif isinstance(error, GraftingError):
             own = End("failed", str(error), error.exit_status)
-        elif isinstance(error, torch.OutOfMemoryError):
+        elif isinstance(error, torch.cuda.OutOfMemoryError):
             is_foreseen, sentence = True, str(error).splitlines()[0]
             own = End("failed", f"{sentence} Fewer networks on this device, a smaller batch or --amp need less", 1)
         else:
