@@ -76,6 +76,22 @@ def test_a_rank_that_dies_while_rank_0_waits_for_its_neighbour(make_image_run):
     assert (run.status(1)["state"], run.status(1)["detail"]) == ("failed", f"rank 1 (process {victim}) died (killed?)")
 
 
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_network_within_a_minute(make_image_run):
+    # As seen from another machine, or under NCCL, a rank that died is one that is silent.
+    run = make_image_run(1, 300, ranks=2)
+    process = run.start(1)
+    run.reaches(1, "training", 1)
+    frozen = run.pids(1, process)[1]
+    began = time.monotonic()
+    os.kill(frozen, signal.SIGSTOP)
+    until(lambda: run.status(1)["state"] == "failed")
+    assert time.monotonic() - began < 60
+    assert run.status(1)["detail"] == "rank 1 has given no sign of life for 40 s"
+    assert "rank 1 has given no sign of life" in process.sentence()
+    assert process.wait() == 1  # torchrun kills the frozen one
+
+
 def test_an_image_that_one_rank_cannot_read_ends_both(make_image_run, class_folders, tmp_path):
     data = shutil.copytree(class_folders, tmp_path / "images")
     bad = min((data / "val" / CLASSES[0]).iterdir())
