@@ -608,6 +608,15 @@ QUICK = {
 }  # fmt: skip
 
 
+HUGE = {
+    "convnext_large",
+    "regnet_y_128gf",
+    "vit_h_14",
+    "vit_l_16",
+    "vit_l_32",
+}  # in bfloat16, to need less memory
+
+
 def without_initialisation(make):
     """What make() returns, with weights drawn uniformly: torchvision's own initialisation takes minutes."""
     initialisers = [name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
@@ -648,7 +657,12 @@ def assert_grafts(network):
 )
 def test_graft_of_every_classification_model(name):
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    assert_grafts(without_initialisation(lambda: zoo.get_model(name, weights=None, **options)))
+    torch.set_default_dtype(torch.bfloat16 if name in HUGE else torch.float32)
+    try:
+        network = without_initialisation(lambda: zoo.get_model(name, weights=None, **options))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_grafts(network)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+#!/usr/bin/env python
+"""Seconds of one grafting step (entropies, coefficients, blend): ours against a loop over layers, bins and entries.
+
+    python benchmarks/grafting.py
+    python benchmarks/grafting.py --models resnet32 torchvision:resnet50 --repetitions 21 --device cuda
+
+The loop is written the way the method reads, and the way it was published: each bin of each layer is counted on its
+own, each entry blended on its own. Both work on the same two networks, in turns. Prints a Markdown table.
+"""
+
+import copy
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
+from benchmarks import tools
+from filter_grafting import graft
+from filter_grafting.information import convolutions
+from grafting_cifar import models
+
+MODELS = ("resnet32", "resnet110", "mobilenetv2", "torchvision:resnet50", "torchvision:vgg16")
+
+
+def build(name: str) -> nn.Module:
+    family, _, rest = name.rpartition(":")
+    if family == "torchvision":
+        import torchvision
+
+        return torchvision.models.get_model(rest, weights=None)
+    return models.build(name, 10)
+
+
+def looped_entropy(weight: Tensor, bins: int = 10) -> float:
+    values = weight.reshape(-1)
+    scale = (values.max() - values.min()) / bins
+    entropy = 0.0
+    for k in range(bins):
+        is_in_bin = (values >= values.min() + k * scale) & (values < values.min() + (k + 1) * scale)
+        share = is_in_bin.sum() / len(values)
+        if share > 0:
+            entropy -= (share * share.log()).item()
+    return entropy
+
+
+@torch.no_grad()
+def looped_graft(network: nn.Module, neighbour: Mapping[str, Tensor], a: float = 0.4, c: float = 500) -> None:
+    state, layers = network.state_dict(), convolutions(network)
+    share = 0.5
+    for key, own in state.items():
+        if key.removesuffix(".weight") in layers:
+            difference = looped_entropy(own) - looped_entropy(neighbour[key])
+            share = round(a / math.pi * math.atan(c * difference) + 0.5, 2)
+        if own.is_floating_point():
+            state[key] = share * own + (1 - share) * neighbour[key]
+    network.load_state_dict(state)
+
+
+def measure(name: str, repetitions: int, device: str) -> dict[str, object]:
+    ours = build(name).to(device)
+    loop = copy.deepcopy(ours)
+    neighbour = build(name).to(device).state_dict()
+    steps = {"ours": lambda: graft(ours, neighbour), "loop": lambda: looped_graft(loop, neighbour)}
+    seconds = {way: [] for way in steps}
+    for repetition in range(repetitions + 1):  # the first one does not count: it touches all memory
+        for way, step in steps.items():
+            taken = 1000 * tools.timed(step, device)
+            if repetition:
+                seconds[way].append(taken)
+    return {
+        "model": name,
+        "million weights": sum(entry.numel() for entry in neighbour.values()) / 1e6,
+        "convolutions": len(convolutions(ours)),
+        "ours (ms)": seconds["ours"],
+        "loop (ms)": seconds["loop"],
+        "loop : ours": tools.ratio(seconds["loop"], seconds["ours"]),
+    }
+
+
+def main() -> None:
+    parser = tools.parser(__doc__, repetitions=9)
+    parser.add_argument(
+        "--models", nargs="+", default=MODELS, metavar="NAME",
+        help=f"of grafting_cifar, or torchvision:NAME (default: {' '.join(MODELS)})",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=tools.at_least(1), default=1, help="of the CPU (default: 1)")
+    tools.add_device(parser)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    where = "on the GPU" if args.device == "cuda" else f"on {args.threads} thread{'s' * (args.threads > 1)}"
+    tools.report(
+        "grafting",
+        f"One grafting step {where}; n = {args.repetitions} each, in turns; medians (lowest to highest).",
+        [measure(name, args.repetitions, args.device) for name in args.models],
+        args.json,
+        args.device,
+    )
+
+
+if __name__ == "__main__":
+    main()
