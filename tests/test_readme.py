@@ -28,8 +28,10 @@ def _flags(usage: str) -> set[str]:
 
 def _explanations(usage: str) -> list[str]:
     usage = usage[usage.index("options:") :]
-    usage = re.sub(r"(a model of torchvision:).*?(?=\(default)", r"\1 ", usage, flags=re.DOTALL)  # they differ by version
-    return [word for word in usage.split() if not word.startswith("-") and not word.rstrip(",").isupper() and word != "..."]
+    # The list of torchvision's models differs from version to version.
+    usage = re.sub(r"(a model of torchvision:).*?(?=\(default)", r"\1 ", usage, flags=re.DOTALL)
+    words = [word for word in usage.split() if word != "..."]
+    return [word for word in words if not word.startswith("-") and not word.rstrip(",").isupper()]
 
 
 def test_files_on_the_map_exist():
