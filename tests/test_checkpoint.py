@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,25 @@ class Bomb:
 def test_what_is_saved_is_loaded(path):
     assert_same(load(path), CONTENTS)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_it_is_on_the_disk_before_it_has_its_name_and_the_name_is_before_it_returns(path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def tell_fsync(descriptor: int) -> None:
+        calls.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def tell_replace(source: Path, target: Path) -> None:
+        calls.append(f"rename {source.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", tell_fsync)
+    monkeypatch.setattr(os, "replace", tell_replace)
+    save(path, CONTENTS)
+    temporary = calls[0].removeprefix("fsync ")
+    assert re.fullmatch(r"\.ckpt1_3\.t7\.[0-9a-f]+\.tmp", temporary)
+    assert calls == [f"fsync {temporary}", f"rename {temporary}", f"fsync {path.parent.name}"]
 
 
 def test_readers_never_see_a_part_of_a_file(path):

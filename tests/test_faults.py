@@ -23,6 +23,7 @@ STEPS = {
     "epoch trained": ("after train", 2),
     "tested": ("after test", 2),
     "best written": ("after rename best1.t7", 1),
+    "first checkpoint renamed": ("after rename ckpt1_0.t7", 1),
     "old checkpoint deleted": ("after delete ckpt1_0.t7", 1),
     "checkpoint half-written": (r"before sync \.ckpt1_1\.t7\..*", 1),
     "checkpoint temporary file written": ("before rename ckpt1_1.t7", 1),
