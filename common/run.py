@@ -189,9 +189,12 @@ def main(args: argparse.Namespace, build: Callable[[argparse.Namespace, World], 
             is_foreseen, sentence = True, str(error).splitlines()[0]
             own = End("failed", f"{sentence} Fewer networks on this device, a smaller batch or --amp need less", 1)
         else:
-            own = End("failed", f"{type(error).__name__}: {' '.join(str(error).split())}", 1)
+            sentence = f"{type(error).__name__}: {' '.join(str(error).split())}"
             # Other ranks that are gone show as what torch says of connections.
-            may_follow = isinstance(error, RuntimeError) and LOST_CONNECTION.search(str(error)) is not None
+            if world and world.size > 1 and isinstance(error, RuntimeError) and LOST_CONNECTION.search(str(error)):
+                is_foreseen = may_follow = True
+                sentence = f"the connection to a rank was lost: it, or its machine, has died (killed?) ({sentence})"
+            own = End("failed", sentence, 1)
         end = world.end(own, may_follow) if world else own
         _say_farewell(args, ring, end, aloud=end is own or ring is not None)
         if not is_foreseen and end is own:
