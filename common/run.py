@@ -193,7 +193,7 @@ def main(args: argparse.Namespace, build: Callable[[argparse.Namespace, World], 
             # Other ranks that are gone show as what torch says of connections.
             if world and world.size > 1 and isinstance(error, RuntimeError) and LOST_CONNECTION.search(str(error)):
                 is_foreseen = may_follow = True
-                sentence = f"the connection to a rank was lost: it, or its machine, has died (killed?) ({sentence})"
+                sentence = f"the connection to a rank was lost: it or its machine died (killed?) ({sentence[:160]})"
             own = End("failed", sentence, 1)
         end = world.end(own, may_follow) if world else own
         _say_farewell(args, ring, end, aloud=end is own or ring is not None)

@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                        help="processes that decode images, for each process that trains")  # fmt: skip
     group.add_argument("--epochs", metavar="E", type=flags.number(int, 1), default=90, help="epochs to train")
     group.add_argument("--start-epoch", metavar="E", type=flags.number(int, 0),
-                       help="the first epoch's number (default: 0, or the one after that of --resume PATH)")  # fmt: skip
+                       help="the first epoch's number (default: 0, or the one after --resume PATH's)")  # fmt: skip
     group.add_argument("-b", "--batch-size", metavar="B", type=flags.number(int, 1), default=256,
                        help="images per step, in total over the GPUs of this network")  # fmt: skip
     group.add_argument("--lr", "--learning-rate", metavar="LR", type=flags.number(float, 0, low_open=True), default=0.1,
@@ -93,7 +93,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     elif args.decode == "gpu":
         parser.error("argument --decode: gpu needs --device cuda")
     if args.batch_size % ranks:
-        parser.error(f"argument -b: got {args.batch_size}, expected a multiple of {ranks}, as torchrun's processes share it")
+        parser.error(f"argument -b: got {args.batch_size}, expected a multiple of {ranks}, the number of ranks")
     args.image_size = args.image_size or usual_size(args.arch)
     args.level = "layer"
     args.directory = Path("checkpoint") / (args.directory or default_name(parser, args)).removeprefix("checkpoint/")
@@ -193,7 +193,7 @@ def with_auxiliary_heads(weight: float) -> Callable[[Tensor | tuple[Tensor, ...]
 
 
 def load_weights(network: nn.Module, path: Path) -> dict:
-    """Loads the weights of a checkpoint, ours, the published script's or PyTorch's example's; returns the checkpoint."""
+    """Loads the weights of a checkpoint of ours, the published script's or PyTorch's example's; returns all of it."""
     try:
         contents = load(path)
     except FileNotFoundError:
