@@ -20,6 +20,7 @@ from grafting_cifar.runs import THRESHOLDS, Network, Run
 WIDTH = 10  # inches of 100 pixels
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 DASHES = ("-", "--", ":", "-.")
+TWO_COLUMNS = 60  # characters, up to which two entries of a legend stand side by side
 FEW = 20  # epochs, up to which each is marked by a point
 LABELLED_LAYERS = 60  # as many names can be read beside a heat map
 SMALLEST_NORM = 1e-4  # smaller ones are drawn here: a logarithmic axis has no 0
@@ -53,9 +54,7 @@ def accuracy(lines: Sequence[Line]) -> Figure:
     """Test accuracy over the epochs, a line for each network; of long runs the last quarter enlarged, too."""
     longest = max(len(network.epochs) for _, network in lines)
     is_long = longest > FEW
-    figure, panels = pyplot.subplots(
-        1 + is_long, figsize=(WIDTH, 4.6 + 3.6 * is_long + _legend_height(lines))
-    )
+    figure, panels = pyplot.subplots(1 + is_long, figsize=(WIDTH, 4.6 + 3.6 * is_long))
     first, *rest = [panels] if isinstance(panels, Axes) else panels
     for panel in (first, *rest):
         for (run, network), style in zip(lines, _styles(lines), strict=True):
@@ -129,7 +128,7 @@ def filter_norms(lines: Sequence[Line]) -> Figure:
     low, high = min(0.5 * min(THRESHOLDS), *map(min, norms)), 1.05 * max(map(max, norms))
     edges = [low * (high / low) ** (k / 60) for k in range(61)]
     figure, (histogram, cumulative) = pyplot.subplots(
-        2, figsize=(WIDTH, 7.5 + _legend_height(lines)), sharex=True, subplot_kw={"xscale": "log"}
+        2, figsize=(WIDTH, 7.5), sharex=True, subplot_kw={"xscale": "log"}
     )
     for (run, network), style, values in zip(lines, _styles(lines), norms, strict=True):
         label = f"{run.label}, network {network.number} ({network.counted_in})"
@@ -159,7 +158,7 @@ def comparison(lines: Sequence[Line]) -> Figure:
     longest = max(len(network.epochs) for _, network in lines)
     figure, panels = pyplot.subplot_mosaic(
         [["course", "course"], ["accuracy", "filters"]],
-        figsize=(WIDTH, 8.4 + 0.25 * len(groups)),
+        figsize=(WIDTH, 8.2),
         height_ratios=(3, 2),
     )
     for position, (name, networks) in enumerate(groups.items()):
@@ -223,12 +222,12 @@ def _points(epochs: int) -> dict:
     return {"linewidth": 1.5, "marker": "o" if epochs <= FEW else "", "markersize": 4}
 
 
-def _legend_height(lines: Sequence[Line]) -> float:
-    return 0.25 * math.ceil(len(lines) / 2) + 0.2
-
-
 def _legend(figure: Figure, panel: Axes) -> None:
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    """Adds the legend below the panels, in room of its own."""
+    handles, labels = panel.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels)) <= TWO_COLUMNS else 1
+    figure.set_figheight(figure.get_figheight() + 0.2 + 0.25 * math.ceil(len(labels) / columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def _plain(text: str) -> str:
