@@ -150,7 +150,7 @@ def test_unfinished_networks_are_reported_as_such(tmp_path, run_report):
     status, rows, output = run_report(directory)
     assert status == 0
     assert rows[0]["state"] == "epoch 2 of 200, stopped by SIGTERM"
-    assert rows[1]["state"] == "epoch 2 of 200, failed: the loss became nan ¦  [31mred"
+    assert rows[1]["state"] == "epoch 2 of 200, failed: the loss became nan ¦ [31mred"
     assert rows[2]["state"] == "epoch 2 of 200, died", "it says that it trains, but no process lives"
     assert [row["counted in"] for row in rows[:3]] == ["best", "best", "ckpt0_1.t7"]
     assert rows[2]["invalid at 0.1"] == "1 of 1"
