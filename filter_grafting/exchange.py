@@ -587,7 +587,7 @@ class Ring:
             if now >= look:
                 look = now + LOOK_SECONDS
                 self._check_place()
-                if not self._pending and not own.exists():
+                if not self._pending and _is_gone(own):
                     raise WriteError(f"{own} of network {self.network} was deleted before its reader is past it")
                 seen = self._signs_of_life()
                 if seen != signs:
@@ -683,6 +683,16 @@ def _write_over(path: Path, data: bytes) -> None:
         os.ftruncate(descriptor, len(data))
     finally:
         os.close(descriptor)
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass  # what cannot be looked at just now says nothing
+    return False
 
 
 def _number(value: Any) -> float | None:
