@@ -1,8 +1,13 @@
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 from imagenet import ImageRun, make_class_folders
 from processes import Run, make_images
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Shells start background jobs so, and processes pass it on: those that the tests start shall hear Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from filter_grafting.errors import MismatchError
 from filter_grafting.grafting import blend, check_alike, coefficient, compare, graft
 from filter_grafting.information import convolutions, invalid_filters
 from grafting_cifar import models
+from grafting_cifar.models import vgg
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ("cpu", pytest.param("cuda", marks=needs_cuda))
@@ -522,7 +523,7 @@ def test_filter_level_blends_weight_by_weight(make, layers, classifier, device):
 
 
 def test_filter_level_on_vgg():
-    network, neighbour = pair(lambda: models.vgg.VGG(((4, 4), (6,), (8, 8)), 10))
+    network, neighbour = pair(lambda: vgg.VGG(((4, 4), (6,), (8, 8)), 10))
     convs = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
     layers = [(name, f"features.{int(name.removeprefix('features.')) + 1}") for name in convs]
     expected, blended = looped_filter_level(snapshot(network), neighbour, layers, "classifier")

@@ -47,7 +47,8 @@ def test_networks_of_one_run_differ_and_runs_repeat(undisturbed, make_run):
 def test_a_network_may_start_late(make_run, undisturbed):
     run = make_run(2, 3)
     first = run.start(1, plan=[["quicken"]])
-    says(run, 1, "waiting for network 2 (epoch 0) for 0 s: network 2 has not started; start it with: ")
+    says(run, 1, ": network 2 has not started; start it with: ")
+    assert re.search(r"waiting for network 2 \(epoch 0\) for \d+ s: network 2 has not", run.log(1))
     assert (run.status(1)["state"], run.status(1)["detail"]) == ("waiting", "for network 2")
     command = run.log(1).partition("start it with: ")[2].splitlines()[0]
     assert re.match(rf"python3?[\d.]* {CIFAR} --s {run.directory} ", command) and "--i 2" in command
@@ -141,6 +142,18 @@ def test_a_neighbour_of_another_architecture_ends_the_network_with_both_shapes(m
         "torch.float32, in its neighbour (64, 3, 3, 3) torch.float32\n"
     )
     assert run.status(1)["detail"] == first.sentence().strip()
+
+
+def test_what_a_neighbours_file_says_is_made_printable(make_run):
+    run = make_run(2, 3)
+    run.directory.mkdir()
+    from grafting_cifar.models import build
+
+    state = build("resnet20", 2).state_dict()
+    torch.save({"net": state | {"\x1b[2J\nNetwork:1    epoch:9": torch.zeros(1)}}, run.checkpoint(2, 0))
+    first = run.start(1)
+    assert first.wait() == 1
+    assert first.sentence().removesuffix("\n").isprintable()
 
 
 def test_a_neighbour_with_a_value_that_is_not_finite_is_refused(make_run):
