@@ -49,7 +49,8 @@ def test_a_network_may_start_late(make_run, undisturbed):
     first = run.start(1, plan=[["quicken"]])
     says(run, 1, ": network 2 has not started; start it with: ")
     assert re.search(r"waiting for network 2 \(epoch 0\) for \d+ s: network 2 has not", run.log(1))
-    assert (run.status(1)["state"], run.status(1)["detail"]) == ("waiting", "for network 2")
+    until(lambda: run.status(1)["state"] == "waiting", DEADLINE, lambda: f"its status: {run.status(1)}")
+    assert run.status(1)["detail"] == "for network 2"
     command = run.log(1).partition("start it with: ")[2].splitlines()[0]
     assert re.match(rf"python3?[\d.]* {CIFAR} --s {run.directory} ", command) and "--i 2" in command
     second = run.start(2)
