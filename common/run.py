@@ -19,7 +19,7 @@ from common.distributed import End, RankLost, World
 from common.records import Log, Table, on_terminal
 from filter_grafting.checkpoint import load
 from filter_grafting.errors import GraftingError, MismatchError, RefusedError
-from filter_grafting.exchange import Ring
+from filter_grafting.exchange import Ring, printable
 from filter_grafting.grafting import blend, compare
 from filter_grafting.training import (
     Batches,
@@ -320,7 +320,7 @@ def graft_once(
         neighbour = {key: entry.to(args.device, non_blocking=True) for key, entry in neighbour.items()}
         layers = compare(network, neighbour, args.amplitude, args.steepness, args.level)
     except (MismatchError, AttributeError) as error:
-        raise MismatchError(f"{path} cannot be grafted onto network {args.network}: {error}") from error
+        raise MismatchError(f"{path} cannot be grafted onto network {args.network}: {printable(error)}") from error
     blend(network, neighbour, {name: layer.coefficient for name, layer in layers.items()}, args.level)
     coefficients.append(
         [epoch, name, f"{own_entropy:.6f}", f"{neighbour_entropy:.6f}", f"{torch.as_tensor(share).mean().item():.4g}"]

@@ -115,8 +115,9 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         data = _read(path)
     except FileNotFoundError:
         raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "it is larger than the memory"
+        raise CheckpointError(f"{path} cannot be read: {reason}") from error
     if not data:
         raise CheckpointError(f"{path} is empty: it was not written to its end")
     try:
@@ -156,6 +157,8 @@ def _checked_archive(path: Path, data: bytes) -> bytes:
         # says (CVE-2025-32434).
         if any(name.endswith("constants.pkl") for name in archive.namelist()):
             raise CheckpointError(f"{path} is a TorchScript archive, which could run code; it was not loaded")
+        if sum(record.file_size for record in archive.infolist()) > len(data):
+            raise CheckpointError(f"{path} is damaged: its records are larger than the file; it was not loaded")
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(f"{path} is compressed, as torch.save does not write it; it was not loaded")

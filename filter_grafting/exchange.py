@@ -99,7 +99,8 @@ class Ring:
         networks: N; 1 is a baseline that exchanges nothing.
         name: file name of a checkpoint, with the fields {index} (i mod N) and {epoch}.
         key: the checkpoint's entry that holds the state dict.
-        timeout: seconds without a sign of life of the neighbour after which waiting ends; 0 waits for ever.
+        timeout: seconds without a sign of life of the neighbour after which waiting ends, at least as long as a few of
+            its heartbeats take; 0 waits for ever.
         keep_all: delete no checkpoint.
         say: prints one line to the log.
         check: called while waiting; raises to end the wait (a signal has come).
@@ -494,7 +495,7 @@ class Ring:
     def _published(self, network: int) -> list[int]:
         """The epochs of which network k's checkpoints are there, in ascending order."""
         before, after = self._path(network, "*").name.split("*")
-        pattern = re.compile(re.escape(before) + r"(\d{1,9})" + re.escape(after))
+        pattern = re.compile(re.escape(before) + "(0|[1-9][0-9]{0,8})" + re.escape(after))
         try:
             return sorted(int(match[1]) for name in os.listdir(self.directory) if (match := pattern.fullmatch(name)))
         except OSError as error:
@@ -517,6 +518,8 @@ class Ring:
                 if "optimizer" not in contents:
                     raise CheckpointError(f"{path} holds no training state")
                 return epoch, contents
+            except FileNotFoundError:
+                continue  # deleted just now
             except CheckpointError as error:
                 aside = path.with_name(path.name + ".damaged")
                 try:
@@ -561,6 +564,7 @@ class Ring:
             WriteError: if network i's own checkpoint could not be written meanwhile, or the directory is gone.
         """
         own, path = self._path(self.network, epoch), self._path(self.neighbour, epoch)
+        timeout = max(self._timeout, 3 * BEAT_SECONDS) if self._timeout else math.inf
         began = heard = time.monotonic()  # heard: when the neighbour last gave a sign of life
         message, look, retry = began + FIRST_MESSAGE_SECONDS, began, began  # when each is due
         signs = None  # of the neighbour's life, as last seen
@@ -596,8 +600,7 @@ class Ring:
             if not announced and now - began > 1:
                 announced = True
                 self.update("waiting", f"for network {self.neighbour}")
-            in_vain = now - (since or heard)
-            gives_up = self._timeout and in_vain >= self._timeout
+            gives_up = now - (since or heard) >= timeout
             if now >= message or gives_up:
                 message = now + MESSAGE_SECONDS
                 whom, state = f"network {self.neighbour} (epoch {epoch})", self._describe_neighbour(now - heard)
@@ -678,6 +681,8 @@ def _write_over(path: Path, data: bytes) -> None:
     """Replaces the contents of a file in place."""
     descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
+        if os.fstat(descriptor).st_nlink != 1:
+            raise OSError(errno.EMLINK, "the file has another name, perhaps elsewhere")
         if os.write(descriptor, data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.ftruncate(descriptor, len(data))

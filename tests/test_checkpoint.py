@@ -324,7 +324,20 @@ def test_an_archive_that_would_grow_in_memory_is_refused(path):
         archive.writestr("archive/data.pkl", pickle.dumps({}))
         archive.writestr("archive/data/0", bytes(10_000_000))
     assert path.stat().st_size < 20_000
+    with pytest.raises(CheckpointError, match="its records are larger than the file"):
+        load(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}))
     with pytest.raises(CheckpointError, match=r"is compressed, as torch\.save does not write it"):
+        load(path)
+
+
+def test_a_file_larger_than_the_memory_is_refused(path, monkeypatch):
+    def read(path: Path) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "_read", read)
+    with pytest.raises(CheckpointError, match=r"ckpt1_3\.t7 cannot be read: it is larger than the memory"):
         load(path)
 
 

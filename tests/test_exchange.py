@@ -311,6 +311,16 @@ def test_without_any_good_checkpoint_a_network_begins_anew_only_if_its_neighbour
         ring.newest()
 
 
+def test_files_whose_names_are_only_alike_are_left_alone(tmp_path):
+    ring = Ring(tmp_path, 1, 2)
+    publish(ring, 3)
+    names = "ckpt1_04.t7", "ckpt1_\u0664.t7", "ckpt11_4.t7", "ckpt1_4.t7.bak", "xckpt1_4.t7", "ckpt1_-4.t7"
+    for name in names:
+        (tmp_path / name).touch()
+    assert ring.newest()[0] == 3
+    assert all((tmp_path / name).exists() for name in names)
+
+
 def test_a_baseline_without_any_good_checkpoint_begins_anew(tmp_path):
     ring = Ring(tmp_path, 1, 1, say=str)
     for epoch in range(4):
@@ -511,6 +521,16 @@ def test_it_never_gives_up_a_neighbour_that_is_alive(tmp_path, clock):
     ring.wait(6)
 
 
+def test_a_timeout_shorter_than_a_heartbeat_does_not_give_up_a_living_neighbour(tmp_path, clock):
+    ring = Ring(tmp_path, 1, 2, timeout=1, say=str)
+    publish(ring, 6)
+    clock.every(5, lambda: write_status(tmp_path, 2, host="elsewhere", beat=clock.now), 100)
+    began = clock.now
+    with pytest.raises(NeighbourTimeout):
+        ring.wait(6)
+    assert clock.now - began == pytest.approx(115, abs=2)
+
+
 def test_it_gives_up_when_the_neighbour_has_been_silent_for_the_timeout(tmp_path, clock):
     write_status(tmp_path, 2, host="elsewhere")
     ring = Ring(tmp_path, 1, 2, timeout=3600, say=str)
@@ -672,7 +692,13 @@ def test_a_status_that_no_new_file_can_be_made_for_is_written_over(tmp_path, mon
         raise WriteError("the disk is full")
 
     monkeypatch.setattr(exchange, "write_atomically", fail)
-    ring.leave("failed", "full")
+    ring.update("failed", "full")
+    assert read_status(tmp_path, 1)["detail"] == "full"
+    # Unless it has another name, which may be elsewhere.
+    os.link(tmp_path / "network1.json", tmp_path / "outside")
+    with pytest.raises(WriteError, match="the disk is full"):
+        ring.update("failed", "again")
+    ring.leave("failed", "again")
     assert read_status(tmp_path, 1)["detail"] == "full"
 
 
@@ -801,6 +827,8 @@ def test_of_networks_that_start_at_the_same_moment_one_records_and_the_others_fo
 def test_where_there_are_no_locks_one_of_many_records_all_the_same(tmp_path):
     # Locks do not part the threads of a process.
     rings = [Ring(tmp_path, network, 8) for network in range(1, 9)]
+    for ring in rings:
+        ring._has_locks = False
     barrier = threading.Barrier(8)
 
     def agree(ring: Ring) -> None:
