@@ -720,7 +720,7 @@ def test_a_second_process_with_the_same_number_is_refused_while_the_first_lives(
 
 
 def test_a_network_that_lives_on_another_host_is_found_by_its_beat(tmp_path, monkeypatch):
-    monkeypatch.setattr(exchange, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(exchange, "BEAT_SECONDS", 1.0)
     write_status(tmp_path, 1, host="elsewhere", beat=1)
     threading.Timer(0.1, write_status, (tmp_path, 1), {"host": "elsewhere", "beat": 2}).start()
     with pytest.raises(RefusedError, match=r"already running .*process 1 on elsewhere"):
@@ -735,7 +735,7 @@ def test_where_there_are_no_locks_the_beat_decides(tmp_path, monkeypatch):
         raise OSError(exchange.NO_LOCKS[0], "no locks")
 
     monkeypatch.setattr(exchange.fcntl, "lockf", no_locks)
-    monkeypatch.setattr(exchange, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(exchange, "BEAT_SECONDS", 1.0)  # long enough for a busy machine
     first = Ring(tmp_path, 1, 2)
     first.join(resume=False)
     with pytest.raises(RefusedError, match="already running"):
