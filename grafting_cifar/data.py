@@ -393,7 +393,7 @@ def _load_standard(folder: Path, cifar: int) -> Loaded:
 def _standard_folder(folder: Path, cifar: int) -> Path:
     """The folder that holds the standard files or may get them; DataError where another one must be meant."""
     files = _STANDARD[cifar]
-    wanted = f"one with train/<class>/ and test/<class>/, one for the CIFAR-{cifar} files, or glyphs"
+    wanted = f"one with train/<class>/ and test/<class>/, one for the CIFAR-{cifar} files, or the word glyphs"
     if folder.name == files and folder.is_dir():
         return folder.parent
     if folder == DEFAULT_FOLDER:
