@@ -55,9 +55,11 @@ def killed_then_resumed(run, plan: list[list]) -> None:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_at_any_step_it_ends_with_the_same_bits(make_run, undisturbed, step):
-    run = make_run(2, 3)
+    # A network whose neighbour is slow deletes its first checkpoint in the fourth epoch at the latest.
+    epochs = 4 if step == "old checkpoint deleted" else 3
+    run = make_run(2, epochs)
     killed_then_resumed(run, [["at", *STEPS[step], "kill"]])
-    assert_same_runs(run, undisturbed(2, 3))
+    assert_same_runs(run, undisturbed(2, epochs))
 
 
 @pytest.mark.parametrize(

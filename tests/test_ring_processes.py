@@ -187,8 +187,8 @@ def test_a_second_process_of_the_same_network_is_refused_and_the_first_unharmed(
     assert_same_runs(run, undisturbed(2, 3))
 
 
-def test_a_directory_that_holds_a_run_is_refused(undisturbed):
-    run = undisturbed(2, 3)
+def test_a_directory_that_holds_a_run_is_refused(make_run):
+    run = make_run(2, 3).finish()
     before = {path: path.read_bytes() for path in run.directory.iterdir()}
     again = Process(CIFAR, run.arguments(1), run.logs / "again.log")
     assert again.wait() == 1
