@@ -48,7 +48,7 @@ class _Nursery:
                     [sys.executable, Path(__file__).with_name("nursery.py")],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
                 )  # fmt: skip
-                atexit.register(self.server.stdin.close)
+                atexit.register(self.server.communicate)  # its end: it reads nothing more
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()
             return json.loads(self.server.stdout.readline())
