@@ -1,7 +1,7 @@
 """Grafting: how much of its own a layer keeps, and the blend with its neighbour's (paper, section 3.3)."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -158,24 +158,29 @@ def _compare(
 
     # Everything that the host has to know is read at once: a GPU is waited for a single time.
     sides = {"the network": own, "its neighbour": neighbour}
-    layers = [(side, key) for side in sides for key in weights.values()]
-    rest = [key for key, entry in neighbour.items() if key not in set(weights.values()) and entry.numel() > 0]
-    others = [(side, key) for side in sides for key in rest]
-    results = [entropies([sides[side][key] for side, key in layers])]  # NaN, where a value is not finite
-    if others:
-        extremes = torch.stack([end for side, key in others for end in torch.aminmax(sides[side][key])])
-        results.append(extremes.view(-1, 2).double().sum(1))
-    numbers = dict(zip(layers + others, torch.cat(results).tolist(), strict=True))
-    for key in neighbour:
-        for side in sides:
-            if not math.isfinite(numbers.get((side, key), 0)):
-                raise MismatchError(f"{key}: {side} holds a value that is not finite")
-
-    pairs = {name: [numbers[side, key] for side in sides] for name, key in weights.items()}
+    keys = set(weights.values())
+    entropy = entropies([state[key] for state in sides.values() for key in weights.values()])
+    extremes = _extremes([state[key] for state in sides.values() for key in neighbour if key not in keys])
+    numbers = torch.cat([entropy, *extremes]).tolist()
+    if not all(map(math.isfinite, numbers)):
+        for key in neighbour:
+            for side, state in sides.items():
+                if not state[key].isfinite().all():
+                    raise MismatchError(f"{key}: {side} holds a value that is not finite")
+    count = len(weights)
+    pairs = zip(numbers[:count], numbers[count : 2 * count], strict=True)
     return {
         name: Comparison(*pair, shares[name] if level == "filter" else coefficient(*pair, a, c))
-        for name, pair in pairs.items()
+        for name, pair in zip(weights, pairs, strict=True)
     }
+
+
+def _extremes(entries: Sequence[Tensor]) -> list[Tensor]:
+    """Smallest and largest values, each of shape (1,): one is not finite if any value of an entry is not."""
+    small = [entry if entry.dim() == 1 else entry.reshape(-1) for entry in entries if entry.numel() <= 1 << 16]
+    groups = [torch.cat(small)] if small else []
+    groups += [entry for entry in entries if entry.numel() > 1 << 16]
+    return [extreme[None] for group in groups if group.numel() > 0 for extreme in torch.aminmax(group)]
 
 
 @torch.no_grad()

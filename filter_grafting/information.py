@@ -41,6 +41,7 @@ def entropy(weight: Tensor, bins: int = 10) -> float:
     return value
 
 
+@torch.no_grad()
 def entropies(weights: Sequence[Tensor], bins: int = 10) -> Tensor:
     """Entropies of several layers at once: float64 of shape (len(weights),), in nats, on the weights' device.
 
@@ -67,7 +68,6 @@ def _flatten(weight: Tensor) -> Tensor:
     if not weight.is_floating_point() or weight.numel() == 0:
         found = f"{weight.dtype} of shape {tuple(weight.shape)}"
         raise ValueError(f"weight: got {found}, expected a floating-point tensor that is not empty")
-    weight = weight.detach()
     return weight.permute(sorted(range(weight.dim()), key=weight.stride, reverse=True)).reshape(-1)
 
 
@@ -85,20 +85,21 @@ def _count(layers: Sequence[Tensor], low: Tensor, high: Tensor, bins: int) -> Te
 def _count_on_cpu(layers: Sequence[Tensor], low: Tensor, high: Tensor, bins: int) -> Tensor:
     """The same in chunks that stay in the cache, and two values at a time: counting is what costs."""
     base = bins + 1  # a pair is a number of two digits: a bin, or `bins` for the maximum
-    pairs = torch.zeros(len(layers), base * base, dtype=torch.int64)
-    for count, values, bottom, top in zip(pairs, layers, low.tolist(), high.tolist(), strict=True):
+    tables, owners = [torch.zeros(base * base, dtype=torch.int64)], [0]
+    for k, (values, bottom, top) in enumerate(zip(layers, low.tolist(), high.tolist(), strict=True)):
         if not 1e-300 < top - bottom < math.inf:
             continue  # all equal, so that all are the maximum; or not finite
         # Rounded up by more than the next steps' own rounding: no value on an edge falls short of its bin.
         scale = bins / (top - bottom) * (1 + 2**-50)
-        for start in range(0, values.numel(), _CHUNK):
-            part = values[start : start + _CHUNK].to(torch.float64, copy=True)
-            digits = part.sub_(bottom).mul_(scale).to(torch.int16)
+        for part in values.split(_CHUNK) if values.numel() > _CHUNK else [values]:
+            digits = part.to(torch.float64, copy=True).sub_(bottom).mul_(scale).to(torch.int16)
             if digits.numel() % 2:
                 digits = F.pad(digits, (0, 1), value=bins)
             half = digits.numel() // 2
-            count += torch.bincount(digits[:half].add_(digits[half:], alpha=base), minlength=base * base)
-    pairs = pairs.view(-1, base, base)
+            tables.append(torch.bincount(digits[:half].add_(digits[half:], alpha=base), minlength=base * base))
+            owners.append(k)
+    pairs = torch.zeros(len(layers), base * base, dtype=torch.int64)
+    pairs = pairs.index_add_(0, torch.tensor(owners), torch.stack(tables)).view(-1, base, base)
     return (pairs.sum(1) + pairs.sum(2))[:, :bins]
 
 
