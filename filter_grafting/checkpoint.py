@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import secrets
 import shutil
 import stat
@@ -134,7 +135,9 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         reason = "is truncated or damaged"
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
             reason = "holds more than tensors and plain values, and could run code"
-        raise CheckpointError(f"{path} {reason}; it was not loaded") from error
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # such as numpy's scalar, for an accuracy beside the weights
+        told = f" (it asks for {asked[1]})" if asked else ""
+        raise CheckpointError(f"{path} {reason}; it was not loaded{told}") from error
     except Exception as error:  # any exception can come out of bytes that anyone may have written
         raise CheckpointError(f"{path} is truncated or damaged ({type(error).__name__}); it was not loaded") from error
     if not isinstance(contents, dict):

@@ -11,6 +11,7 @@ import argparse
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
@@ -73,10 +74,19 @@ def table(runs: list) -> list[str]:
     for run in runs:
         rows += [network_row(run, network) for network in run.networks]
         rows.append(mean_row(run))
+    return [*markdown(rows), "", CAPTION]
+
+
+def markdown(rows: list[list], right: Sequence[int] = ()) -> list[str]:
+    """The lines of a Markdown table with the first row as its heading, and these columns flush right."""
     cells = [[cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    head, *body = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
-    return [head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *body, "", CAPTION]
+    sides = [str.rjust if column in right else str.ljust for column in range(len(widths))]
+    head, *body = [
+        "| " + " | ".join(pad(*column) for pad, *column in zip(sides, row, widths, strict=True)) + " |" for row in cells
+    ]
+    rule = ["-" * (width + 1) + ("-", ":")[column in right] for column, width in enumerate(widths)]
+    return [head, "|" + "|".join(rule) + "|", *body]
 
 
 def network_row(run, network) -> list:

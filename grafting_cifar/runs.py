@@ -5,7 +5,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from common.manage import Network as Observed
 from common.manage import networks_of, observe, recorded_settings
 from filter_grafting.checkpoint import load
-from filter_grafting.errors import GraftingError
+from filter_grafting.errors import CheckpointError, GraftingError
 from filter_grafting.exchange import printable
 from filter_grafting.information import invalid_filters, norms_by_layer
 
@@ -214,18 +214,12 @@ def read_filters(checkpoints: list[Path], network: Network) -> None:
     """Counts the invalid filters in the first of the checkpoints that can be read."""
     for path in checkpoints:
         try:
-            contents = load(path)
-            state = contents.get("net", contents.get("state_dict"))
-            if not isinstance(state, dict) or not all(map(is_entry, state.items())):
-                raise Damage(f"{path.name} holds no state dict")
+            state, contents = read_checkpoint(path)
             norms = norms_by_layer(state)
-            invalid, shortcuts = (
-                [invalid_filters(state, threshold, shortcuts=which) for threshold in THRESHOLDS]
-                for which in (False, True)
-            )
+            invalid, shortcuts = count_invalid(state, THRESHOLDS)
         except FileNotFoundError:
             continue  # a network at work has deleted it in between, and published a newer one
-        except (Damage, GraftingError, RuntimeError) as error:
+        except (GraftingError, RuntimeError) as error:
             network.damage(str(error).replace(f"{path.parent}/", ""))
             continue
         network.invalid, network.shortcuts = invalid, shortcuts
@@ -239,5 +233,22 @@ def read_filters(checkpoints: list[Path], network: Network) -> None:
     network.damage("no checkpoint can be read")
 
 
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The state dict in a checkpoint (its `net` or `state_dict`, or all that it holds), and the whole contents.
+
+    Raises FileNotFoundError; CheckpointError, naming the file, if it holds no state dict or cannot be loaded.
+    """
+    contents = load(path)
+    state = contents.get("net", contents.get("state_dict", contents))
+    if not (isinstance(state, dict) and state and all(map(is_entry, state.items()))):
+        raise CheckpointError(f"{path} holds no state dict")
+    return state, contents
+
+
 def is_entry(item: tuple[object, object]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def count_invalid(state: dict[str, Tensor], thresholds: Sequence[float]) -> list[list[tuple[int, int]]]:
+    """(invalid, total) at each threshold: first of the filters outside shortcuts, then of those in them."""
+    return [[invalid_filters(state, threshold, shortcuts) for threshold in thresholds] for shortcuts in (False, True)]
