@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from common.distributed import End, RankLost, World
 from common.records import Log, Table, on_terminal
@@ -21,6 +22,8 @@ from filter_grafting.checkpoint import load
 from filter_grafting.errors import GraftingError, MismatchError, RefusedError
 from filter_grafting.exchange import Ring, printable
 from filter_grafting.grafting import blend, compare
+from filter_grafting.information import invalid_filters
+from filter_grafting.scions import graft_scions
 from filter_grafting.training import (
     Batches,
     cross_entropy,
@@ -33,9 +36,11 @@ from filter_grafting.training import (
 )
 
 METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "best",
-           "train_seconds", "test_seconds", "wait_seconds", "graft_seconds")  # fmt: skip
+           "train_seconds", "test_seconds", "wait_seconds", "graft_seconds",
+           "val_accuracy", "invalid_0.1", "invalid_0.01")  # fmt: skip
 LOST_CONNECTION = re.compile("gloo|nccl|connection|socket|store", re.IGNORECASE)
 ECHO_SECONDS = 2.0
+METHODS = ("grafting", "average", "ema")
 COEFFICIENTS = ("epoch", "layer", "own_entropy", "neighbour_entropy", "coefficient")
 
 
@@ -55,8 +60,17 @@ class Task:
     topk: tuple[int, ...] = (1,)
     print_every: int = 0  # batches between two lines of progress; 0 prints one line an epoch
     start_epoch: int = 0
+    val: Batches | None = None  # images to choose the best epoch on; without them it is chosen on the test images
+    method: str = "grafting"  # what is done with the neighbour's weights, see METHODS
+    scion: str = "external"  # what is grafted, see filter_grafting.scions
+    averaged: AveragedModel | None = None  # follows the network, and is what is tested and saved
     key: str = "net"  # the entry of a checkpoint that holds the state dict
     notes: list[str] = field(default_factory=list)  # lines for the head of the log
+
+    @property
+    def tested(self) -> nn.Module:
+        """The network whose accuracy is reported, and whose weights are published."""
+        return self.averaged.module if self.averaged else self.network
 
 
 class Stopped(BaseException):
@@ -221,10 +235,11 @@ def train_network(
     """The loop. With several ranks, all of them run it, and rank 0 alone has the ring and the log."""
     network, epochs, last_epoch = task.network, args.epochs, args.epochs - 1
     device = torch.device(args.device)
-    forward, forward_training = network, world.parallel(network)
+    forward, forward_training = task.tested, world.parallel(network)
     if args.compile:
+        is_one = forward_training is forward
         forward = compiled(forward, device)
-        forward_training = forward if forward_training is network else compiled(forward_training, device)
+        forward_training = forward if is_one else compiled(forward_training, device)
 
     epoch, row = resume(task, world, ring, check) if args.resume else (task.start_epoch, None)
     if ring:
@@ -236,33 +251,39 @@ def train_network(
         introduce(args, task, world, log, epoch if row else None)
         for values in earlier:
             with suppress(ValueError):  # a row that someone has changed
-                log.recall(int(values["epoch"]), log_fields({key: float(value) for key, value in values.items()}))
-    best = row["best"] if row else -1.0
+                figures = {key: float(value) for key, value in values.items() if value}
+                log.recall(int(values["epoch"]), log_fields(figures))
+    best = row
     while True:
         if row is None:
             if ring:
                 ring.update("training", epoch=epoch, epochs=epochs)
             row = train_and_test(args, task, world, log, check, epoch, forward_training, forward)
-            improved, best = row["test_accuracy"] > best, max(best, row["test_accuracy"])
-            row["best"] = best
+            improved = best is None or score(row) > best["best_score"]
+            row["best_score"], row["best"] = (
+                (score(row), row["test_accuracy"]) if improved else (best["best_score"], best["best"])
+            )
+            best = row
             if ring:
                 publish(task, ring, row, improved)
-                ring.update("training", accuracy=row["test_accuracy"], best=best)
-        if args.networks > 1 and epoch < last_epoch:
+                ring.update("training", accuracy=row["test_accuracy"], best=row["best"])
+        if task.scion != "external" and epoch < last_epoch:
+            row |= graft_scion(args, task, epoch)
+        elif args.networks > 1 and epoch < last_epoch:
             if ring:
-                row |= graft_once(args, network, ring, coefficients, epoch)
+                row |= graft_once(args, task, ring, coefficients, epoch)
                 world.tell(f"grafted {epoch}")
             else:
                 world.hear(f"grafted {epoch}", check)
             world.align(network.state_dict())
         if ring:
             log.epoch(epoch, log_fields(row, task.topk[1:]))
-            metrics.append([[format_metric(column, row.get(column, 0.0)) for column in METRICS]])
+            metrics.append([[format_metric(column, row.get(column)) for column in METRICS]])
         if epoch >= last_epoch:
             break
         epoch, row = epoch + 1, None
     if ring:
-        ring.write(ring.file("final"), {ring.key: snapshot(network.state_dict()), **result(task, row)})
+        ring.write(ring.file("final"), {ring.key: snapshot(task.tested.state_dict()), **result(task, row)})
         ring.flush()
 
 
@@ -287,15 +308,25 @@ def train_and_test(
     trained = time.perf_counter()
     world.compare(dict(network.named_parameters()))
     world.align(dict(network.named_buffers()))  # each rank has batch-norm statistics of its own images
-    test_loss, accuracies = evaluate(
-        forward, task.test, device=device, amp=args.amp, topk=task.topk, reduce=world.sum,
-        follow=Progress(epoch, len(task.test), check, log),
-    )  # fmt: skip
+
+    def test(batches: Batches) -> tuple[float, list[float]]:
+        follow = Progress(epoch, len(batches), check, log)
+        return evaluate(forward, batches, device=device, amp=args.amp, topk=task.topk, reduce=world.sum, follow=follow)
+
+    test_loss, accuracies = test(task.test)
+    further = {f"invalid_{threshold}": invalid_filters(task.tested, threshold, False)[0] for threshold in (0.1, 0.01)}
+    if task.val is not None:
+        further["val_accuracy"] = test(task.val)[1][0]
     return {
         "epoch": epoch, "lr": rate(0), "train_loss": train_loss, "train_accuracy": train_accuracies[0],
-        "test_loss": test_loss, "test_accuracy": accuracies[0], "accuracies": accuracies,
+        "test_loss": test_loss, "test_accuracy": accuracies[0], "accuracies": accuracies, **further,
         "train_seconds": trained - began, "test_seconds": time.perf_counter() - trained,
     }  # fmt: skip
+
+
+def score(row: Mapping[str, Any]) -> float:
+    """What the best epoch is chosen by."""
+    return row.get("val_accuracy", row["test_accuracy"])
 
 
 def start_rate(args: argparse.Namespace) -> float:
@@ -309,11 +340,9 @@ def compiled(network: nn.Module, device: torch.device) -> nn.Module:
     return torch.compile(network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" and single else None)
 
 
-def graft_once(
-    args: argparse.Namespace, network: nn.Module, ring: Ring, coefficients: Table, epoch: int
-) -> dict[str, float]:
+def graft_once(args: argparse.Namespace, task: Task, ring: Ring, coefficients: Table, epoch: int) -> dict[str, float]:
     """Waits for the neighbour's weights and grafts them on; returns the seconds that each took."""
-    began = time.perf_counter()
+    network, began = task.network, time.perf_counter()
     path, neighbour = ring.wait(epoch)
     arrived = time.perf_counter()
     try:
@@ -321,6 +350,8 @@ def graft_once(
         layers = compare(network, neighbour, args.amplitude, args.steepness, args.level)
     except (MismatchError, AttributeError) as error:
         raise MismatchError(f"{path} cannot be grafted onto network {args.network}: {printable(error)}") from error
+    if task.method == "average":  # the rival: the same exchange, but blind to what the layers hold
+        layers = {name: layer._replace(coefficient=0.5) for name, layer in layers.items()}
     blend(network, neighbour, {name: layer.coefficient for name, layer in layers.items()}, args.level)
     coefficients.append(
         [epoch, name, f"{own_entropy:.6f}", f"{neighbour_entropy:.6f}", f"{torch.as_tensor(share).mean().item():.4g}"]
@@ -329,12 +360,22 @@ def graft_once(
     return {"wait_seconds": arrived - began, "graft_seconds": time.perf_counter() - arrived}
 
 
+def graft_scion(args: argparse.Namespace, task: Task, epoch: int) -> dict[str, float]:
+    """Grafts what needs no neighbour; noise has the layer's standard deviation at first, and 1 % of it in the end."""
+    began = time.perf_counter()
+    noise = torch.Generator().manual_seed(stream_seed(args.seed, args.network, f"{epoch}, noise"))
+    graft_scions(task.network, task.scion, scale=0.01 ** ((epoch + 1) / args.epochs), generator=noise)
+    return {"graft_seconds": time.perf_counter() - began}
+
+
 def publish(task: Task, ring: Ring, row: dict[str, Any], improved: bool) -> None:
     """Writes the epoch's checkpoint, which is both what the neighbour reads and all that a resumed run needs."""
-    weights = {ring.key: snapshot(task.network.state_dict())}
+    weights = {ring.key: snapshot(task.tested.state_dict())}
     if improved:  # before the checkpoint: a run that is resumed from it will not come by here again
         ring.write(ring.file("best"), {**weights, **result(task, row)})
     training = {"optimizer": snapshot(task.optimizer.state_dict()), "metrics": snapshot(row)}
+    if task.averaged:
+        training["averaged"] = {"network": snapshot(task.network.state_dict()), "steps": int(task.averaged.n_averaged)}
     ring.publish(row["epoch"], {**weights, **result(task, row), **training})
 
 
@@ -375,10 +416,13 @@ def resume(
         if differing:
             rows = ", ".join(f"{key} is {settings[key]!r} here and was {recorded.get(key)!r}" for key in differing)
             raise RefusedError(f"the network cannot be continued with other settings: {rows}")
-        task.network.load_state_dict(contents[task.key])
+        task.tested.load_state_dict(contents[task.key])
+        if task.averaged:
+            task.network.load_state_dict(contents["averaged"]["network"])
+            task.averaged.n_averaged.fill_(contents["averaged"]["steps"])
         task.optimizer.load_state_dict(contents["optimizer"])
         row = dict(contents["metrics"])
-        log_fields(row, task.topk[1:])  # all that is read of it later is there, and of its type
+        score(row) + row["best_score"], log_fields(row, task.topk[1:])  # all that is read of it later is there
         return epoch, row
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -406,15 +450,17 @@ def introduce(args: argparse.Namespace, task: Task, world: World, log: Log, resu
 def log_fields(row: Mapping[str, Any], topk: tuple[int, ...] = ()) -> str:
     """An epoch as a line of the log; topk: of which further accuracies."""
     fields = [f"accuracy:{row['test_accuracy']:.3f}", f"best:{row['best']:.3f}"]
+    if "val_accuracy" in row:
+        fields.append(f"val:{row['val_accuracy']:.3f}")
     fields += [f"accuracy@{k}:{value:.3f}" for k, value in zip(topk, row.get("accuracies", ())[1:], strict=True)]
     fields += [f"loss:{row['train_loss']:.4f}", f"lr:{row['lr']:.5g}"]
     fields += [f"{phase}:{row.get(f'{phase}_seconds', 0):.2f}s" for phase in ("train", "test", "wait", "graft")]
     return "    ".join(fields)
 
 
-def format_metric(column: str, value: float) -> str:
-    if column == "epoch":
-        return str(value)
+def format_metric(column: str, value: float | None) -> str:
     if column.endswith("_seconds"):
-        return f"{value:.3f}"
+        return f"{value or 0:.3f}"
+    if value is None or isinstance(value, int):
+        return "" if value is None else str(value)
     return f"{value:.3f}" if column.endswith("accuracy") or column == "best" else f"{value:.6g}"

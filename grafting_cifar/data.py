@@ -76,6 +76,34 @@ def load(source: str | Path, cifar: int = 10) -> Loaded:
         raise DataError(f"{reason}: mend it, or give another folder of images.") from error
 
 
+def select(
+    loaded: Loaded, images: int | None = None, val: int = 0, test_images: int | None = None
+) -> tuple[Split, Split | None, Split]:
+    """The images to train on, to choose the best epoch on (None if val is 0) and to test on; None: all that there are.
+
+    They are the same for everyone: the first and the last of a shuffled order that follows from the number of images.
+    Raises DataError if there are too few.
+    """
+    train, test, _ = loaded
+    for flag, asked, there in (
+        (f"--images {images or 1} and --val {val}", (images or 1) + val, len(train.labels)),
+        (f"--test_images {test_images}", test_images or 1, len(test.labels)),
+    ):
+        if asked > there:
+            raise DataError(f"got {flag}, but there are {there:,} such images: ask for fewer, or give a larger --data")
+    kept = _shuffled(train, 0, images if images else len(train.labels) - val) if images or val else train
+    held_out = _shuffled(train, len(train.labels) - val, len(train.labels)) if val else None
+    return kept, held_out, _shuffled(test, 0, test_images) if test_images else test
+
+
+def _shuffled(split: Split, start: int, end: int) -> Split:
+    """The images at these places of the shuffled order, in the split's own order."""
+    # RandomState, as NumPy promises that its numbers stay what they are.
+    order = np.random.RandomState(2020).permutation(len(split.labels))
+    rows = torch.from_numpy(np.sort(order[start:end]))
+    return Split(split.images[rows], split.labels[rows])
+
+
 # ---- Batches
 
 
