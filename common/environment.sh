@@ -49,7 +49,8 @@ def can_be_imported(name):
     return True
 
 
-requirements = dict(line.strip().partition(">=")[::2] for path in sys.argv[1:] for line in open(path))
+lines = [line.partition("#")[0].strip() for path in sys.argv[1:] for line in open(path)]
+requirements = dict(line.partition(">=")[::2] for line in lines if line)
 unmet = [name for name, least in requirements.items() if not is_met(name, least)]
 if not unmet and os.environ["thorough"]:
     unmet = [name for name in requirements if name.startswith("torch") and not can_be_imported(name)]

@@ -1,0 +1,299 @@
+"""Reads the results that run.py has left, and compares them: values over seeds, differences, Welch's intervals."""
+
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from scipy.stats import ttest_ind
+
+from grafting_cifar.runs import THRESHOLDS, Damage, Network, convert, read_coefficients, read_csv, read_metrics
+
+if TYPE_CHECKING:
+    from experiments.tables import Entry, Row, Table
+
+
+@dataclass
+class Course(Network):
+    """A network of a finished run, with the columns that only comparisons need."""
+
+    validation: list[float] = field(default_factory=list)  # accuracy in %, one per epoch; empty without --val
+    top5: list[float] = field(default_factory=list)  # test accuracy in %, one per epoch; empty on CIFAR
+    invalid_course: list[list[float]] = field(default_factory=list)  # at each threshold, in % of all, one per epoch
+
+
+@dataclass
+class Result:
+    """One run with one seed. Its figures are accuracies on the test set in %, NaN where it has none."""
+
+    run: str
+    seed: int
+    settings: dict[str, Any]
+    seconds: float
+    hardware: str
+    versions: str
+    courses: list[Course] = field(default_factory=list)  # of an ensemble: none
+    members: list[str] = field(default_factory=list)  # of an ensemble: the results that it is made of
+    alone: list[float] = field(default_factory=list)  # of an ensemble: the accuracy of each network
+    ensemble: float = math.nan
+    weight_average: float = math.nan
+
+    @property
+    def networks(self) -> int:
+        return len(self.courses or self.alone)
+
+    @property
+    def is_validated(self) -> bool:
+        return bool(self.courses) and all(course.validation for course in self.courses)
+
+    @property
+    def is_grafting(self) -> bool:
+        """Whether networks are grafted as in the paper, with weights of a neighbour."""
+        settings = {"method": "grafting", "scion": "external"} | self.settings
+        return len(self.courses) > 1 and (settings["method"], settings["scion"]) == ("grafting", "external")
+
+    @property
+    def best(self) -> float:
+        """At the network and epoch with the highest validation accuracy; without --val the highest, as published."""
+        judged = [
+            (judge, accuracy)
+            for course in self.courses
+            for judge, accuracy in zip(course.validation or course.accuracies, course.accuracies, strict=True)
+        ]
+        return max(judged, key=lambda pair: pair[0], default=(None, math.nan))[1]
+
+    @property
+    def validated_best(self) -> float:
+        return self.best if self.is_validated else math.nan
+
+    @property
+    def last(self) -> float:
+        """Mean over the networks after the last epoch; of an ensemble, its one accuracy."""
+        return statistics.mean(course.last for course in self.courses) if self.courses else self.ensemble
+
+    @property
+    def top5(self) -> float:
+        lasts = [course.top5[-1] for course in self.courses if course.top5]
+        return statistics.mean(lasts) if lasts else math.nan
+
+
+class Cell(NamedTuple):
+    """A row of a table on one data set, and what there is of it: a result per seed."""
+
+    row: "Row"
+    entry: "Entry"
+    results: list[Result]
+
+    def values(self, figure: str) -> list[float]:
+        """One per seed: `best`, `last`, …"""
+        found = [getattr(result, figure) for result in self.results]
+        return [value for value in found if math.isfinite(value)]
+
+
+class Difference(NamedTuple):
+    """Of two means, in the values' unit, with its 95 % interval; NaN where there are too few values."""
+
+    gain: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def verdict(self) -> str:
+        if math.isnan(self.low):
+            return "unknown"
+        return "above" if self.low > 0 else "below" if self.high < 0 else "level"
+
+
+class Results:
+    """The results of one preset, each read once; what is damaged counts as not run, and is in `damages`."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.damages: list[str] = []
+        self._runs: dict[str, list[Result]] = {}
+
+    def of(self, run: str) -> list[Result]:
+        """The readable results of a run, by seed."""
+        if run not in self._runs:
+            self._runs[run] = list(self._read(run))
+        return self._runs[run]
+
+    def _read(self, run: str) -> Iterator[Result]:
+        folders = {int(path.name[4:]): path for path in self.directory.joinpath(run).glob("seed*") if is_seed(path)}
+        for seed, folder in sorted(folders.items()):
+            try:
+                yield read_result(folder, run, seed)
+            except Damage as damage:
+                self.damages.append(f"{run}/{folder.name}: {damage}")
+
+    def cells(self, table: "Table", dataset: str) -> dict[str, Cell]:
+        """By label of the row."""
+        entries = [(row, row.cells[dataset]) for row in table.rows if dataset in row.cells]
+        return {row.label: Cell(row, entry, self.of(entry.run)) for row, entry in entries}
+
+    def members(self, result: Result) -> list[Result]:
+        """The results that an ensemble is made of, as far as they are there."""
+        runs = {name: name.rpartition("/")[0] for name in result.members}
+        return [one for name, run in runs.items() for one in self.of(run) if name == f"{run}/seed{one.seed}"]
+
+    def cost(self, result: Result) -> float:
+        """Epochs of training, over all networks; of an ensemble, those of its members. NaN if one is missing."""
+        if result.courses:
+            return sum(len(course.epochs) for course in result.courses)
+        members = self.members(result)
+        return sum(map(self.cost, members)) if len(members) == len(result.members) else math.nan
+
+    def model(self, result: Result) -> Any:
+        """The architecture: only networks of the same one are rivals."""
+        for one in (result, *self.members(result)):
+            if model := one.settings.get("model", one.settings.get("arch")):
+                return model
+        return None
+
+
+def is_seed(path: Path) -> bool:
+    number = path.name.removeprefix("seed")
+    return number.isascii() and number.isdecimal() and len(number) < 18
+
+
+def datasets(table: "Table") -> list[str]:
+    return list(dict.fromkeys(name for row in table.rows for name in row.cells))
+
+
+def difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """Mean of values − mean of baseline, with Welch's 95 % interval.
+
+    The interval is NaN if either side has fewer than 2 values, or neither of them varies at all.
+    """
+    if not values or not baseline:
+        return Difference(math.nan)
+    gain = statistics.mean(values) - statistics.mean(baseline)
+    if min(len(values), len(baseline)) < 2 or len(set(values)) == len(set(baseline)) == 1:
+        return Difference(gain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that one side does not vary
+        interval = ttest_ind(values, baseline, equal_var=False).confidence_interval(0.95)
+    return Difference(gain, float(interval.low), float(interval.high))
+
+
+class Comparison(NamedTuple):
+    """Grafting against something else on one data set, by one figure."""
+
+    dataset: str
+    grafting: Cell
+    other: Cell
+    difference: Difference
+
+
+def against_baseline(cells: dict[str, Cell], dataset: str, figure: str) -> Iterator[Comparison]:
+    """Each grafting row of a table against the row that it is compared with, as far as both have run."""
+    for cell in grafted(cells):
+        if baseline := cells.get(cell.row.baseline):
+            yield from compare(dataset, cell, baseline, figure)
+
+
+def against_rivals(results: Results, cells: dict[str, Cell], dataset: str, figure: str) -> Iterator[Comparison]:
+    """Each grafting row against all others of the same architecture whose training costs no more, but its baseline."""
+    for cell in grafted(cells):
+        own = cell.results[0]
+        for other in cells.values():
+            if not other.results or other.results[0].is_grafting or other.row.label == cell.row.baseline:
+                continue
+            rival = other.results[0]
+            if results.model(rival) == results.model(own) and results.cost(rival) <= results.cost(own):
+                yield from compare(dataset, cell, other, figure)
+
+
+def grafted(cells: dict[str, Cell]) -> list[Cell]:
+    return [cell for cell in cells.values() if cell.results and cell.results[0].is_grafting]
+
+
+def compare(dataset: str, grafting: Cell, other: Cell, figure: str) -> Iterator[Comparison]:
+    found = difference(grafting.values(figure), other.values(figure))
+    if math.isfinite(found.gain):
+        yield Comparison(dataset, grafting, other, found)
+
+
+def read_result(folder: Path, run: str, seed: int) -> Result:
+    """Reads results/<preset>/<run>/seed<k>. Raises Damage, naming the file."""
+    path = folder / "result.json"
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise Damage("result.json is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damage(f"result.json is unreadable ({error})") from None
+    if not isinstance(record, dict):
+        raise Damage("result.json holds no result")
+    versions = expect(record, "versions", dict)
+    result = Result(
+        run, seed, expect(record, "settings", dict), number(record, "seconds"), expect(record, "hardware", str),
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
+    )  # fmt: skip
+    if "ensemble" in record:
+        return read_ensemble(result, expect(record, "ensemble", dict))
+    networks, filters = expect(record, "networks", int), expect(record, "filters", list)
+    if networks < 1 or len(filters) != networks:
+        raise Damage(f"result.json counts filters of {len(filters)} networks, expected {networks}")
+    for i, counts in enumerate(filters, 1):
+        result.courses.append(read_course(folder, i, counts, result.settings))
+    return result
+
+
+def read_ensemble(result: Result, record: dict) -> Result:
+    result.members = [str(name) for name in expect(record, "members", list)]
+    result.alone = expect(record, "networks", list)
+    if not result.alone or not all(isinstance(value, int | float) for value in result.alone):
+        raise Damage(f"result.json has networks {result.alone!r}, expected accuracies")
+    result.ensemble, result.weight_average = number(record, "ensemble"), number(record, "weight_average")
+    return result
+
+
+def read_course(folder: Path, i: int, counts: object, settings: dict) -> Course:
+    course = Course(i)
+    path = folder / f"metrics{i}.csv"
+    read_metrics(path, course)
+    if course.remarks:  # of a finished run, a half-written row is damage, too
+        raise Damage("; ".join(course.remarks))
+    epochs = expect(settings, "epochs", int)
+    if course.epochs != list(range(epochs)):
+        raise Damage(f"{path.name} ends after {len(course.epochs)} epochs, expected {epochs}")
+    rows, _ = read_csv(path, ())
+    if settings.get("val"):
+        if "val_accuracy" not in rows[0]:
+            raise Damage(f"{path.name} has no column val_accuracy, but --val was {settings['val']}")
+        course.validation = convert(rows, "val_accuracy", path)
+    if "test_top5" in rows[0]:
+        course.top5 = convert(rows, "test_top5", path)
+    if not isinstance(counts, dict):
+        raise Damage(f"result.json has filters {counts!r}, expected counts")
+    total, shortcut_total = number(counts, "total"), number(counts, "shortcut_total")
+    for threshold in THRESHOLDS:
+        name = f"{threshold:g}"
+        course.invalid.append((number(expect(counts, "invalid", dict), name), total))
+        course.shortcuts.append((number(expect(counts, "shortcut_invalid", dict), name), shortcut_total))
+        if f"invalid_{name}" in rows[0] and total:
+            course.invalid_course.append([100 * count / total for count in convert(rows, f"invalid_{name}", path)])
+    if (folder / f"coefficients{i}.csv").exists():
+        read_coefficients(folder / f"coefficients{i}.csv", course)
+        if course.is_damaged:
+            raise Damage("; ".join(course.remarks))
+    return course
+
+
+def expect(record: dict, key: str, kind: type) -> Any:
+    value = record.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise Damage(f"result.json has {key} {value!r}, expected a {kind.__name__}")
+    return value
+
+
+def number(record: dict, key: str) -> float:
+    value = record.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -1e18 < value < 1e18:
+        raise Damage(f"result.json has {key} {value!r}, expected a number")
+    return value

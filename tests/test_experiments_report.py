@@ -1,0 +1,270 @@
+"""The experiments' report: its figures, what it says of missing and damaged results, and its plots."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy
+import pytest
+from PIL import Image
+from scipy import stats
+
+from experiments import figures, report, summary
+
+COLUMNS = "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,best,"
+COLUMNS += "train_seconds,test_seconds,wait_seconds,graft_seconds,val_accuracy,invalid_0.1,invalid_0.01\n"
+
+
+class Entry(NamedTuple):
+    run: str
+    paper: float | str | None = None
+
+
+class Row(NamedTuple):
+    label: str
+    baseline: str | None
+    cells: dict[str, Entry]
+
+
+class Table(NamedTuple):
+    name: str
+    title: str
+    note: str
+    kind: str
+    rows: list[Row]
+    source: str
+
+
+def make_table(*rows, name="main", kind="accuracy", dataset="CIFAR-10"):
+    """Rows as (label, baseline, run) or with the paper's figure behind."""
+    rows = [Row(label, baseline, {dataset: Entry(run, *paper)}) for label, baseline, run, *paper in rows]
+    return Table(name, f"The {name} table", "A note.", kind, rows, "the paper's README")
+
+
+def write_run(root, run, seed, accuracies, *, validation=None, invalid=(36, 35), coefficients=False, **settings):
+    """A finished run whose network i has accuracies[i - 1], one per epoch."""
+    folder = root / "small" / run / f"seed{seed}"
+    folder.mkdir(parents=True)
+    num, epochs = len(accuracies), len(accuracies[0])
+    for i, values in enumerate(accuracies, 1):
+        judged = validation[i - 1] if validation else [""] * epochs
+        rows = [
+            f"{epoch},0.1,1,50,1,{value},{max(values)},3,1,0,0,{judge},{invalid[0]},{invalid[1]}\n"
+            for epoch, (value, judge) in enumerate(zip(values, judged, strict=True))
+        ]
+        (folder / f"metrics{i}.csv").write_text(COLUMNS + "".join(rows))
+        if coefficients:
+            rows = [f"{epoch},layer{k},1.1,1.2,0.{40 + k}\n" for epoch in range(epochs - 1) for k in range(3)]
+            text = "epoch,layer,own_entropy,neighbour_entropy,coefficient\n" + "".join(rows)
+            (folder / f"coefficients{i}.csv").write_text(text)
+    counts = {"0.1": invalid[0], "0.01": invalid[1]}
+    filters = {"total": 1136, "shortcut_total": 0, "invalid": counts, "shortcut_invalid": {"0.1": 0, "0.01": 0}}
+    settings = {
+        "model": "resnet20",
+        "num": num,
+        "epochs": epochs,
+        "val": 500 * bool(validation),
+        "seed": seed,
+    } | settings
+    write_record(folder, settings, networks=num, filters=[filters] * num)
+    return folder
+
+
+def write_ensemble(root, run, seed, members, ensemble, alone):
+    folder = root / "small" / run / f"seed{seed}"
+    folder.mkdir(parents=True)
+    figures = {"members": members, "ensemble": ensemble, "networks": alone, "weight_average": 10.0}
+    write_record(folder, {}, ensemble=figures)
+
+
+def write_record(folder, settings, **more):
+    record = {
+        "name": folder.parent.name, "preset": "small", "seed": int(folder.name[4:]), "command": "python …",
+        "settings": settings, "seconds": 120.0 + int(folder.name[4:]), "hardware": "2 cores",
+        "versions": {"python": "3.11", "torch": "2.9"}, "finished": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(record | more))
+
+
+@pytest.fixture
+def run_report(tmp_path, monkeypatch, capsys):
+    """Runs report.py on tables of the test's own, by default without plots; returns exit status, report and errors."""
+
+    def run(tables, *arguments, plots=False):
+        tables = {table.name: table for table in tables}
+        monkeypatch.setitem(sys.modules, "experiments.tables", SimpleNamespace(tables=lambda preset: tables))
+        monkeypatch.setattr(sys, "argv", ["report.py", "--results", str(tmp_path), *arguments])
+        if not plots:
+            monkeypatch.setattr(figures, "draw", lambda *arguments: {})
+        try:
+            status = report.main()
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def row_of(text, label):
+    """The cells of the first line of a table that begins so."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {label} "))
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+PAIR = make_table(("single", None, "a", 92.63), ("grafted", "single", "b", 93.33))
+
+
+def test_mean_deviation_and_interval_are_those_of_the_formulas(tmp_path, run_report):
+    one, other = [80.0, 81.0, 79.5], [82.0, 82.6]
+    for seed, value in enumerate(one):
+        write_run(tmp_path, "a", seed, [[50.0, value]])
+    for seed, value in enumerate(other):
+        write_run(tmp_path, "b", seed, [[50.0, value - 1], [50.0, value + 1]])
+    status, text, _ = run_report([PAIR])
+    assert status == 0 and (tmp_path / "small/report.md").read_text() == text
+
+    shares = [numpy.var(values, ddof=1) / len(values) for values in (one, other)]
+    freedom = sum(shares) ** 2 / (shares[0] ** 2 / 2 + shares[1] ** 2 / 1)
+    gain, reach = numpy.mean(other) - numpy.mean(one), stats.t.ppf(0.975, freedom) * math.sqrt(sum(shares))
+    interval = f"{gain:+.2f} [{gain - reach:+.2f}, {gain + reach:+.2f}]".replace("-", "−")
+    _, paper, best, last, _, last_gain, n = row_of(text, "grafted")
+    assert (paper, last, last_gain, n) == (
+        "93.33",
+        f"{numpy.mean(other):.2f} ± {numpy.std(other, ddof=1):.2f}",
+        interval,
+        "2",
+    )
+    assert best == "83.30 ± 0.42"
+    assert row_of(text, "single") == ["single", "92.63", *["80.17 ± 0.76"] * 2, "–", "–", "3"]
+    assert gain > reach and "grafting is ahead of 1, level with 0 and behind 0 of 1 baselines" in text
+
+
+@pytest.mark.parametrize(
+    "one, other", [([80.0], [81.0, 82.0]), ([80.0, 80.0], [81.0, 81.0])], ids=["one seed", "no spread"]
+)
+def test_difference_without_spread_has_no_interval(one, other):
+    gain, low, high = summary.difference(other, one)
+    assert gain == pytest.approx(numpy.mean(other) - 80) and math.isnan(low) and math.isnan(high)
+
+
+def test_best_is_picked_by_validation_where_there_is_one(tmp_path, run_report):
+    accuracies = [[70.0, 90.0, 80.0], [75.0, 60.0, 85.0]]
+    write_run(tmp_path, "a", 0, accuracies)
+    write_run(tmp_path, "b", 0, accuracies, validation=[[50.0, 51.0, 52.0], [99.0, 51.0, 52.0]])
+    _, text, _ = run_report([PAIR])
+    assert row_of(text, "single")[2:4] == ["90.00 (on the test set)", "82.50"]
+    assert row_of(text, "grafted")[2:4] == ["75.00 (by validation)", "82.50"]
+    _, text, _ = run_report([make_table(("grafted", None, "b"))])
+    assert row_of(text, "method")[2] == "best, by validation"
+
+
+def test_what_is_missing_or_damaged_is_not_run(tmp_path, run_report):
+    for seed in range(5):
+        write_run(tmp_path, "a", seed, [[50.0, 80.0 + seed]])
+    folders = [tmp_path / f"small/a/seed{seed}" for seed in range(5)]
+    (folders[0] / "result.json").write_bytes(b'{"name": "a", "sett')
+    (folders[1] / "metrics1.csv").write_text((folders[1] / "metrics1.csv").read_text()[:-4])
+    (folders[2] / "metrics1.csv").unlink()
+    status, text, _ = run_report([PAIR])
+    assert status == 0
+    assert row_of(text, "single")[2:] == ["83.50 ± 0.71"] * 2 + ["–", "–", "2"]
+    assert row_of(text, "grafted")[2:] == ["not run", "not run", "–", "–", "0"]
+    for seed, what in enumerate(("result.json is unreadable", "metrics1.csv", "metrics1.csv is missing")):
+        assert f"- a/seed{seed}: " in text and what in text.split(f"- a/seed{seed}: ")[1].splitlines()[0]
+    for folder in folders[3:]:
+        (folder / "result.json").write_text("[]")
+    status, text, _ = run_report([PAIR])
+    assert status == 1 and "No result could be read" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": None}, {"settings": {}}, {"seconds": "long"}, {"seconds": math.nan}, {"networks": 2},
+        {"filters": [[]]}, {"filters": [{"total": 3}]}, {"versions": []}, {"ensemble": {"ensemble": 90}},
+    ],
+)  # fmt: skip
+def test_odd_records_are_damage(tmp_path, change):
+    path = write_run(tmp_path, "a", 0, [[50.0, 80.0]]) / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    results = summary.Results(tmp_path / "small")
+    assert results.of("a") == [] and len(results.damages) == 1 and "result.json" in results.damages[0]
+
+
+def test_absent_results_say_what_to_type(tmp_path, run_report):
+    status, text, _ = run_report([PAIR], "--out", str(tmp_path / "out"), plots=True)
+    assert status == 0 and "`python experiments/run.py main --preset small`" in text
+    assert row_of(text, "grafted") == ["grafted", "93.33", "not run", "not run", "–", "–", "0"]
+    assert (tmp_path / "out/report.md").exists() and not (tmp_path / "small").exists()
+
+
+def test_unknown_table_is_one_line(run_report):
+    status, text, error = run_report([PAIR], "mian")
+    assert (status, text, error.count("\n")) == (2, "", 1) and "'mian'" in error and "all or of main" in error
+
+
+def test_rivals_cost_no_more_and_have_the_same_architecture(tmp_path, run_report):
+    for seed in range(3):
+        for run, value, networks in (("base", 80, 1), ("grafted", 82, 2), ("ema", 83, 1), ("three", 90, 3)):
+            more = {"method": {"ema": "ema", "three": "average"}.get(run, "grafting")}
+            write_run(tmp_path, run, seed, [[50.0, value + 0.1 * seed]] * networks, **more)
+        write_run(tmp_path, "wide", seed, [[50.0, 95.0 + 0.1 * seed]], model="resnet110")
+        members = [f"base/seed{seed}", f"base/seed{(seed + 1) % 3}"]
+        write_ensemble(tmp_path, "two", seed, members, 81 + 0.1 * seed, [79.0, 81.0])
+        write_ensemble(tmp_path, "many", seed, ["base/seed0", "three/seed0"], 95.0, [80.0] * 4)
+    runs = ("grafted", "ema", "three", "wide", "two", "many")
+    _, text, _ = run_report([make_table(("base", None, "base"), *((run, "base", run) for run in runs))])
+    line = next(line for line in text.splitlines() if line.startswith("- grafted, by last"))
+    assert "ahead of two (+1.00" in line and "behind ema (−1.00" in line
+    assert not any(run in line for run in ("three", "wide", "many"))
+    assert "ahead of 1, level with 0 and behind 1 of 2 rivals" in text and "beaten is *grafted* by *ema*" in text
+    assert row_of(text, "two †")[2:4] == ["–", "81.10 ± 0.10"]
+    assert "† two: its networks alone 80.00 ± 0.00 (mean); their uniform weight average 10.00 ± 0.00." in text
+
+
+def test_invalid_filters_beside_the_papers(tmp_path, run_report):
+    for seed, count in enumerate((30, 34)):
+        write_run(tmp_path, "a", seed, [[50.0, 80.0]], invalid=(count, 7))
+    _, text, _ = run_report([make_table(("single", None, "a", "36/1136"), ("other", None, "b"), kind="filters")])
+    assert row_of(text, "single") == ["single", "36/1136", "32.0 ± 2.8 of 1136", "7.0 ± 0.0 of 1136", "–", "2"]
+    assert row_of(text, "other")[2:] == ["not run", "not run", "–", "0"]
+
+
+def test_settings_machine_and_time_stand_below(tmp_path, run_report):
+    for seed in range(3):
+        write_run(tmp_path, "a", seed, [[50.0, 80.0]], lr=0.1, cos=False)
+        write_run(tmp_path, "b", seed, [[50.0, 80.0]] * 2, lr=0.1, cos=True)
+    _, text, _ = run_report([PAIR])
+    shared = next(line for line in text.splitlines() if line.startswith("Settings of all rows"))
+    assert "`model resnet20`" in shared and "`lr 0.1`" in shared and "cos" not in shared and "seed" not in shared
+    assert "Hardware: 2 cores. Versions: python 3.11, torch 2.9." in shared
+    below = text.split(shared)[1]
+    assert row_of(below, "grafted") == ["grafted", "single", "`num 2`, `cos True`", "2", "4", "2 min", "0, 1, 2"]
+
+
+def test_plots_show_something_and_are_small(tmp_path, run_report):
+    for seed in range(2):
+        for run, networks in (("a", 1), ("b", 2), ("c", 3)):
+            accuracies = [[50.0 + 10 * seed, 70.0, 80.0 + networks + seed]] * networks
+            write_run(tmp_path, run, seed, accuracies, coefficients=networks > 1, invalid=(40 - seed, 30))
+        write_ensemble(tmp_path, "d", seed, ["a/seed0", "a/seed1"], 84.0 + seed, [81.0, 82.0])
+    rows = [
+        ("single", None, "a", 90.0),
+        ("two", "single", "b", 91.0),
+        ("three", "single", "c"),
+        ("both", "single", "d"),
+    ]
+    tables = [make_table(*rows, name="networks"), make_table(*rows[:2], name="filters", kind="filters")]
+    _, text, _ = run_report(tables, plots=True)
+    names = {f"networks-CIFAR-10-{kind}" for kind in ("gain", "accuracy", "networks", "coefficients")}
+    names.add("filters-CIFAR-10-invalid")
+    assert {path.stem for path in (tmp_path / "small/plots").iterdir()} == names
+    for name in names:
+        path = tmp_path / f"small/plots/{name}.png"
+        assert f"](plots/{name}.png)" in text and path.stat().st_size < 150_000
+        with Image.open(path) as image:
+            pixels = numpy.asarray(image.convert("RGB"))
+        assert pixels.shape[1] == 1000
+        assert len(numpy.unique(pixels.reshape(-1, 3), axis=0)) > 20 and 0.01 < (pixels < 200).any(-1).mean() < 0.9
