@@ -41,15 +41,19 @@ def add_device(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--device", choices=("cpu", "cuda"), default=default, help=f"(default: {default})")
 
 
-def machine(device: str = "cpu") -> str:
-    """Processor, GPU, versions and load in one line."""
+def processor() -> str:
+    """The number of cores, and what they are: 2 x AMD EPYC."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.machine()
-    words = [f"{os.cpu_count()} x {name}"]
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
+
+
+def machine(device: str = "cpu") -> str:
+    """Processor, GPU, versions and load in one line."""
+    words = [processor()]
     if device == "cuda":
         words.append(torch.cuda.get_device_name())
     words.append(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}")

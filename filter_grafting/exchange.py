@@ -184,7 +184,7 @@ class Ring:
             while _try_to_lock(descriptor, path) is False:
                 if time.monotonic() - began > TURN_SECONDS:
                     raise RefusedError(
-                        f"{path} has been held for {_duration(TURN_SECONDS)} by another network that starts; see "
+                        f"{path} has been held for {duration(TURN_SECONDS)} by another network that starts; see "
                         f"whether it is stuck, end it if so, and start again"
                     )
                 time.sleep(POLL_SECONDS)
@@ -608,10 +608,10 @@ class Ring:
                     state = f"{problem}; {state}"
                 if gives_up:
                     raise NeighbourTimeout(
-                        f"network {self.network} gave up after {_duration(now - began)} of waiting for {whom}: "
+                        f"network {self.network} gave up after {duration(now - began)} of waiting for {whom}: "
                         f"{state}. Start network {self.neighbour} again with --resume, then this one"
                     )
-                self._say(f"Network:{self.network}    waiting for {whom} for {_duration(now - began)}: {state}")
+                self._say(f"Network:{self.network}    waiting for {whom} for {duration(now - began)}: {state}")
             asleep = time.monotonic()
             time.sleep(POLL_SECONDS)
             asleep = time.monotonic() - asleep
@@ -646,7 +646,7 @@ class Ring:
         if is_silent and holder(self.directory, self.neighbour) is None and not self._locks_are_silent_about(status):
             return f"{name} died {at} (killed?); continue it with: {self._start_command(self.neighbour)} --resume"
         doing = f", waiting {detail}" if state == "waiting" else ""
-        return f"{name} is {at}{doing}, last seen {_duration(silence)} ago"
+        return f"{name} is {at}{doing}, last seen {duration(silence)} ago"
 
     def _start_command(self, network: int) -> str:
         """The command line that started this network, made that of another."""
@@ -705,7 +705,7 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) and abs(value) < 1e18 else None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A time as people say it: 47 s, 12 min, 3 h 20 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -1,0 +1,155 @@
+"""One run of the queue: the processes that train its networks, and what it leaves for the report."""
+
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from benchmarks.tools import processor
+from common.manage import Network, observe
+from experiments.tables import Run
+from filter_grafting.checkpoint import write_atomically
+from grafting_cifar.runs import SECONDS, THRESHOLDS, count_invalid, read_checkpoint, read_csv
+
+@dataclass
+class Job:
+    """A run, its folders, and the processes that this queue has started for it."""
+
+    run: Run
+    preset: str
+    directory: Path  # its save directory
+    results: Path  # its folder of results
+    command: list[str]
+    processes: dict[int, subprocess.Popen] = field(default_factory=dict)
+    failure: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.run.name}/seed{self.run.seed}"
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.results / "result.json").exists()
+
+    @property
+    def is_ensemble(self) -> bool:
+        return bool(self.run.members)
+
+    def observe(self) -> list[Network]:
+        return [] if self.is_ensemble else observe(self.directory, range(1, self.run.networks + 1))
+
+    def start(self, threads: int, gpus: Sequence[str]) -> None:
+        """Starts the networks that neither are done nor live on from an interrupted queue."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        pending = [network.number for network in self.observe() if not (network.alive or network.state == "done")]
+        for i in [1] if self.is_ensemble else pending:
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = gpus[(i - 1) % len(gpus)]
+            with open(self.directory / f"{i}.log", "ab") as log:
+                self.processes[i] = subprocess.Popen(
+                    [*self.command, *([] if self.is_ensemble else ["--i", str(i)])],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                    start_new_session=True,  # Ctrl-C is for the queue, which passes it on
+                )  # fmt: skip
+
+    def has_ended(self) -> bool:
+        """Whether nothing of it runs any more; `failure` then says what went wrong, if anything did."""
+        for i, process in self.processes.items():
+            if process.poll() not in (None, 0) and not self.failure:
+                self.failure = f"network {i} ended with exit status {process.returncode}: {self._last_words(i)}"
+                self.stop()  # its neighbours would wait for it
+        if any(process.poll() is None for process in self.processes.values()):
+            return False
+        if not self.failure:
+            networks = self.observe()
+            if any(network.alive for network in networks):
+                return False  # started by an earlier queue
+            unfinished = [network for network in networks if network.state != "done"]
+            if unfinished:
+                self.failure = f"network {unfinished[0].number}: {unfinished[0]}"
+        return True
+
+    def stop(self) -> None:
+        """Asks the networks to end; they do after their current batch."""
+        for process in self.processes.values():
+            process.terminate()
+        for network in self.observe():
+            if network.alive and network.pid and network.number not in self.processes:
+                with suppress(ProcessLookupError):
+                    os.kill(network.pid, signal.SIGTERM)
+
+    def _last_words(self, i: int) -> str:
+        lines = (self.directory / f"{i}.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "without a word"
+
+    def progress(self) -> tuple[int, str]:
+        """Epochs that its networks have ended, in sum, and a line about it."""
+        if self.is_ensemble:
+            return 0, f"{self}: testing"
+        networks = self.observe()
+        ended = [self.run.epochs if network.state == "done" else network.epoch or 0 for network in networks]
+        line = f"{self}: epoch {min(ended)} of {self.run.epochs}"
+        accuracies = [network.accuracy for network in networks if network.accuracy is not None]
+        if accuracies:
+            line += f", {sum(accuracies) / len(accuracies):.2f} %"
+        return sum(ended), line
+
+    def collect(self) -> None:
+        """Leaves what a report needs in the folder of results; result.json comes last, and says that all is there."""
+        record = {
+            "name": self.run.name,
+            "preset": self.preset,
+            "seed": self.run.seed,
+            "command": shlex.join(["python", f"{self.run.script}/grafting.py", *self.run.flags]),
+            "networks": self.run.networks,
+            "hardware": hardware(),
+            "versions": {"python": platform.python_version()}
+            | {name: metadata.version(name) for name in ("torch", "torchvision")},
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        self.results.mkdir(parents=True, exist_ok=True)
+        if self.is_ensemble:
+            members = [f"{name}/seed{seed}" for name, seed in self.run.members]
+            figures = json.loads((self.directory / "ensemble.json").read_text())
+            record["ensemble"] = figures | {"members": members}
+            record["command"] = shlex.join(["python", "grafting_cifar/ensemble.py", *members])
+        else:
+            record |= self._figures()
+        write_atomically(self.results / "result.json", (json.dumps(record, indent=1) + "\n").encode())
+
+    def _figures(self) -> dict[str, object]:
+        """Settings, seconds and filters of the trained networks; copies their metrics."""
+        seconds, filters = [], []
+        for i in range(1, self.run.networks + 1):
+            suffix = "tar" if self.run.script == "grafting_imagenet" else "t7"
+            state, contents = read_checkpoint(self.directory / f"final{i}.{suffix}")
+            counts = {}
+            for which, pairs in zip(("", "shortcut_"), count_invalid(state, THRESHOLDS), strict=True):
+                counts[f"{which}total"] = pairs[0][1]
+                counts[f"{which}invalid"] = {f"{t:g}": count for t, (count, _) in zip(THRESHOLDS, pairs, strict=True)}
+            filters.append(counts)
+            rows, _ = read_csv(self.directory / f"metrics{i}.csv", SECONDS)
+            seconds.append(sum(float(row[column]) for row in rows for column in SECONDS))
+            # Coefficients are the most of it, and a heat map needs those of one seed.
+            names = [f"metrics{i}.csv"] + [f"coefficients{i}.csv"] * (self.run.networks > 1 and self.run.seed == 0)
+            for name in names:
+                write_atomically(self.results / name, (self.directory / name).read_bytes())
+        return {"settings": contents["settings"], "seconds": round(max(seconds), 1), "filters": filters}
+
+
+def hardware() -> str:
+    """Processor, and GPU where there is one."""
+    words = [processor()]
+    if torch.cuda.is_available():
+        words.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+    return ", ".join(words)
