@@ -6,19 +6,16 @@ import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.summary import Cell, Difference, Result, Results, datasets, difference
+from experiments.summary import Cell, Difference, Result, Results, datasets, from_baseline
+from experiments.tables import Table
 from filter_grafting.checkpoint import write_atomically
 from grafting_cifar.plots import COLOURS, FEW, STYLE, WIDTH, coefficients, pyplot
 from grafting_cifar.runs import THRESHOLDS, Run
-
-if TYPE_CHECKING:
-    from experiments.tables import Table
 
 BLACK = "#000000"
 LINES = 4  # that are told apart in one panel, beside the baseline
@@ -27,7 +24,7 @@ FIGURES = {"last": ("o", 0.14, COLOURS[0]), "best": ("D", -0.14, COLOURS[1])}  #
 Cells = dict[str, Cell]
 
 
-def draw(table: "Table", results: Results, preset: str, out: Path) -> dict[str, list[Path]]:
+def draw(table: Table, results: Results, preset: str, out: Path) -> dict[str, list[Path]]:
     """Draws what there is of a table; the paths of the files by data set."""
     paths: dict[str, list[Path]] = {}
     with pyplot.rc_context(STYLE):
@@ -41,7 +38,7 @@ def draw(table: "Table", results: Results, preset: str, out: Path) -> dict[str, 
     return paths
 
 
-def plots(table: "Table", cells: Cells, title: str) -> Iterator[tuple[str, Figure]]:
+def plots(table: Table, cells: Cells, title: str) -> Iterator[tuple[str, Figure]]:
     """Name of each file, with {} for the table and data set, and the figure."""
     if table.kind == "filters":
         if any(invalid_course(result, 0) for cell in cells.values() for result in cell.results):
@@ -62,11 +59,7 @@ def plots(table: "Table", cells: Cells, title: str) -> Iterator[tuple[str, Figur
 
 def gains(cells: Cells, figure: str) -> dict[str, Difference]:
     """By label of the row, of those that are compared with another."""
-    found = {
-        label: difference(cell.values(figure), cells[cell.row.baseline].values(figure))
-        for label, cell in cells.items()
-        if cell.row.baseline in cells
-    }
+    found = {label: from_baseline(cells, label, figure) for label in cells}
     return {label: one for label, one in found.items() if math.isfinite(one.gain)}
 
 
@@ -116,9 +109,9 @@ def accuracy(cells: Cells, title: str) -> Figure:
         return mean_course([network.accuracies for network in result.courses])
 
     longest = max(len(course(result)) for cell in cells.values() for result in cell.results)
-    wholes = [("Whole course", course, 0)]
-    late = [("Last quarter", course, longest - longest // 4)] if longest > FEW else []
-    figure = courses(cells, wholes + late, "test accuracy (%)")
+    columns = [("Whole course", course, 0)]
+    columns += [("Last quarter", course, longest - longest // 4)] if longest > FEW else []
+    figure = courses(cells, columns, "test accuracy (%)")
     figure.suptitle(f"{title}: accuracy over epochs", fontsize=12)
     return figure
 
@@ -163,11 +156,12 @@ def courses(cells: Cells, columns: Sequence[Column], ylabel: str) -> Figure:
                 is_baseline = label == baseline
                 style = {"color": BLACK, "linestyle": "--"} if is_baseline else {"color": next(colours)}
                 draw_course(panel, [course(result)[begin:] for result in drawn[label].results], begin, label, style)
-            panel.set_title(title, fontsize=11)
             panel.xaxis.get_major_locator().set_params(integer=True)
             share_range(firsts.setdefault((baseline, title), panel), panel)
         beside[0].set_ylabel(ylabel)
         beside[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9)
+    for panel, (title, *_) in zip(panels[0], columns, strict=True):
+        panel.set_title(title, fontsize=11)
     for panel in panels[-1]:
         panel.set_xlabel("epoch")
     figure.supxlabel("Lines: mean over networks and seeds. Bands: lowest to highest seed.", fontsize=9, color="dimgrey")

@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
 from experiments import figures
@@ -29,25 +29,22 @@ from experiments.summary import (
     against_baseline,
     against_rivals,
     datasets,
-    difference,
+    from_baseline,
 )
+from experiments.tables import PRESETS, Table, tables
 from filter_grafting.checkpoint import write_atomically
 from filter_grafting.errors import WriteError
 from grafting_cifar.report import cell, markdown, mean
 from grafting_cifar.runs import THRESHOLDS
 
-if TYPE_CHECKING:
-    from experiments.tables import Table
-
 ROOT = Path(__file__).resolve().parent.parent
-PRESETS = ("paper", "small", "smoke")
 LEGEND = """\
 Accuracies are in % of the test images: mean ± sample standard deviation over n seeds. **Last**: mean over a run's
 networks after the last epoch. **Best, by validation**: at the network and epoch with the highest accuracy on held-out
 training images. **Best, on the test set**: the highest of any network and epoch, as in the paper; it is picked on the
 very images that it is measured on, and favours runs of several networks. **Gain**: difference from the row's baseline
 in percentage points, with its 95 % interval (Welch's t). † An ensemble has one accuracy, that of its networks' averaged
-outputs after the last epoch."""
+outputs after the last epoch; where these networks are the baseline's own of further seeds, they count in its n, too."""
 NAMED = 5  # in the sentence that names rivals
 OUTCOMES = {"above": "ahead of", "level": "level with", "below": "behind"}
 
@@ -66,8 +63,6 @@ def main() -> int:
     args = parser.parse_args()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that knows no "±" is no reason to fail
-
-    from experiments.tables import tables
 
     known = tables(args.preset)
     names = args.tables or ["all"]
@@ -89,25 +84,25 @@ def main() -> int:
     return int(bool(results.damages) and not any(has_run(table, results) for table in chosen))
 
 
-def report(tables: Sequence["Table"], results: Results, preset: str, out: Path) -> str:
+def report(chosen: Sequence[Table], results: Results, preset: str, out: Path) -> str:
     """The whole report; its plots are drawn into out/plots."""
     sections = [
-        section(table, results, preset, figures.draw(table, results, preset, out / "plots")) for table in tables
+        section(table, results, preset, figures.draw(table, results, preset, out / "plots")) for table in chosen
     ]
-    parts = [f"# Results of the preset {preset}", reading(tables, results, preset), contents(tables, results)]
+    parts = [f"# Results of the preset {preset}", reading(chosen, results, preset), contents(chosen, results)]
     if results.damages:
         damages = "\n".join(f"- {cell(damage)}" for damage in results.damages)
         parts.append(f"Damaged or unfinished, and counted as not run:\n\n{damages}")
     return "\n\n".join([*parts, LEGEND, *sections]) + "\n"
 
 
-def has_run(table: "Table", results: Results) -> bool:
+def has_run(table: Table, results: Results) -> bool:
     return any(results.of(entry.run) for row in table.rows for entry in row.cells.values())
 
 
-def contents(tables: Sequence["Table"], results: Results) -> str:
+def contents(chosen: Sequence[Table], results: Results) -> str:
     rows = [["table", "name", "data set", "rows run", "seeds"]]
-    for table in tables:
+    for table in chosen:
         anchor = re.sub(r"[^\w\- ]", "", table.title.lower()).replace(" ", "-")
         for dataset in datasets(table):
             counts = [len(one.results) for one in results.cells(table, dataset).values()]
@@ -116,15 +111,15 @@ def contents(tables: Sequence["Table"], results: Results) -> str:
     return "\n".join(markdown(rows))
 
 
-def reading(tables: Sequence["Table"], results: Results, preset: str) -> str:
+def reading(chosen: Sequence[Table], results: Results, preset: str) -> str:
     """What the figures say of grafting, counted from them."""
-    if not any(has_run(table, results) for table in tables):
+    if not any(has_run(table, results) for table in chosen):
         what = "No result could be read" if results.damages else "Nothing has been run yet"
-        command = f"python experiments/run.py {' '.join(table.name for table in tables)} --preset {preset}"
+        command = f"python experiments/run.py {' '.join(table.name for table in chosen)} --preset {preset}"
         return f"**{what}.** To fill this report: `{command}`"
     places = [
         (results.cells(table, dataset), dataset)
-        for table in tables
+        for table in chosen
         if table.kind != "filters"
         for dataset in datasets(table)
     ]
@@ -146,7 +141,7 @@ def reading(tables: Sequence["Table"], results: Results, preset: str) -> str:
         f"**Reading**, computed from the tables below. {' '.join(sentences)} “Ahead” and “behind” mean that the 95 % "
         "interval of the difference lies on one side of 0; “level”, that it contains 0, which shows neither that "
         "grafting helps nor that it does not. A rival is another way to train the same architecture, whose networks "
-        f"have together seen no more epochs. Rows have {extent(counts)} seeds; of 20 such intervals about one misses "
+        f"have together seen no more epochs. n is {extent(counts)}; of 20 such intervals about one misses "
         "by chance."
     )
 
@@ -178,7 +173,7 @@ def names(comparisons: Sequence[Comparison]) -> str:
     return f"; beaten is {'; '.join(listed)}" if listed else ""
 
 
-def section(table: "Table", results: Results, preset: str, plots: dict[str, list[Path]]) -> str:
+def section(table: Table, results: Results, preset: str, plots: dict[str, list[Path]]) -> str:
     """A table's part of the report; `plots` by data set."""
     parts = [f"## {table.title}", table.note]
     for dataset in datasets(table):
@@ -308,11 +303,6 @@ def tell(values: Sequence[str]) -> list[str]:
     return [cell(value) + (f" ({count} runs)" if len(counts) > 1 else "") for value, count in counts.items()]
 
 
-def from_baseline(cells: dict[str, Cell], label: str, figure: str) -> Difference:
-    baseline = cells.get(cells[label].row.baseline)
-    return difference(cells[label].values(figure), baseline.values(figure) if baseline else [])
-
-
 def is_ensemble(one: Cell) -> bool:
     return bool(one.results) and not one.results[0].courses
 
@@ -331,6 +321,8 @@ def gain(difference: Difference) -> str:
 
 
 def duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "–"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -7,14 +7,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from scipy.stats import ttest_ind
 
+from experiments.tables import Entry, Row, Table
 from grafting_cifar.runs import THRESHOLDS, Damage, Network, convert, read_coefficients, read_csv, read_metrics
-
-if TYPE_CHECKING:
-    from experiments.tables import Entry, Row, Table
 
 
 @dataclass
@@ -33,7 +31,7 @@ class Result:
     run: str
     seed: int
     settings: dict[str, Any]
-    seconds: float
+    seconds: float  # of an ensemble: NaN
     hardware: str
     versions: str
     courses: list[Course] = field(default_factory=list)  # of an ensemble: none
@@ -84,8 +82,8 @@ class Result:
 class Cell(NamedTuple):
     """A row of a table on one data set, and what there is of it: a result per seed."""
 
-    row: "Row"
-    entry: "Entry"
+    row: Row
+    entry: Entry
     results: list[Result]
 
     def values(self, figure: str) -> list[float]:
@@ -130,7 +128,7 @@ class Results:
             except Damage as damage:
                 self.damages.append(f"{run}/{folder.name}: {damage}")
 
-    def cells(self, table: "Table", dataset: str) -> dict[str, Cell]:
+    def cells(self, table: Table, dataset: str) -> dict[str, Cell]:
         """By label of the row."""
         entries = [(row, row.cells[dataset]) for row in table.rows if dataset in row.cells]
         return {row.label: Cell(row, entry, self.of(entry.run)) for row, entry in entries}
@@ -160,7 +158,7 @@ def is_seed(path: Path) -> bool:
     return number.isascii() and number.isdecimal() and len(number) < 18
 
 
-def datasets(table: "Table") -> list[str]:
+def datasets(table: Table) -> list[str]:
     return list(dict.fromkeys(name for row in table.rows for name in row.cells))
 
 
@@ -178,6 +176,17 @@ def difference(values: Sequence[float], baseline: Sequence[float]) -> Difference
         warnings.simplefilter("ignore", RuntimeWarning)  # that one side does not vary
         interval = ttest_ind(values, baseline, equal_var=False).confidence_interval(0.95)
     return Difference(gain, float(interval.low), float(interval.high))
+
+
+def from_baseline(cells: dict[str, Cell], label: str, figure: str) -> Difference:
+    """Of a row from the one that it is compared with; NaN where one has no values, or they pick their best unlike."""
+    cell, baseline = cells[label], cells.get(cells[label].row.baseline)
+    if not baseline:
+        return Difference(math.nan)
+    ways = {result.is_validated for result in cell.results + baseline.results if result.courses}
+    if figure == "best" and len(ways) > 1:
+        return Difference(math.nan)
+    return difference(cell.values(figure), baseline.values(figure))
 
 
 class Comparison(NamedTuple):
@@ -229,13 +238,11 @@ def read_result(folder: Path, run: str, seed: int) -> Result:
         raise Damage(f"result.json is unreadable ({error})") from None
     if not isinstance(record, dict):
         raise Damage("result.json holds no result")
-    versions = expect(record, "versions", dict)
-    result = Result(
-        run, seed, expect(record, "settings", dict), number(record, "seconds"), expect(record, "hardware", str),
-        ", ".join(f"{name} {version}" for name, version in versions.items()),
-    )  # fmt: skip
+    versions = ", ".join(f"{name} {version}" for name, version in expect(record, "versions", dict).items())
+    hardware = expect(record, "hardware", str)
     if "ensemble" in record:
-        return read_ensemble(result, expect(record, "ensemble", dict))
+        return read_ensemble(Result(run, seed, {}, math.nan, hardware, versions), expect(record, "ensemble", dict))
+    result = Result(run, seed, expect(record, "settings", dict), number(record, "seconds"), hardware, versions)
     networks, filters = expect(record, "networks", int), expect(record, "filters", list)
     if networks < 1 or len(filters) != networks:
         raise Damage(f"result.json counts filters of {len(filters)} networks, expected {networks}")
@@ -249,7 +256,9 @@ def read_ensemble(result: Result, record: dict) -> Result:
     result.alone = expect(record, "networks", list)
     if not result.alone or not all(isinstance(value, int | float) for value in result.alone):
         raise Damage(f"result.json has networks {result.alone!r}, expected accuracies")
-    result.ensemble, result.weight_average = number(record, "ensemble"), number(record, "weight_average")
+    result.ensemble = number(record, "ensemble")
+    if record.get("weight_average") is not None:  # networks whose weights cannot be averaged have none
+        result.weight_average = number(record, "weight_average")
     return result
 
 
@@ -260,7 +269,7 @@ def read_course(folder: Path, i: int, counts: object, settings: dict) -> Course:
     if course.remarks:  # of a finished run, a half-written row is damage, too
         raise Damage("; ".join(course.remarks))
     epochs = expect(settings, "epochs", int)
-    if course.epochs != list(range(epochs)):
+    if not course.epochs or course.epochs[-1] != epochs - 1:
         raise Damage(f"{path.name} ends after {len(course.epochs)} epochs, expected {epochs}")
     rows, _ = read_csv(path, ())
     if settings.get("val"):
@@ -276,7 +285,7 @@ def read_course(folder: Path, i: int, counts: object, settings: dict) -> Course:
         name = f"{threshold:g}"
         course.invalid.append((number(expect(counts, "invalid", dict), name), total))
         course.shortcuts.append((number(expect(counts, "shortcut_invalid", dict), name), shortcut_total))
-        if f"invalid_{name}" in rows[0] and total:
+        if all(f"invalid_{threshold:g}" in rows[0] for threshold in THRESHOLDS) and total:
             course.invalid_course.append([100 * count / total for count in convert(rows, f"invalid_{name}", path)])
     if (folder / f"coefficients{i}.csv").exists():
         read_coefficients(folder / f"coefficients{i}.csv", course)

@@ -3,8 +3,6 @@
 import json
 import math
 import sys
-from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy
 import pytest
@@ -12,34 +10,15 @@ from PIL import Image
 from scipy import stats
 
 from experiments import figures, report, summary
+from experiments.tables import PRESETS, Entry, Row, Table
 
 COLUMNS = "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,best,"
 COLUMNS += "train_seconds,test_seconds,wait_seconds,graft_seconds,val_accuracy,invalid_0.1,invalid_0.01\n"
 
 
-class Entry(NamedTuple):
-    run: str
-    paper: float | str | None = None
-
-
-class Row(NamedTuple):
-    label: str
-    baseline: str | None
-    cells: dict[str, Entry]
-
-
-class Table(NamedTuple):
-    name: str
-    title: str
-    note: str
-    kind: str
-    rows: list[Row]
-    source: str
-
-
 def make_table(*rows, name="main", kind="accuracy", dataset="CIFAR-10"):
     """Rows as (label, baseline, run) or with the paper's figure behind."""
-    rows = [Row(label, baseline, {dataset: Entry(run, *paper)}) for label, baseline, run, *paper in rows]
+    rows = [Row(label, baseline, {dataset: Entry(run, *(paper or [None]))}) for label, baseline, run, *paper in rows]
     return Table(name, f"The {name} table", "A note.", kind, rows, "the paper's README")
 
 
@@ -75,7 +54,7 @@ def write_run(root, run, seed, accuracies, *, validation=None, invalid=(36, 35),
 def write_ensemble(root, run, seed, members, ensemble, alone):
     folder = root / "small" / run / f"seed{seed}"
     folder.mkdir(parents=True)
-    figures = {"members": members, "ensemble": ensemble, "networks": alone, "weight_average": 10.0}
+    figures = {"members": members, "ensemble": ensemble, "networks": alone, "weight_average": 10.0 if seed else None}
     write_record(folder, {}, ensemble=figures)
 
 
@@ -93,8 +72,8 @@ def run_report(tmp_path, monkeypatch, capsys):
     """Runs report.py on tables of the test's own, by default without plots; returns exit status, report and errors."""
 
     def run(tables, *arguments, plots=False):
-        tables = {table.name: table for table in tables}
-        monkeypatch.setitem(sys.modules, "experiments.tables", SimpleNamespace(tables=lambda preset: tables))
+        if tables:
+            monkeypatch.setattr(report, "tables", lambda preset: {table.name: table for table in tables})
         monkeypatch.setattr(sys, "argv", ["report.py", "--results", str(tmp_path), *arguments])
         if not plots:
             monkeypatch.setattr(figures, "draw", lambda *arguments: {})
@@ -155,7 +134,7 @@ def test_best_is_picked_by_validation_where_there_is_one(tmp_path, run_report):
     write_run(tmp_path, "b", 0, accuracies, validation=[[50.0, 51.0, 52.0], [99.0, 51.0, 52.0]])
     _, text, _ = run_report([PAIR])
     assert row_of(text, "single")[2:4] == ["90.00 (on the test set)", "82.50"]
-    assert row_of(text, "grafted")[2:4] == ["75.00 (by validation)", "82.50"]
+    assert row_of(text, "grafted")[2:5] == ["75.00 (by validation)", "82.50", "–"]  # they cannot be compared
     _, text, _ = run_report([make_table(("grafted", None, "b"))])
     assert row_of(text, "method")[2] == "best, by validation"
 
@@ -198,6 +177,15 @@ def test_absent_results_say_what_to_type(tmp_path, run_report):
     assert status == 0 and "`python experiments/run.py main --preset small`" in text
     assert row_of(text, "grafted") == ["grafted", "93.33", "not run", "not run", "–", "–", "0"]
     assert (tmp_path / "out/report.md").exists() and not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_all_tables_have_their_place(run_report, preset):
+    status, text, _ = run_report(None, "--preset", preset)
+    assert status == 0
+    assert all(
+        f"| `{name}` " in text and f"## {table.title}\n" in text for name, table in report.tables(preset).items()
+    )
 
 
 def test_unknown_table_is_one_line(run_report):
