@@ -21,6 +21,7 @@ from experiments.tables import Run
 from filter_grafting.checkpoint import write_atomically
 from grafting_cifar.runs import SECONDS, THRESHOLDS, count_invalid, read_checkpoint, read_csv
 
+
 @dataclass
 class Job:
     """A run, its folders, and the processes that this queue has started for it."""
