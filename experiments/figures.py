@@ -5,6 +5,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -24,8 +25,11 @@ FIGURES = {"last": ("o", 0.14, COLOURS[0]), "best": ("D", -0.14, COLOURS[1])}  #
 Cells = dict[str, Cell]
 
 
-def draw(table: Table, results: Results, preset: str, out: Path) -> dict[str, list[Path]]:
-    """Draws what there is of a table; the paths of the files by data set."""
+def draw(table: Table, results: Results, preset: str, out: Path, mapped: set[str]) -> dict[str, list[Path]]:
+    """Draws what there is of a table; the paths of the files by data set.
+
+    `mapped` are the runs whose coefficients an earlier table shows; the one drawn here is added.
+    """
     paths: dict[str, list[Path]] = {}
     with pyplot.rc_context(STYLE):
         for dataset in datasets(table):
@@ -33,12 +37,12 @@ def draw(table: Table, results: Results, preset: str, out: Path) -> dict[str, li
             title = f"{table.title}, {dataset}, preset {preset}"
             stem = re.sub(r"[^\w.-]+", "_", f"{table.name}-{dataset}")
             paths[dataset] = [
-                save(figure, out / f"{name.format(stem)}.png") for name, figure in plots(table, cells, title)
+                save(figure, out / f"{name.format(stem)}.png") for name, figure in plots(table, cells, title, mapped)
             ]
     return paths
 
 
-def plots(table: Table, cells: Cells, title: str) -> Iterator[tuple[str, Figure]]:
+def plots(table: Table, cells: Cells, title: str, mapped: set[str]) -> Iterator[tuple[str, Figure]]:
     """Name of each file, with {} for the table and data set, and the figure."""
     if table.kind == "filters":
         if any(invalid_course(result, 0) for cell in cells.values() for result in cell.results):
@@ -50,11 +54,12 @@ def plots(table: Table, cells: Cells, title: str) -> Iterator[tuple[str, Figure]
         yield "{}-accuracy", accuracy(cells, title)
     if table.name == "networks" and len({cell.results[0].networks for cell in cells.values()}) > 1:
         yield "{}-networks", networks(cells, title)
-    for label, cell in cells.items():
-        first = cell.results[0]
-        if first.is_grafting and any(course.coefficients for course in first.courses):
+    grafted = (label for label, cell in cells.items() if cell.results[0].is_grafting)
+    if (label := next(grafted, None)) and cells[label].entry.run not in mapped:  # one shows how they behave
+        first = cells[label].results[0]
+        if any(course.coefficients for course in first.courses):
+            mapped.add(cells[label].entry.run)
             yield "{}-coefficients", coefficients(Run(f"{title}\n{label}, seed {first.seed}", first.courses))
-            break  # one shows how they behave
 
 
 def gains(cells: Cells, figure: str) -> dict[str, Difference]:
@@ -82,6 +87,9 @@ def gain(cells: Cells, title: str) -> Figure:
         if all(isinstance(value, int | float) for value in figures):
             panel.plot(figures[0] - figures[1], y, "x", color="dimgrey", markersize=7, label=legend)
             legend = None
+    for y, (above, below) in enumerate(pairwise(labels)):
+        if cells[above].row.baseline != cells[below].row.baseline:
+            panel.axhline(y + 0.5, color="lightgrey", linewidth=1)
     panel.axvline(0, color=BLACK, linewidth=1)
     panel.set_yticks(range(len(labels)), [f"{label}  (n = {len(cells[label].results)})" for label in labels])
     panel.set_ylim(len(labels) - 0.5, -0.5)
@@ -240,11 +248,10 @@ def whisker(panel: Axes, points: Sequence[tuple[float, list[float]]], **style: o
 
 def save(figure: Figure, path: Path) -> Path:
     """Writes a PNG file of few colours: a fraction of the size, and looks the same."""
-    image = io.BytesIO()
-    figure.savefig(image)
+    canvas, file = figure.canvas, io.BytesIO()
+    canvas.draw()  # once: savefig would, with this layout, draw twice
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
     pyplot.close(figure)
-    reduced = io.BytesIO()
-    with Image.open(image) as drawn:
-        drawn.convert("RGB").quantize(128, method=Image.Quantize.MEDIANCUT).save(reduced, "png", optimize=True)
-    write_atomically(path, reduced.getvalue())
+    image.quantize(128, method=Image.Quantize.MEDIANCUT).save(file, "png", optimize=True)
+    write_atomically(path, file.getvalue())
     return path

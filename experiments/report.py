@@ -86,8 +86,9 @@ def main() -> int:
 
 def report(chosen: Sequence[Table], results: Results, preset: str, out: Path) -> str:
     """The whole report; its plots are drawn into out/plots."""
+    mapped: set[str] = set()
     sections = [
-        section(table, results, preset, figures.draw(table, results, preset, out / "plots")) for table in chosen
+        section(table, results, preset, figures.draw(table, results, preset, out / "plots", mapped)) for table in chosen
     ]
     parts = [f"# Results of the preset {preset}", reading(chosen, results, preset), contents(chosen, results)]
     if results.damages:
