@@ -162,15 +162,10 @@ def _means(totals: Tensor) -> tuple[float, list[float]]:
 def deterministic(enabled: bool) -> Iterator[None]:
     """Within it, operations without a deterministic implementation raise, and cuDNN does not choose by timing."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-
-    def set_algorithms(are_deterministic: bool) -> None:
-        if are_deterministic != torch.are_deterministic_algorithms_enabled():  # the call alone may import the compiler
-            torch.use_deterministic_algorithms(are_deterministic)
-
-    set_algorithms(enabled)
+    torch.use_deterministic_algorithms(enabled)
     torch.backends.cudnn.benchmark = not enabled
     try:
         yield
     finally:
-        set_algorithms(before[0])
+        torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
