@@ -186,7 +186,7 @@ def section(table: Table, results: Results, preset: str, plots: dict[str, list[P
         parts += [f"![{path.stem}](plots/{path.name})" for path in plots.get(dataset, [])]
         parts += small_print(results, cells)
     again = f"To run what is missing: `python experiments/run.py {table.name} --preset {preset}`"
-    return "\n\n".join([*filter(None, parts), f"The paper's figures: {table.source}. {again}"])
+    return "\n\n".join([*filter(None, parts), f"Published figures: {table.source}. {again}"])
 
 
 def accuracy_table(cells: dict[str, Cell], has_top5: bool) -> list[list[Any]]:
