@@ -37,7 +37,7 @@ from filter_grafting.training import (
 
 METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "best",
            "train_seconds", "test_seconds", "wait_seconds", "graft_seconds",
-           "val_accuracy", "invalid_0.1", "invalid_0.01")  # fmt: skip
+           "val_accuracy", "invalid_0.1", "invalid_0.01", "test_top5")  # fmt: skip
 LOST_CONNECTION = re.compile("gloo|nccl|connection|socket|store", re.IGNORECASE)
 ECHO_SECONDS = 2.0
 METHODS = ("grafting", "average", "ema")
@@ -315,6 +315,8 @@ def train_and_test(
 
     test_loss, accuracies = test(task.test)
     further = {f"invalid_{threshold}": invalid_filters(task.tested, threshold, False)[0] for threshold in (0.1, 0.01)}
+    if 5 in task.topk:
+        further["test_top5"] = accuracies[task.topk.index(5)]
     if task.val is not None:
         further["val_accuracy"] = test(task.val)[1][0]
     return {
@@ -463,4 +465,5 @@ def format_metric(column: str, value: float | None) -> str:
         return f"{value or 0:.3f}"
     if value is None or isinstance(value, int):
         return "" if value is None else str(value)
-    return f"{value:.3f}" if column.endswith("accuracy") or column == "best" else f"{value:.6g}"
+    is_accuracy = column.endswith("accuracy") or column in ("best", "test_top5")
+    return f"{value:.3f}" if is_accuracy else f"{value:.6g}"
