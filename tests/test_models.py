@@ -195,6 +195,17 @@ def test_mobilenetv2_reduces_the_images_three_times():
     assert sizes == [32] * 3 + [16] * 3 + [8] * 7 + [4] * 4
 
 
+def test_mobilenetv2_leaves_slow_convolutions_out_of_autocast():
+    block = build("mobilenetv2", 10).layers[3]  # of stride 2
+    kinds = {}
+    for name, module in block.named_children():
+        module.register_forward_hook(lambda module, inputs, output, name=name: kinds.update({name: output.dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        block(torch.randn(2, 24, 8, 8))
+    assert [kinds[f"conv{k}"] for k in (1, 2, 3)] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    block.double()(torch.randn(2, 24, 8, 8, dtype=torch.float64))
+
+
 # ---- VGG
 
 
