@@ -276,7 +276,7 @@ def read_course(folder: Path, i: int, counts: object, settings: dict) -> Course:
         if "val_accuracy" not in rows[0]:
             raise Damage(f"{path.name} has no column val_accuracy, but --val was {settings['val']}")
         course.validation = convert(rows, "val_accuracy", path)
-    if "test_top5" in rows[0]:
+    if rows[0].get("test_top5"):
         course.top5 = convert(rows, "test_top5", path)
     if not isinstance(counts, dict):
         raise Damage(f"result.json has filters {counts!r}, expected counts")

@@ -1,0 +1,206 @@
+"""The queue of experiments: what it runs, that every table comes to its report, and that kills change nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from imagenet import make_class_folders
+from processes import NURSERY, ROOT, environment, read_table, until
+
+from experiments import jobs, report, tables
+from experiments import run as queue
+
+# ---- The tables
+
+
+def test_every_row_has_its_run():
+    for preset in tables.PRESETS:
+        runs = {run.name for run in tables.runs(tables.NAMES, preset, 1)}
+        for table in tables.tables(preset).values():
+            labels = [row.label for row in table.rows]
+            assert len(set(labels)) == len(labels)
+            for row in table.rows:
+                assert row.baseline is None or row.baseline in labels[: labels.index(row.label)]
+                assert {cell.run for cell in row.cells.values()} <= runs
+
+
+def test_runs_of_several_tables_are_run_once_and_ensembles_after_their_members():
+    runs = tables.runs(tables.NAMES, "paper", 3)
+    places = {(run.name, run.seed): place for place, run in enumerate(runs)}
+    assert len(places) == len(runs)
+    ensembles = [run for run in runs if run.members]
+    assert {len(run.members) for run in ensembles} == {2, 6}
+    for run in ensembles:
+        assert all(places[member] < places[run.name, run.seed] for member in run.members)
+    of_six = [run for run in ensembles if run.name == "cifar10_mobilenetv2_num1_ensemble6"]
+    assert len({member for run in of_six for member in run.members}) == 3 * 6  # no two share a network
+
+
+def test_published_figures_stand_beside_the_published_settings_only():
+    rows = {row.label: row for row in tables.tables("paper")["main"].rows}
+    assert rows["ResNet-32, grafting (dlr)"].cells["CIFAR-100"].paper == 71.28
+    assert {cell.paper for row in tables.tables("small")["main"].rows for cell in row.cells.values()} == {None}
+
+
+@pytest.mark.parametrize("preset", tables.PRESETS)
+def test_the_scripts_take_every_command_line(preset):
+    from grafting_cifar.grafting import parse as parse_cifar
+    from grafting_imagenet.grafting import parse as parse_imagenet
+
+    for run in tables.runs(tables.NAMES, preset, 1):
+        if run.flags:
+            parse = parse_imagenet if run.script == "grafting_imagenet" else parse_cifar
+            args = parse([*run.flags, "--data", "glyphs", "--device", "cpu", "--s", "somewhere"])
+            assert (args.networks, args.seed, args.epochs) == (run.networks, run.seed, run.epochs)
+
+
+# ---- Flags
+
+
+def test_a_folder_of_ten_classes_is_not_for_cifar100(tmp_path, capsys):
+    for k in range(10):
+        (tmp_path / "train" / str(k)).mkdir(parents=True)
+    args = queue.parse(["main", "--data", str(tmp_path)])
+    found, lacking = queue.jobs_of(args)
+    assert {job.run.data for job in found} == {"cifar10"} and lacking == {"cifar100"}
+    assert all(job.command[job.command.index("--data") + 1] == str(tmp_path) for job in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["mane"], "got 'mane', expected main, fair,"),
+        (["main", "--data", "cifar7=."], "expected DIR, cifar10=DIR"),
+        (["main", "--data", "nowhere"], "there is no folder nowhere"),
+    ],
+)
+def test_wrong_flags(arguments, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        queue.parse(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_dry_run_names_every_network_and_slurm_every_run(tmp_path, monkeypatch, capsys):
+    def printed(*flags):
+        monkeypatch.setattr(sys, "argv", ["run.py", "main", "--seeds", "2", "--results", str(tmp_path), *flags])
+        assert queue.main() == 0
+        return capsys.readouterr().out
+
+    lines = printed("--dry-run").splitlines()
+    assert len(lines) == 4 * 2 * 2 * (1 + 2 + 2) == len(set(lines))
+    script = printed("--slurm")
+    assert "#SBATCH --array=0-47\n" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert script.count("/seed1\n") == 24
+
+
+# ---- Real runs
+
+
+class Forked:
+    """A subprocess.Popen that starts the project's scripts from the tests' nursery, within milliseconds."""
+
+    def __init__(self, command, stdout, env, **others):
+        start = {"script": command[1], "arguments": command[2:], "append": True, "plan": []}
+        self.pid = NURSERY.ask({"start": {**start, "log": stdout.name, "errors": f"{stdout.name}.errors"}})
+        self.returncode = None
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = NURSERY.ask({"poll": self.pid})
+        return self.returncode
+
+    def terminate(self):
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def wait(self):
+        until(lambda: self.poll() is not None)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """All tables, run without a disturbance."""
+    folder = tmp_path_factory.mktemp("smoke")
+    images = make_class_folders(folder / "images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "subprocess", SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL))
+        patch.setattr(signal, "signal", lambda *_: None)  # in the tests' own process
+        flags = ["--data", f"imagenet={images}", "--work", f"{folder}/work", "--results", f"{folder}/results"]
+        patch.setattr(sys, "argv", ["run.py", "all", "--preset", "smoke", "--seeds", "1", *flags])
+        assert queue.main() == 0
+    return folder / "results"
+
+
+def test_every_table_comes_to_a_full_report(smoke, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", "--preset", "smoke", "--results", str(smoke)])
+    assert report.main() == 0
+    text = (smoke / "smoke" / "report.md").read_text()
+    assert "not run" not in text
+    for table in tables.tables("smoke").values():
+        assert table.title in text
+    assert len(list((smoke / "smoke" / "plots").glob("*.png"))) > len(tables.NAMES)
+
+
+def figures(folder: Path) -> dict[str, object]:
+    """What a run has left, but for times."""
+    record = json.loads((folder / "result.json").read_text())
+    rows = {
+        path.name: [{key: value for key, value in row.items() if "seconds" not in key} for row in read_table(path)]
+        for path in sorted(folder.glob("*.csv"))
+    }
+    return {key: record[key] for key in ("name", "seed", "command", "settings", "filters")} | rows
+
+
+def test_killed_and_started_again_it_ends_with_the_same_figures(smoke, tmp_path):
+    work, results = tmp_path / "work", tmp_path / "results"
+    command = [sys.executable, ROOT / "experiments" / "run.py", "main", "--preset", "smoke", "--seeds", "1"]
+    command += ["--work", work, "--results", results]
+    ring = work / "smoke" / "glyphs_resnet20_num2" / "seed0"
+
+    def start():
+        return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def kill_networks():
+        for path in ring.glob("network*.json"):
+            os.kill(json.loads(path.read_text())["pid"], signal.SIGKILL)
+
+    first = start()
+    until(lambda: list(ring.glob("ckpt*_0.t7")))
+    first.kill()  # the queue alone: its networks go on
+    first.wait()
+    second = start()
+    until(lambda: len(list(ring.glob("ckpt*_0.t7"))) == 2)
+    second.kill()
+    second.wait()
+    kill_networks()
+    third = start()
+    output, _ = third.communicate()
+    assert third.returncode == 0, output
+    names = sorted(path.name for path in (results / "smoke").iterdir())
+    assert names == ["glyphs_resnet20_num1", "glyphs_resnet20_num2", "glyphs_resnet20_num2_difflr_cos"]
+    for name in names:
+        assert figures(results / "smoke" / name / "seed0") == figures(smoke / "smoke" / name / "seed0")
+
+
+def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path):
+    work = tmp_path / "work"
+    broken = work / "smoke" / "glyphs_resnet20_num2" / "seed0"
+    broken.mkdir(parents=True)
+    (broken / "run.json").write_text("{}")
+    names = ["glyphs_resnet20_num2", "glyphs_resnet20_num1"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "experiments" / "run.py", "main", "--preset", "smoke", "--seeds", "1", "--only", *names,
+         "--work", work, "--results", tmp_path / "results"],
+        env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "glyphs_resnet20_num2/seed0 failed: network 1 ended with exit status 1: " in done.stderr
+    assert "1 runs done, 1 failed" in done.stdout
+    assert (tmp_path / "results" / "smoke" / "glyphs_resnet20_num1" / "seed0" / "result.json").exists()
