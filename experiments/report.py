@@ -2,7 +2,7 @@
 """Writes the report of what run.py has run: Markdown tables beside the paper's figures, and plots.
 
     python experiments/report.py
-    python experiments/report.py main fair --preset small --out /tmp/report
+    python experiments/report.py main fair --preset small
 
 Prints the Markdown that it writes to report.md. A cell without a readable result says "not run".
 """
@@ -55,7 +55,7 @@ def main() -> int:
         description=description, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tables", metavar="TABLE", nargs="*", help="names of tables, or all (default: all)")
-    parser.add_argument("--preset", choices=PRESETS, default="small", help="(default: %(default)s)")
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="(default: %(default)s)")
     parser.add_argument("--results", metavar="DIR", type=Path, default=ROOT / "results",
                         help="the folder that run.py fills (default: results/ beside README.md)")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", type=Path,
