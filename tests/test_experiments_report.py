@@ -74,7 +74,7 @@ def run_report(tmp_path, monkeypatch, capsys):
     def run(tables, *arguments, plots=False):
         if tables:
             monkeypatch.setattr(report, "tables", lambda preset: {table.name: table for table in tables})
-        monkeypatch.setattr(sys, "argv", ["report.py", "--results", str(tmp_path), *arguments])
+        monkeypatch.setattr(sys, "argv", ["report.py", "--preset", "small", "--results", str(tmp_path), *arguments])
         if not plots:
             monkeypatch.setattr(figures, "draw", lambda *arguments: {})
         try:
