@@ -17,8 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
 
 CAPTION = (
-    "Best and last: test accuracy. Invalid: filters whose L1 norm is below the threshold. s/epoch: median, "
-    "with test, wait and graft. ±: sample standard deviation over the networks of a run."
+    "Best and last: test accuracy; the best epoch is chosen on the images of --val or, without, on the test images. "
+    "Invalid: filters whose L1 norm is below the threshold. s/epoch: median, with test, wait and graft. ±: sample "
+    "standard deviation over the networks of a run."
 )
 
 

@@ -35,6 +35,7 @@ class Network:
     state: str = ""
     epochs: list[int] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)  # on the test set in %, one per epoch
+    best: float = math.nan  # test accuracy of the best epoch, as the run has chosen it
     seconds: list[float] = field(default_factory=list)  # train + test + wait + graft, one sum per epoch
     coefficients: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))  # by layer
     counted_in: str = ""  # the checkpoint that the filters were counted in
@@ -44,10 +45,6 @@ class Network:
     shortcuts: list[tuple[int, int]] = field(default_factory=list)  # the same of shortcut convolutions
     remarks: list[str] = field(default_factory=list)
     is_damaged: bool = False
-
-    @property
-    def best(self) -> float:
-        return max(self.accuracies, default=math.nan)
 
     @property
     def last(self) -> float:
@@ -167,17 +164,18 @@ def convert(rows: list[dict[str, str]], column: str, path: Path, kind: Callable 
 
 def read_metrics(path: Path, network: Network) -> None:
     try:
-        rows, is_cut = read_csv(path, ("epoch", "test_accuracy", *SECONDS))
+        rows, is_cut = read_csv(path, ("epoch", "test_accuracy", "best", *SECONDS))
         epochs = convert(rows, "epoch", path, int)
         for before, epoch in pairwise(epochs):
             if epoch != before + 1:
                 raise Damage(f"{path.name} is damaged: epoch {epoch} follows epoch {before}")
-        accuracies = convert(rows, "test_accuracy", path)
+        accuracies, bests = (convert(rows, column, path) for column in ("test_accuracy", "best"))
         seconds = list(zip(*(convert(rows, column, path) for column in SECONDS), strict=True))
     except Damage as remark:
         network.damage(remark)
         return
     network.epochs, network.accuracies, network.seconds = epochs, accuracies, [sum(row) for row in seconds]
+    network.best = bests[-1] if bests else math.nan
     if is_cut:
         network.remarks.append(f"the last row of {path.name} is half-written and left out")
 

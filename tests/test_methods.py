@@ -16,6 +16,7 @@ from filter_grafting.scions import graft_scions, internal, noise
 from filter_grafting.training import train_one_epoch
 from grafting_cifar import grafting
 from grafting_cifar.data import Split, select
+from grafting_cifar.runs import read_run
 
 # ---- Images
 
@@ -70,6 +71,7 @@ def test_the_best_epoch_is_chosen_on_the_validation_images(undisturbed):
         assert f"accuracy:{outcome['checkpoints']['best']['accuracy']:.3f}" in outcome["log"][best]
         assert float(rows[best]["val_accuracy"]) == max(float(row["val_accuracy"]) for row in rows)
         assert f"val:{float(rows[-1]['val_accuracy']):.3f}" in outcome["log"][-1]
+        assert read_run(ring.directory, "").networks[network - 1].best == float(rows[-1]["best"])
 
 
 # ---- Methods
