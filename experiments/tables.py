@@ -246,7 +246,8 @@ def _table(name: str, preset: Preset) -> Table:
         for dataset, figure in zip(datasets, figures or [None] * len(datasets), strict=True):
             if dataset in preset.datasets:
                 paper = figure if stand_in == model and preset.epochs == 200 else None
-                cells[dataset] = Entry(_run_name(preset.datasets[dataset], stand_in, flags), paper)
+                data = preset.datasets[dataset]
+                cells["glyphs" if data == "glyphs" else dataset] = Entry(_run_name(data, stand_in, flags), paper)
         baseline = label if method.startswith("baseline") else baseline
         if cells and label not in rows:  # models with the same stand-in: one row is enough
             rows[label] = Row(label, None if baseline == label else baseline, cells)
