@@ -11,10 +11,15 @@ which experiments/report.py makes the tables and plots.
 import argparse
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from common import flags
@@ -22,7 +27,6 @@ from common.records import on_terminal
 from experiments import tables
 from experiments.jobs import Job
 from experiments.tables import Run
-from filter_grafting.errors import GraftingError
 from filter_grafting.exchange import duration
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +45,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                              "data set that has as many classes; NAME (cifar10, cifar100, imagenet) says for which "
                              "alone (default: data/ beside README.md, downloaded if absent)")  # fmt: skip
     parser.add_argument("--jobs", metavar="J", type=flags.number(int, 1),
-                        help="networks that train at once; a run begins when its own fit in "
-                             f"(default: one for each core, or {NETWORKS_PER_GPU} for each GPU)")  # fmt: skip
+                        help="networks that train at once; a run begins when its own fit in, one that has more begins "
+                             f"alone (default: one for each core, or {NETWORKS_PER_GPU} for each GPU)")  # fmt: skip
     parser.add_argument("--only", metavar="RUN", nargs="+",
                         help="of these runs only those named, as NAME or NAME/seedK, see --dry-run")  # fmt: skip
     parser.add_argument("--work", metavar="DIR", type=Path, default=ROOT / "checkpoint" / "experiments",
@@ -57,7 +61,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"argument TABLE: got {name!r}, expected {', '.join(tables.NAMES)}, or all")
     args.tables = tables.NAMES if "all" in args.tables else args.tables
     args.work, args.results = args.work.resolve(), args.results.resolve()
-    args.data = dict(named_folder(parser, text) for text in args.data)
+    folders = [named_folder(parser, text) for text in args.data]
+    args.data = dict(folders)
+    if len(args.data) < len(folders):
+        parser.error("argument --data: got two folders for the same images, expected one")
+    runs = tables.runs(args.tables, args.preset, args.seeds)
+    if not runs:
+        parser.error(f"argument --preset: {args.preset} runs nothing of {', '.join(args.tables)}")
+    known = {name for run in runs for name in (run.name, f"{run.name}/seed{run.seed}")}
+    if unknown := [name for name in args.only or () if name not in known]:
+        parser.error(f"argument --only: {unknown[0]} is none of these tables' runs, see --dry-run")
     return args
 
 
@@ -111,6 +124,16 @@ def jobs_of(args: argparse.Namespace) -> tuple[list[Job], set[str]]:
     return jobs, lacking
 
 
+def unfinished(jobs: list[Job]) -> list[Job]:
+    """The jobs without results, and those whose networks an ensemble among them needs, if their weights are gone."""
+    needed = {member for job in jobs if not job.is_finished for member in job.run.members}
+    return [
+        job
+        for job in jobs
+        if not job.is_finished or ((job.run.name, job.run.seed) in needed and not job.has_weights)
+    ]
+
+
 # ---- The queue
 
 
@@ -118,12 +141,37 @@ class Stopped(Exception):
     """A signal asked the queue to end."""
 
 
-def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], show: "Progress") -> None:
+class Signals:
+    """SIGTERM, Ctrl-C and the end of the terminal stop the queue, at a place that it chooses."""
+
+    def __init__(self):
+        self.received = None
+        # Those that nohup and shells (for jobs in the background) ignore stay ignored.
+        every = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        self.heard = [number for number in every if signal.getsignal(number) is not signal.SIG_IGN]
+        for number in self.heard:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = self.received or number
+
+    def check(self) -> None:
+        if self.received:
+            raise Stopped(signal.Signals(self.received).name)
+
+    def give_up(self) -> None:
+        """From here on a signal ends the queue at once."""
+        for number in self.heard:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], show: "Progress", signals: Signals) -> None:
     """Runs jobs, in order and as many at once as their networks fit into the slots; each ends finished or failed."""
     by_run = {(job.run.name, job.run.seed): job for job in jobs}
     waiting, running = list(jobs), []
     try:
         while waiting or running:
+            signals.check()
             for job in list(waiting):
                 members = [by_run[member] for member in job.run.members if member in by_run]
                 failed = [member for member in members if member.failure]
@@ -134,23 +182,25 @@ def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], show: "Prog
                     continue
                 elif not running or job.run.networks <= slots - sum(other.run.networks for other in running):
                     waiting.remove(job)
-                    job.start(threads, gpus)
                     running.append(job)
+                    used = Counter(gpu for other in running for gpu in other.gpus)
+                    try:
+                        job.start(threads, sorted(gpus, key=used.__getitem__))  # the least used first
+                    except OSError as error:
+                        job.fail(f"it cannot be started: {error}")
                 else:
                     break  # the order is kept: a large run is not put off for ever by small ones
             for job in [job for job in running if job.has_ended()]:
                 running.remove(job)
                 if not job.failure:
-                    try:
-                        job.collect()
-                    except (GraftingError, OSError, ValueError) as error:
-                        job.failure = f"its results cannot be collected: {error}"
+                    job.collect()
                 show.ended(job)
             show(running, waiting)
             time.sleep(POLL_SECONDS)
     except BaseException:
         for job in running:
             job.stop()
+        signals.give_up()
         for job in running:
             for process in job.processes.values():
                 process.wait()
@@ -184,84 +234,98 @@ class Progress:
         self._write(lines)
 
     def ended(self, job: Job) -> None:
-        self.done += job.run.networks * job.run.epochs * (not job.is_ensemble)
+        ended, _ = job.progress()
+        self.done += ended
+        if job.failure and not job.is_ensemble:
+            self.total -= job.run.networks * job.run.epochs - ended  # they are not to be waited for
         self._write([f"{job}: {'failed: ' + job.failure if job.failure else 'done'}"])
         self.height = 0  # that line stays
         self.shown_at = -LINE_SECONDS
 
     def _write(self, lines: list[str]) -> None:
+        above = ""
         if on_terminal():
-            width = os.get_terminal_size().columns
-            print(f"\033[{self.height}F\033[J" if self.height else "", end="")
+            width, height = shutil.get_terminal_size()
+            if len(lines) > height - 1:  # what has left the screen cannot be written over
+                lines = [*lines[: height - 3], f"and {len(lines) - height + 2} more", lines[-1]]
+            above = f"\033[{self.height}F\033[J" if self.height else ""
             lines, self.height = [line[: width - 1] for line in lines], len(lines)
-        print(*lines, sep="\n", flush=True)
+        with suppress(OSError):  # a full disk or a closed pipe stops no training
+            print(above + "\n".join(lines), flush=True)
 
 
 # ---- Main
 
 
 def slurm(args: argparse.Namespace, jobs: list[Job]) -> str:
-    """A job array: each task runs one of the runs; ensembles need others' networks, and come with a last call."""
-    single = [job for job in jobs if not job.is_ensemble]
+    """A job array: each task runs one of the jobs, none of which is an ensemble; those come with a last call."""
     words = ["python", str(ROOT / "experiments" / "run.py"), *args.tables, "--preset", args.preset]
     words += ["--seeds", str(args.seeds), "--work", str(args.work), "--results", str(args.results)]
     folders = [f"{name}={folder}" if name else folder for name, folder in args.data.items()]
     again = shlex.join(words + (["--data", *folders] if folders else []))
-    names = "\n".join(f"  {job}" for job in single)
+    names = "\n".join(f"  {job}" for job in jobs)
     return f"""#!/bin/bash
 #SBATCH --job-name=grafting
-#SBATCH --array=0-{len(single) - 1}
+#SBATCH --array=0-{len(jobs) - 1}
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=8
 #SBATCH --requeue
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --open-mode=append
-# A task that is requeued or sent again goes on where it was. When all are done, this makes what remains (ensembles):
+# A task that is preempted, requeued, at its time limit or sent again goes on where it was. When all are done, this makes
+# what remains (ensembles):
 #   {again}
 runs=(
 {names}
 )
-exec {again} --only "${{runs[$SLURM_ARRAY_TASK_ID]}}"
+{again} --only "${{runs[$SLURM_ARRAY_TASK_ID]}}" &
+queue=$! at_limit= status=0
+trap 'kill -TERM "$queue"' TERM
+trap 'at_limit=yes; kill -TERM "$queue"' USR1
+while kill -0 "$queue" 2>/dev/null; do  # a signal ends a wait before its time
+    wait "$queue" && status=0 || status=$?
+done
+if [ -n "$at_limit" ] && [ "$status" -ne 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
 """
 
 
 def main() -> int:
     args = parse()
     jobs, lacking = jobs_of(args)
-    missing = [job for job in jobs if not job.is_finished]
-    if args.slurm and missing:
-        print(slurm(args, missing), end="")
+    missing = unfinished(jobs)
+    if lacking:
+        names, example = ", ".join(sorted(lacking)), f"--data {min(lacking)}=DIR"
+        print(f"left out, as no images were given: the runs on {names} (as in {example})", file=sys.stderr)
+    if args.slurm:
+        single = [job for job in missing if not job.is_ensemble]
+        if single:
+            print(slurm(args, single), end="")
+        else:
+            print("no run is missing but ensembles: nothing for a job array", file=sys.stderr)
         return 0
     if args.dry_run:
         for job in missing:
             for i in range(1, job.run.networks + 1):
                 print(f"{job}: {shlex.join(job.command + ([] if job.is_ensemble else ['--i', str(i)]))}")
         return 0
-    if lacking:
-        names, example = ", ".join(sorted(lacking)), f"--data {min(lacking)}=DIR"
-        print(f"left out, as no images were given: the runs on {names} (as in {example})", flush=True)
-    import torch
-
     gpus = [str(k) for k in range(torch.cuda.device_count())]
     if gpus and "CUDA_VISIBLE_DEVICES" in os.environ:
-        gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[: len(gpus)]
     cores = len(os.sched_getaffinity(0))
     slots = args.jobs or (NETWORKS_PER_GPU * len(gpus) if gpus else cores)
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done; {slots} networks at once", flush=True)
 
-    def stop(number: int, frame: object) -> None:
-        for other in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(other, signal.SIG_IGN)
-        raise Stopped(signal.Signals(number).name)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, stop)
+    signals = Signals()
     show = Progress(sum(job.run.networks * job.run.epochs for job in missing if not job.is_ensemble))
     try:
-        work(missing, slots, max(1, cores // slots), gpus, show)
+        work(missing, slots, max(1, cores // slots), gpus, show, signals)
     except Stopped as reason:
-        print(f"stopped by {reason}; the same command goes on", file=sys.stderr)
-        return 128 + signal.Signals[str(reason)].value
+        with suppress(OSError):  # the terminal may be gone
+            print(f"stopped by {reason}; the same command goes on", file=sys.stderr)
+        return 128 + signals.received
     failed = [job for job in missing if job.failure]
     for job in failed:
         print(f"{job} failed: {job.failure} (log: {job.directory}/)", file=sys.stderr)
