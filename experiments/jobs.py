@@ -19,7 +19,8 @@ from benchmarks.tools import processor
 from common.manage import Network, observe
 from experiments.tables import Run
 from filter_grafting.checkpoint import write_atomically
-from grafting_cifar.runs import SECONDS, THRESHOLDS, count_invalid, read_checkpoint, read_csv
+from filter_grafting.errors import GraftingError
+from grafting_cifar.runs import SECONDS, THRESHOLDS, Damage, count_invalid, read_checkpoint, read_csv
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Job:
     results: Path  # its folder of results
     command: list[str]
     processes: dict[int, subprocess.Popen] = field(default_factory=dict)
+    gpus: list[str] = field(default_factory=list)  # those of the processes
     failure: str = ""
 
     def __str__(self) -> str:
@@ -45,17 +47,23 @@ class Job:
     def is_ensemble(self) -> bool:
         return bool(self.run.members)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether an ensemble finds its networks."""
+        return all((self.directory / f"final{i}.t7").exists() for i in range(1, self.run.networks + 1))
+
     def observe(self) -> list[Network]:
         return [] if self.is_ensemble else observe(self.directory, range(1, self.run.networks + 1))
 
     def start(self, threads: int, gpus: Sequence[str]) -> None:
-        """Starts the networks that neither are done nor live on from an interrupted queue."""
+        """Starts the networks that neither are done nor live on from an interrupted queue, GPU by GPU."""
         self.directory.mkdir(parents=True, exist_ok=True)
         pending = [network.number for network in self.observe() if not (network.alive or network.state == "done")]
-        for i in [1] if self.is_ensemble else pending:
+        for k, i in enumerate([1] if self.is_ensemble else pending):
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             if gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = gpus[(i - 1) % len(gpus)]
+                environment["CUDA_VISIBLE_DEVICES"] = gpus[k % len(gpus)]
+                self.gpus.append(gpus[k % len(gpus)])
             with open(self.directory / f"{i}.log", "ab") as log:
                 self.processes[i] = subprocess.Popen(
                     [*self.command, *([] if self.is_ensemble else ["--i", str(i)])],
@@ -65,20 +73,25 @@ class Job:
 
     def has_ended(self) -> bool:
         """Whether nothing of it runs any more; `failure` then says what went wrong, if anything did."""
-        for i, process in self.processes.items():
-            if process.poll() not in (None, 0) and not self.failure:
-                self.failure = f"network {i} ended with exit status {process.returncode}: {self._last_words(i)}"
-                self.stop()  # its neighbours would wait for it
+        for i, process in list(self.processes.items()):
+            if process.poll() in (None, 0) or self.failure:
+                continue
+            if any(network.alive and network.number == i for network in self.observe()):
+                del self.processes[i]  # an earlier queue had just started it, too, and that process goes on
+            else:
+                self.fail(f"network {i} {self._last_words(i, process.returncode)}")
+        earlier = []  # networks of an earlier queue
+        if len(self.processes) < self.run.networks and not self.failure:
+            earlier = [network for network in self.observe() if network.number not in self.processes]
+            if lost := [network for network in earlier if not network.alive and network.state != "done"]:
+                self.fail(f"network {lost[0].number}: {lost[0]}")
         if any(process.poll() is None for process in self.processes.values()):
             return False
-        if not self.failure:
-            networks = self.observe()
-            if any(network.alive for network in networks):
-                return False  # started by an earlier queue
-            unfinished = [network for network in networks if network.state != "done"]
-            if unfinished:
-                self.failure = f"network {unfinished[0].number}: {unfinished[0]}"
-        return True
+        return bool(self.failure) or not any(network.alive for network in earlier)
+
+    def fail(self, reason: str) -> None:
+        self.failure = reason
+        self.stop()  # its networks would wait for one another
 
     def stop(self) -> None:
         """Asks the networks to end; they do after their current batch."""
@@ -89,9 +102,14 @@ class Job:
                 with suppress(ProcessLookupError):
                     os.kill(network.pid, signal.SIGTERM)
 
-    def _last_words(self, i: int) -> str:
-        lines = (self.directory / f"{i}.log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "without a word"
+    def _last_words(self, i: int, status: int) -> str:
+        how = f"ended with exit status {status}"
+        if status < 0:
+            how = f"was ended by signal {-status}" + " (out of memory?)" * (status == -signal.SIGKILL)
+        lines = []
+        with suppress(OSError):
+            lines = (self.directory / f"{i}.log").read_text(errors="replace").strip().splitlines()
+        return f"{how}: {lines[-1]}" if lines else f"{how}, without a word"
 
     def progress(self) -> tuple[int, str]:
         """Epochs that its networks have ended, in sum, and a line about it."""
@@ -106,7 +124,14 @@ class Job:
         return sum(ended), line
 
     def collect(self) -> None:
-        """Leaves what a report needs in the folder of results; result.json comes last, and says that all is there."""
+        """Leaves what a report needs in the folder of results, or says in `failure` why it cannot."""
+        try:
+            self._collect()
+        except (GraftingError, Damage, OSError, ValueError, KeyError) as error:
+            self.failure = f"its results cannot be collected: {error}"
+
+    def _collect(self) -> None:
+        """Writes result.json last: it says that all is there."""
         record = {
             "name": self.run.name,
             "preset": self.preset,
@@ -114,8 +139,7 @@ class Job:
             "command": shlex.join(["python", f"{self.run.script}/grafting.py", *self.run.flags]),
             "networks": self.run.networks,
             "hardware": hardware(),
-            "versions": {"python": platform.python_version()}
-            | {name: metadata.version(name) for name in ("torch", "torchvision")},
+            "versions": versions(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         self.results.mkdir(parents=True, exist_ok=True)
@@ -146,6 +170,14 @@ class Job:
             for name in names:
                 write_atomically(self.results / name, (self.directory / name).read_bytes())
         return {"settings": contents["settings"], "seconds": round(max(seconds), 1), "filters": filters}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision"):
+        with suppress(metadata.PackageNotFoundError):  # a torch that was built from source, or no torchvision
+            found[name] = metadata.version(name)
+    return found
 
 
 def hardware() -> str:

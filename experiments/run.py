@@ -128,9 +128,7 @@ def unfinished(jobs: list[Job]) -> list[Job]:
     """The jobs without results, and those whose networks an ensemble among them needs, if their weights are gone."""
     needed = {member for job in jobs if not job.is_finished for member in job.run.members}
     return [
-        job
-        for job in jobs
-        if not job.is_finished or ((job.run.name, job.run.seed) in needed and not job.has_weights)
+        job for job in jobs if not job.is_finished or ((job.run.name, job.run.seed) in needed and not job.has_weights)
     ]
 
 
@@ -272,8 +270,8 @@ def slurm(args: argparse.Namespace, jobs: list[Job]) -> str:
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 #SBATCH --open-mode=append
-# A task that is preempted, requeued, at its time limit or sent again goes on where it was. When all are done, this makes
-# what remains (ensembles):
+# A task that is preempted, requeued, at its time limit or sent again goes on where it was. When all are done, this
+# makes what remains (ensembles):
 #   {again}
 runs=(
 {names}

@@ -77,6 +77,9 @@ def test_a_folder_of_ten_classes_is_not_for_cifar100(tmp_path, capsys):
         (["mane"], "got 'mane', expected main, fair,"),
         (["main", "--data", "cifar7=."], "expected DIR, cifar10=DIR"),
         (["main", "--data", "nowhere"], "there is no folder nowhere"),
+        (["main", "--data", ".", "/"], "got two folders for the same images"),
+        (["imagenet", "--preset", "small"], "small runs nothing of imagenet"),
+        (["main", "--only", "cifar10_resnet32_num3"], "cifar10_resnet32_num3 is none of these tables' runs"),
     ],
 )
 def test_wrong_flags(arguments, words, capsys):
@@ -98,6 +101,95 @@ def test_dry_run_names_every_network_and_slurm_every_run(tmp_path, monkeypatch, 
     assert "#SBATCH --array=0-47\n" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     assert script.count("/seed1\n") == 24
+
+
+def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "main", "--slurm", "--results", str(tmp_path / "$HOME's")])
+    assert queue.main() == 0
+    for name, does in (
+        ("python", 'echo "$@" >said; trap "exit 143" TERM; touch running; while :; do sleep 0.01; done'),
+        ("scontrol", 'echo "$@" >requeued'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "4", "SLURM_JOB_ID": "7"}
+    task = subprocess.Popen(["bash", "-c", capsys.readouterr().out], env=variables, cwd=tmp_path)
+    until((tmp_path / "running").exists)
+    task.send_signal(signal.SIGUSR1)
+    assert task.wait() == 143
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    said = (tmp_path / "said").read_text()
+    assert f"--results {tmp_path}/$HOME's" in said and said.endswith("--only cifar100_resnet32_num1/seed1\n")
+
+
+# ---- The queue
+
+
+class Exited:
+    """A process that has run until `when` was true, and left nothing."""
+
+    def __init__(self, status=0, when=lambda: True):
+        self.returncode, self.when = status, when
+
+    def poll(self):
+        return self.returncode if self.when() else None
+
+    def terminate(self):
+        pass
+
+
+def make_jobs(folder, *flags):
+    arguments = ["--preset", "smoke", "--seeds", "1", "--work", f"{folder}/work", "--results", f"{folder}/results"]
+    return queue.jobs_of(queue.parse([*arguments, *flags]))[0]
+
+
+def test_networks_are_spread_over_the_gpus(tmp_path, monkeypatch):
+    started = []
+
+    def start(*_, env, **others):
+        started.append(env["CUDA_VISIBLE_DEVICES"])
+        return Exited(when=lambda: len(started) == 5)
+
+    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
+    found, silent = make_jobs(tmp_path, "main"), SimpleNamespace(check=lambda: None)
+    queue.work(found, 5, 1, ["3", "5", "8"], queue.Progress(1), silent)
+    assert started == ["3", "5", "8", "3", "5"]
+    assert all("results cannot be collected" in job.failure for job in found)
+
+
+def test_an_ensembles_networks_are_trained_again_if_their_weights_are_gone(tmp_path):
+    found = make_jobs(tmp_path, "fair")
+    for job in found:
+        if not job.is_ensemble:
+            job.results.mkdir(parents=True)
+            (job.results / "result.json").touch()
+    first, second = (job for job in found if job.is_ensemble)
+    second.results.mkdir(parents=True)
+    (second.results / "result.json").touch()
+    there, gone = (job for job in found if (job.run.name, job.run.seed) in first.run.members)
+    there.directory.mkdir(parents=True)
+    (there.directory / "final1.t7").touch()
+    assert queue.unfinished(found) == [gone, first]
+
+
+def test_a_network_that_an_earlier_queue_had_just_started_goes_on(tmp_path, monkeypatch):
+    job = make_jobs(tmp_path, "main")[0]
+    job.processes[1] = Exited(1)
+    seen = [SimpleNamespace(number=1, alive=True, state="training")]
+    monkeypatch.setattr(jobs.Job, "observe", lambda _: seen)
+    assert not job.has_ended() and not job.failure
+    seen[0] = SimpleNamespace(number=1, alive=False, state="done")
+    assert job.has_ended() and not job.failure
+
+
+def test_a_network_is_not_left_to_wait_for_one_of_an_earlier_queue_that_has_died(tmp_path, monkeypatch):
+    job = make_jobs(tmp_path, "main")[1]
+    job.processes[2] = Exited(when=lambda: False)
+    died = SimpleNamespace(number=1, alive=False, state="died", pid=None)
+    monkeypatch.setattr(jobs.Job, "observe", lambda _: [died])
+    monkeypatch.setattr(Exited, "terminate", lambda self: setattr(self, "when", lambda: True))
+    assert job.has_ended()
+    assert job.failure.startswith("network 1: ")
 
 
 # ---- Real runs
