@@ -123,6 +123,9 @@ class Job:
             line += f", {sum(accuracies) / len(accuracies):.2f} %"
         return sum(ended), line
 
+    def epochs_left(self) -> float:
+        return 0 if self.is_ensemble else self.run.epochs - self.progress()[0] / self.run.networks
+
     def collect(self) -> None:
         """Leaves what a report needs in the folder of results, or says in `failure` why it cannot."""
         try:

@@ -166,10 +166,12 @@ class Signals:
 def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], show: "Progress", signals: Signals) -> None:
     """Runs jobs, in order and as many at once as their networks fit into the slots; each ends finished or failed."""
     by_run = {(job.run.name, job.run.seed): job for job in jobs}
-    waiting, running = list(jobs), []
+    # Networks that live on from an earlier queue hold their cores already.
+    waiting, running = sorted(jobs, key=lambda job: not any(network.alive for network in job.observe())), []
     try:
         while waiting or running:
             signals.check()
+            blocked, left = False, max((job.epochs_left() for job in running), default=0)
             for job in list(waiting):
                 members = [by_run[member] for member in job.run.members if member in by_run]
                 failed = [member for member in members if member.failure]
@@ -178,7 +180,9 @@ def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], show: "Prog
                     waiting.remove(job)
                 elif any(member in waiting or member in running for member in members):
                     continue
-                elif not running or job.run.networks <= slots - sum(other.run.networks for other in running):
+                elif running and job.run.networks > slots - sum(other.run.networks for other in running):
+                    blocked = True
+                elif not blocked or job.run.epochs <= 1.1 * left:  # it makes no larger run wait longer
                     waiting.remove(job)
                     running.append(job)
                     used = Counter(gpu for other in running for gpu in other.gpus)
@@ -186,8 +190,6 @@ def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], show: "Prog
                         job.start(threads, sorted(gpus, key=used.__getitem__))  # the least used first
                     except OSError as error:
                         job.fail(f"it cannot be started: {error}")
-                else:
-                    break  # the order is kept: a large run is not put off for ever by small ones
             for job in [job for job in running if job.has_ended()]:
                 running.remove(job)
                 if not job.failure:
