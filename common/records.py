@@ -126,9 +126,12 @@ class Table:
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
             with open(descriptor, newline="", encoding="utf-8", errors="replace") as file, suppress(csv.Error):
+                missing = []
                 for row in csv.reader(file):
-                    if self._is_whole(row) and int(row[0]) < epoch:
-                        rows.append(row)
+                    if row == self.columns[: len(row)]:  # an earlier version of the program may have had fewer columns
+                        missing = [""] * (len(self.columns) - len(row))
+                    elif self._is_whole(row + missing) and int(row[0]) < epoch:
+                        rows.append(row + missing)
         except FileNotFoundError:
             pass
         except OSError as error:

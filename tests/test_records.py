@@ -121,6 +121,13 @@ def test_a_half_written_last_line_of_its_own_is_cut_off(tmp_path, rest, flags):
     assert path.read_text() == whole + "Network:1    epoch:1    new\n"
 
 
+def test_a_table_of_fewer_columns_is_continued_with_empty_ones(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("epoch,one\n0,5\n1,6\n2\n")
+    Table(path, ["epoch", "one", "two"]).start(9)
+    assert path.read_text() == "epoch,one,two\n0,5,\n1,6,\n"
+
+
 def test_a_last_line_of_someone_else_is_left_and_ended(tmp_path):
     path = tmp_path / "1.log"
     path.write_text("Network:1    epoch:0    x\nnohup: ignoring input")
