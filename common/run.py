@@ -250,7 +250,7 @@ def train_network(
         earlier = metrics.start(epoch)
         introduce(args, task, world, log, epoch if row else None)
         for values in earlier:
-            with suppress(ValueError):  # a row that someone has changed
+            with suppress(ValueError, KeyError):  # a row that someone has changed
                 figures = {key: float(value) for key, value in values.items() if value}
                 log.recall(int(values["epoch"]), log_fields(figures))
     best = row

@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=tables.PRESETS, default="paper",
                         help="paper: as published; small: for hours on 2 cores; smoke: minutes, a test")  # fmt: skip
     parser.add_argument("--seeds", metavar="K", type=flags.number(int, 1, 100), default=3, help="runs of each row")
-    parser.add_argument("--data", metavar="[NAME=]DIR", nargs="+", default=[],
+    parser.add_argument("--data", metavar="[NAME=]DIR", nargs="+",
                         help="the images: the folder of the standard CIFAR files, or one of class folders, for the "
                              "data set that has as many classes; NAME (cifar10, cifar100, imagenet) says for which "
                              "alone (default: data/ beside README.md, downloaded if absent)")  # fmt: skip
@@ -61,7 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"argument TABLE: got {name!r}, expected {', '.join(tables.NAMES)}, or all")
     args.tables = tables.NAMES if "all" in args.tables else args.tables
     args.work, args.results = args.work.resolve(), args.results.resolve()
-    folders = [named_folder(parser, text) for text in args.data]
+    folders = [named_folder(parser, text) for text in args.data or ()]
     args.data = dict(folders)
     if len(args.data) < len(folders):
         parser.error("argument --data: got two folders for the same images, expected one")
