@@ -174,8 +174,8 @@ _TABLES = {
     ),
     "level": (
         "Layer level and filter level",
-        "One coefficient for a layer, or one for each of its filters. The published learning rates are not stated; dlr is "
-        "taken.",
+        "One coefficient for a layer, or one for each of its filters. The published learning rates are not stated; "
+        "dlr is taken.",
         "accuracy", PUBLISHED, _CIFAR,
         [
             ("vgg16", "baseline", "--num 1", 93.68, 73.41),
@@ -185,9 +185,9 @@ _TABLES = {
     ),
     "coefficient": (
         "A and c",
-        "How far the coefficient may lie from 1/2 (A), and how steeply it follows the entropies (c). The learning rates "
-        "of the published table are not stated; slr is taken. A 0.4, c 500 are then the settings of grafting (slr) in the "
-        "main results, where 93.53 and 73.26 are published for them.",
+        "How far the coefficient may lie from 1/2 (A), and how steeply it follows the entropies (c). The "
+        "learning rates of the published table are not stated; slr is taken. A 0.4, c 500 are then the settings of "
+        "grafting (slr) in the main results, where 93.53 and 73.26 are published for them.",
         "accuracy", PUBLISHED, _CIFAR,
         [
             ("mobilenetv2", "baseline", "--num 1", 92.42, 71.44),
