@@ -68,6 +68,8 @@ def _flatten(weight: Tensor) -> Tensor:
     if not weight.is_floating_point() or weight.numel() == 0:
         found = f"{weight.dtype} of shape {tuple(weight.shape)}"
         raise ValueError(f"weight: got {found}, expected a floating-point tensor that is not empty")
+    if weight.is_contiguous():  # the same, sooner
+        return weight.reshape(-1)
     return weight.permute(sorted(range(weight.dim()), key=weight.stride, reverse=True)).reshape(-1)
 
 
