@@ -1,5 +1,6 @@
 """One run of the queue: the processes that train its networks, and what it leaves for the report."""
 
+import fcntl
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -35,6 +37,7 @@ class Job:
     processes: dict[int, subprocess.Popen] = field(default_factory=dict)
     gpus: list[str] = field(default_factory=list)  # those of the processes
     failure: str = ""
+    lock: IO | None = None
 
     def __str__(self) -> str:
         return f"{self.run.name}/seed{self.run.seed}"
@@ -55,9 +58,14 @@ class Job:
     def observe(self) -> list[Network]:
         return [] if self.is_ensemble else observe(self.directory, range(1, self.run.networks + 1))
 
+    def claim(self) -> None:
+        """Keeps other queues away from the run until this one ends; raises BlockingIOError if one is at work on it."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.directory / "queue.lock", "a")  # noqa: SIM115 (it is the lock)
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
     def start(self, threads: int, gpus: Sequence[str]) -> None:
         """Starts the networks that neither are done nor live on from an interrupted queue, GPU by GPU."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         pending = [network.number for network in self.observe() if not (network.alive or network.state == "done")]
         for k, i in enumerate([1] if self.is_ensemble else pending):
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}

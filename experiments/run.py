@@ -184,6 +184,13 @@ def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], show: "Prog
                     blocked = True
                 elif not blocked or job.run.epochs <= 1.1 * left:  # it makes no larger run wait longer
                     waiting.remove(job)
+                    try:
+                        job.claim()
+                    except OSError as error:
+                        is_taken = isinstance(error, BlockingIOError)
+                        job.failure = "another queue is at work on it" if is_taken else f"it cannot be started: {error}"
+                        show.ended(job)
+                        continue
                     running.append(job)
                     used = Counter(gpu for other in running for gpu in other.gpus)
                     try:

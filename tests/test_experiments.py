@@ -157,6 +157,14 @@ def test_networks_are_spread_over_the_gpus(tmp_path, monkeypatch):
     assert all("results cannot be collected" in job.failure for job in found)
 
 
+def test_a_run_belongs_to_one_queue_at_a_time(tmp_path, monkeypatch):
+    (mine, *_), (others, *_) = make_jobs(tmp_path, "main"), make_jobs(tmp_path, "main")
+    others.claim()
+    monkeypatch.setattr(jobs.Job, "start", lambda *_: pytest.fail("it was started"))
+    queue.work([mine], 5, 1, [], queue.Progress(1), SimpleNamespace(check=lambda: None))
+    assert mine.failure == "another queue is at work on it"
+
+
 def test_an_ensembles_networks_are_trained_again_if_their_weights_are_gone(tmp_path):
     found = make_jobs(tmp_path, "fair")
     for job in found:
