@@ -42,9 +42,10 @@ LEGEND = """\
 Accuracies are in % of the test images: mean ± sample standard deviation over n seeds. **Last**: mean over a run's
 networks after the last epoch. **Best, by validation**: at the network and epoch with the highest accuracy on held-out
 training images. **Best, on the test set**: the highest of any network and epoch, as in the paper; it is picked on the
-very images that it is measured on. Either best has more to pick from in a run of several networks. **Gain**: difference from the row's baseline
-in percentage points, with its 95 % interval (Welch's t). † An ensemble has one accuracy, that of its networks' averaged
-outputs after the last epoch; where these networks are the baseline's own of further seeds, they count in its n, too."""
+very images that it is measured on. Either best has more to pick from in a run of several networks. **Gain**:
+difference from the row's baseline in percentage points, with its 95 % interval (Welch's t). † An ensemble has one
+accuracy, that of its networks' averaged outputs after the last epoch; where these networks are the baseline's own of
+further seeds, they count in its n, too."""
 NAMED = 5  # in the sentence that names rivals
 OUTCOMES = {"above": "ahead of", "level": "level with", "below": "behind"}
 
