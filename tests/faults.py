@@ -74,6 +74,11 @@ def _truncate(path: str) -> None:
     os.truncate(path, os.path.getsize(path) // 2)
 
 
+def _remove(folder: str) -> None:
+    while os.path.exists(folder):  # others may write there at the same moment
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -83,7 +88,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "fill": _fill,
     "limit": _limit_growth,
-    "remove": shutil.rmtree,
+    "remove": _remove,
     "truncate": _truncate,
     "sleep": time.sleep,
 }

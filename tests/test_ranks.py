@@ -24,8 +24,8 @@ def test_two_ranks_train_the_network_that_one_process_trains(make_image_run):
         torch.testing.assert_close(weights(two)[key], entry, rtol=1e-4, atol=1e-6)
     rows = [run.outcome(1)["tables"]["metrics"] for run in (one, two)]
     for left, right in zip(*rows, strict=True):
-        assert {key: float(value) for key, value in left.items()} == pytest.approx(
-            {key: float(value) for key, value in right.items()}, rel=1e-4
+        assert {key: float(value or 0) for key, value in left.items()} == pytest.approx(
+            {key: float(value or 0) for key, value in right.items()}, rel=1e-4
         )
     assert "2 processes" in two.log(1)
 
