@@ -90,6 +90,11 @@ def check_common(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """The checks that need more than one flag."""
     if args.network > args.networks:
         parser.error(f"argument --i: got {args.network}, expected 1 to {args.networks} (--num)")
+    check_device(parser, args)
+
+
+def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fills in the device where none was given, and refuses one that is not there."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: got cuda, but torch finds no CUDA device here; expected cpu")

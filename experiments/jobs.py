@@ -64,6 +64,20 @@ class Job:
         self.lock = open(self.directory / "queue.lock", "a")  # noqa: SIM115 (it is the lock)
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+    def begin(self, threads: int, gpus: Sequence[str]) -> None:
+        """Claims the run and starts its networks, or says in `failure` why it cannot."""
+        try:
+            self.claim()
+        except BlockingIOError:
+            self.failure = "another queue is at work on it"
+        except OSError as error:
+            self.failure = f"it cannot be started: {error}"
+        else:
+            try:
+                self.start(threads, gpus)
+            except OSError as error:
+                self.fail(f"it cannot be started: {error}")
+
     def start(self, threads: int, gpus: Sequence[str]) -> None:
         """Starts the networks that neither are done nor live on from an interrupted queue, GPU by GPU."""
         pending = [network.number for network in self.observe() if not (network.alive or network.state == "done")]

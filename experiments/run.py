@@ -171,7 +171,7 @@ def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], show: "Prog
     try:
         while waiting or running:
             signals.check()
-            blocked, left = False, max((job.epochs_left() for job in running), default=0)
+            blocked = False
             for job in list(waiting):
                 members = [by_run[member] for member in job.run.members if member in by_run]
                 failed = [member for member in members if member.failure]
@@ -182,21 +182,12 @@ def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], show: "Prog
                     continue
                 elif running and job.run.networks > slots - sum(other.run.networks for other in running):
                     blocked = True
-                elif not blocked or job.run.epochs <= 1.1 * left:  # it makes no larger run wait longer
+                # A smaller run goes first where it makes no larger one wait longer.
+                elif not blocked or job.run.epochs <= 1.1 * max(other.epochs_left() for other in running):
                     waiting.remove(job)
-                    try:
-                        job.claim()
-                    except OSError as error:
-                        is_taken = isinstance(error, BlockingIOError)
-                        job.failure = "another queue is at work on it" if is_taken else f"it cannot be started: {error}"
-                        show.ended(job)
-                        continue
-                    running.append(job)
                     used = Counter(gpu for other in running for gpu in other.gpus)
-                    try:
-                        job.start(threads, sorted(gpus, key=used.__getitem__))  # the least used first
-                    except OSError as error:
-                        job.fail(f"it cannot be started: {error}")
+                    job.begin(threads, sorted(gpus, key=used.__getitem__))  # the least used first
+                    running.append(job)
             for job in [job for job in running if job.has_ended()]:
                 running.remove(job)
                 if not job.failure:

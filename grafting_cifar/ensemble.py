@@ -48,9 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), help="where to test (default: cuda where there is one)")
     add("--json", metavar="FILE", type=Path, help="a file for the accuracies, in percent")
     args = parser.parse_args(arguments)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: got cuda, but torch finds no CUDA device here; expected cpu")
+    flags.check_device(parser, args)
     if args.json and not args.json.absolute().parent.is_dir():  # before the minutes that testing takes
         parser.error(f"argument --json: there is no folder {args.json.absolute().parent}")
     return args
