@@ -291,16 +291,16 @@ def test_killed_and_started_again_it_ends_with_the_same_figures(smoke, tmp_path)
 
 def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path):
     work = tmp_path / "work"
-    broken = work / "smoke" / "glyphs_resnet20_num2" / "seed0"
+    broken = work / "smoke" / "glyphs_resnet20_num1" / "seed0"
     broken.mkdir(parents=True)
     (broken / "run.json").write_text("{}")
-    names = ["glyphs_resnet20_num2", "glyphs_resnet20_num1"]
+    names = ["glyphs_resnet20_num1", "glyphs_resnet20_num2"]
     done = subprocess.run(
         [sys.executable, ROOT / "experiments" / "run.py", "main", "--preset", "smoke", "--seeds", "1", "--only", *names,
          "--work", work, "--results", tmp_path / "results"],
         env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "glyphs_resnet20_num2/seed0 failed: network 1 ended with exit status 1: " in done.stderr
+    assert "glyphs_resnet20_num1/seed0 failed: network 1 ended with exit status 1: " in done.stderr
     assert "1 runs done, 1 failed" in done.stdout
-    assert (tmp_path / "results" / "smoke" / "glyphs_resnet20_num1" / "seed0" / "result.json").exists()
+    assert (tmp_path / "results" / "smoke" / "glyphs_resnet20_num2" / "seed0" / "result.json").exists()
