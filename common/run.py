@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from common.distributed import End, RankLost, World
 from common.records import Log, Table, on_terminal
@@ -40,7 +39,6 @@ METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_acc
            "val_accuracy", "invalid_0.1", "invalid_0.01", "test_top5")  # fmt: skip
 LOST_CONNECTION = re.compile("gloo|nccl|connection|socket|store", re.IGNORECASE)
 ECHO_SECONDS = 2.0
-METHODS = ("grafting", "average", "ema")
 COEFFICIENTS = ("epoch", "layer", "own_entropy", "neighbour_entropy", "coefficient")
 
 
@@ -61,16 +59,15 @@ class Task:
     print_every: int = 0  # batches between two lines of progress; 0 prints one line an epoch
     start_epoch: int = 0
     val: Batches | None = None  # images to choose the best epoch on; without them it is chosen on the test images
-    method: str = "grafting"  # what is done with the neighbour's weights, see METHODS
     scion: str = "external"  # what is grafted, see filter_grafting.scions
-    averaged: AveragedModel | None = None  # follows the network, and is what is tested and saved
+    averaged: nn.Module | None = None  # follows the network, and is what is tested and saved
     key: str = "net"  # the entry of a checkpoint that holds the state dict
     notes: list[str] = field(default_factory=list)  # lines for the head of the log
 
     @property
     def tested(self) -> nn.Module:
         """The network whose accuracy is reported, and whose weights are published."""
-        return self.averaged.module if self.averaged else self.network
+        return self.network if self.averaged is None else self.averaged
 
 
 class Stopped(BaseException):
@@ -352,8 +349,6 @@ def graft_once(args: argparse.Namespace, task: Task, ring: Ring, coefficients: T
         layers = compare(network, neighbour, args.amplitude, args.steepness, args.level)
     except (MismatchError, AttributeError) as error:
         raise MismatchError(f"{path} cannot be grafted onto network {args.network}: {printable(error)}") from error
-    if task.method == "average":  # the rival: the same exchange, but blind to what the layers hold
-        layers = {name: layer._replace(coefficient=0.5) for name, layer in layers.items()}
     blend(network, neighbour, {name: layer.coefficient for name, layer in layers.items()}, args.level)
     coefficients.append(
         [epoch, name, f"{own_entropy:.6f}", f"{neighbour_entropy:.6f}", f"{torch.as_tensor(share).mean().item():.4g}"]
@@ -376,8 +371,8 @@ def publish(task: Task, ring: Ring, row: dict[str, Any], improved: bool) -> None
     if improved:  # before the checkpoint: a run that is resumed from it will not come by here again
         ring.write(ring.file("best"), {**weights, **result(task, row)})
     training = {"optimizer": snapshot(task.optimizer.state_dict()), "metrics": snapshot(row)}
-    if task.averaged:
-        training["averaged"] = {"network": snapshot(task.network.state_dict()), "steps": int(task.averaged.n_averaged)}
+    if task.averaged is not None:
+        training["trained"] = snapshot(task.network.state_dict())
     ring.publish(row["epoch"], {**weights, **result(task, row), **training})
 
 
@@ -419,9 +414,8 @@ def resume(
             rows = ", ".join(f"{key} is {settings[key]!r} here and was {recorded.get(key)!r}" for key in differing)
             raise RefusedError(f"the network cannot be continued with other settings: {rows}")
         task.tested.load_state_dict(contents[task.key])
-        if task.averaged:
-            task.network.load_state_dict(contents["averaged"]["network"])
-            task.averaged.n_averaged.fill_(contents["averaged"]["steps"])
+        if task.averaged is not None:
+            task.network.load_state_dict(contents["trained"])
         task.optimizer.load_state_dict(contents["optimizer"])
         row = dict(contents["metrics"])
         score(row) + row["best_score"], log_fields(row, task.topk[1:])  # all that is read of it later is there

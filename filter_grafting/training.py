@@ -1,7 +1,9 @@
 """One epoch of training, evaluation, learning rates and seeds: the same for every data set."""
 
+import copy
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -9,6 +11,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .errors import GraftingError
 
@@ -29,7 +32,7 @@ def stream_seed(seed: int, network: int, epoch: int | str) -> int:
     As nothing random outlives an epoch, a resumed network needs no generator's state to go on exactly.
     """
     text = f"filter grafting, seed {seed}, network {network}, epoch {epoch}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def initial_rate(lr: float, network: int, networks: int, difflr: bool) -> float:
@@ -158,9 +161,31 @@ def _means(totals: Tensor) -> tuple[float, list[float]]:
     return loss / images, [100 * count / images for count in correct]
 
 
+def moving_average(network: nn.Module, optimizer: torch.optim.Optimizer, decay: float) -> nn.Module:
+    """A copy that follows a network: `copy <- decay * copy + (1 - decay) * network` after each step of the optimizer.
+
+    Batch-norm statistics are averaged as the weights are; integer entries are the network's.
+    """
+    average = copy.deepcopy(network).requires_grad_(False)
+    pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
+    means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    integers = [pair for pair in pairs if not pair[0].is_floating_point()]
+    update = get_ema_multi_avg_fn(decay)
+
+    def follow(*_: object) -> None:
+        update(means, values, None)
+        for own, other in integers:
+            own.copy_(other)
+
+    optimizer.register_step_post_hook(follow)
+    return average
+
+
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
     """Within it, operations without a deterministic implementation raise, and cuDNN does not choose by timing."""
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older torch multiplies no matrices without it
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(enabled)
     torch.backends.cudnn.benchmark = not enabled

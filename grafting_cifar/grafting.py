@@ -13,16 +13,16 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from common import flags, run
 from filter_grafting.grafting import LEVELS
 from filter_grafting.scions import SCIONS
-from filter_grafting.training import stream_seed
+from filter_grafting.training import moving_average, stream_seed
 from grafting_cifar import data, models
 
-EMA_DECAY = 0.998
+METHODS = ("grafting", "average", "ema")
+EMA_SHARE = 0.05  # of all steps: the time constant of the moving average
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,9 +53,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                        help="network I starts at lr*(1+cos(pi*(N-I)/N))/2 instead of lr")  # fmt: skip
     group.add_argument("--level", choices=LEVELS, default="layer",
                        help="one coefficient for a layer, or for each filter (vgg16 only)")  # fmt: skip
-    group.add_argument("--method", choices=run.METHODS, default="grafting",
+    group.add_argument("--method", choices=METHODS, default="grafting",
                        help="grafting; or a rival: average (coefficient 1/2 in every layer), or ema (with --num 1; "
-                            f"tests the exponential moving average of the weights, decay {EMA_DECAY})")  # fmt: skip
+                            "tests the exponential moving average of the weights, with a time constant of "
+                            f"{100 * EMA_SHARE:g} %% of all steps)")  # fmt: skip
     group.add_argument("--scion", choices=SCIONS, default="external",
                        help="the neighbour's weights; or, with --num 1 and onto filters of an L1 norm below 0.1: noise "
                             "of the layer's standard deviation, falling to 1 %% of it; or the most informative filters "
@@ -76,18 +77,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"argument --{flag}: {value} needs no neighbour: got --num {args.networks}, expected --num 1")
     if args.method == "average" and args.networks == 1:
         parser.error("argument --method: average needs a neighbour: got --num 1, expected --num 2 or more")
-    if args.method != "grafting" and (args.scion != "external" or args.level != "layer"):
-        parser.error(f"argument --method: {args.method} goes with neither --scion nor --level")
+    if args.scion != "external" and args.level != "layer":
+        parser.error(f"argument --scion: {args.scion} does not go with --level")
+    if args.method != "grafting":
+        for name, flag in ("scion", "scion"), ("level", "level"), ("amplitude", "a"), ("steepness", "c"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"argument --method: {args.method} does not go with --{flag}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("a CIFAR network trains in one process; torchrun is for grafting_imagenet")
     args.directory = args.directory or default_directory(parser, args)
     args.data = args.data or data.DEFAULT_FOLDER
+    if args.method == "average":
+        args.amplitude = 0.0  # the same exchange, but blind to what the layers hold
     return args
 
 
 def default_directory(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     """checkpoint/grafting_cifar10_resnet32, with the settings that differ from the defaults appended."""
-    images = Path(args.data).resolve().name if args.data else f"cifar{args.cifar}"
+    has_name = args.data and (args.data == "glyphs" or Path(args.data, "train").is_dir())
+    images = Path(args.data).resolve().name if has_name else f"cifar{args.cifar}"
     shown = {"method": "", "scion": "", "images": "images", "test_images": "test", "val": "val", "epochs": "epochs",
              "step_epochs": "step", "batch_size": "batch", "lr": "lr", "cos": "cos", "difflr": "difflr",
              "level": "level", "networks": "num", "amplitude": "a", "steepness": "c", "seed": "seed",
@@ -102,24 +110,24 @@ def build(args: argparse.Namespace, world: run.World) -> run.Task:
     torch.manual_seed(stream_seed(args.seed, args.network, "weights"))
     network = models.build(args.model, classes).to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
-    averaged = None
+    batches = data.Batches(train, args.batch_size, args.device, augment=True)
+    averaged, own = None, {}
     if args.method == "ema":
-        averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
-        optimizer.register_step_post_hook(lambda *_: averaged.update_parameters(network))
+        averaged = moving_average(network, optimizer, 1 - 1 / max(1, EMA_SHARE * args.epochs * len(batches)))
+        own["ema"] = EMA_SHARE
     return run.Task(
         network=network,
-        train=data.Batches(train, args.batch_size, args.device, augment=True),
+        train=batches,
         val=data.Batches(val, 1000, args.device, augment=False) if val else None,
         test=data.Batches(test, 1000, args.device, augment=False),
         optimizer=optimizer,
         averaged=averaged,
-        method=args.method,
         scion=args.scion,
         shared={"model": args.model, "classes": classes, "num": args.networks, "epochs": args.epochs,
                 "a": args.amplitude, "c": args.steepness, "level": args.level, "method": args.method,
                 "scion": args.scion, "val": args.val, "test_images": len(test.labels)},
         own={"lr": args.lr, "cos": args.cos, "difflr": args.difflr, "batch_size": args.batch_size, "amp": args.amp,
-             "seed": args.seed, "step_epochs": args.step_epochs, "images": len(train.labels)},
+             "seed": args.seed, "step_epochs": args.step_epochs, "images": len(train.labels), **own},
         cosine=args.cos,
         step_epochs=args.step_epochs,
         print_every=args.print_frequence,

@@ -98,17 +98,33 @@ def test_average_gives_every_layer_half_of_its_neighbour(images):
 
 
 def test_ema_tests_the_moving_average_of_the_weights(images):
-    _, task = task_of(images, "--method", "ema", "--num", "1")
+    _, task = task_of(images, "--method", "ema", "--num", "1", "--epochs", "10")
     steps, weights = [], list(task.network.parameters())
+    expected = [weight.double().clone() for weight in weights]
     task.optimizer.register_step_post_hook(lambda *_: steps.append([weight.double().clone() for weight in weights]))
     train_one_epoch(task.network, task.train, task.optimizer, lambda _: 0.1, seed=0, device=torch.device("cpu"))
-    expected = steps[0]
-    for weights in steps[1:]:
-        expected = [0.998 * mean + 0.002 * new for mean, new in zip(expected, weights, strict=True)]
-    assert len(steps) == 4
+    assert len(steps) == len(task.train) == 4
+    share = 1 / (0.05 * 10 * 4)  # of the newest weights: the time constant is 5 % of the steps of 10 epochs
+    for weights in steps:
+        expected = [(1 - share) * mean + share * new for mean, new in zip(expected, weights, strict=True)]
     for found, mean, last in zip(task.tested.parameters(), expected, steps[-1], strict=True):
         torch.testing.assert_close(found, mean.float())
         assert not torch.allclose(found, last.float())
+    statistics = [task.tested.bn1.running_mean, task.network.bn1.running_mean]
+    assert statistics[0].any() and not torch.allclose(*statistics)
+    assert task.tested.bn1.num_batches_tracked == 4
+
+
+def test_the_standard_data_sets_have_a_directory_each_wherever_they_lie(tmp_path):
+    def directory(*flags):
+        return grafting.parse(["--data", *flags]).directory
+
+    standard, mine = str(tmp_path / "standard"), tmp_path / "mine"
+    (mine / "train").mkdir(parents=True)
+    assert directory(standard) == "checkpoint/grafting_cifar10_resnet32"
+    assert directory(standard, "--cifar", "100") == "checkpoint/grafting_cifar100_resnet32"
+    assert directory(str(mine)) == "checkpoint/grafting_mine_resnet32"
+    assert directory("glyphs", "--method", "average") == "checkpoint/grafting_glyphs_resnet32_average"
 
 
 @pytest.mark.parametrize("flags", [("--method", "ema"), ("--scion", "noise"), ("--val", "12")], ids=" ".join)
@@ -126,8 +142,10 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(make_run, undisturbed, fl
         ("--method ema", "--method: ema needs no neighbour: got --num 2, expected --num 1"),
         ("--method average --num 1", "average needs a neighbour: got --num 1"),
         ("--scion noise", "--scion: noise needs no neighbour: got --num 2, expected --num 1"),
-        ("--scion internal --num 1 --method ema", "ema goes with neither --scion nor --level"),
-        ("--method average --level filter --model vgg16", "average goes with neither"),
+        ("--scion internal --num 1 --method ema", "--method: ema does not go with --scion"),
+        ("--method average --level filter --model vgg16", "average does not go with --level"),
+        ("--method average --a 0.2", "average does not go with --a"),
+        ("--scion noise --num 1 --level filter --model vgg16", "--scion: noise does not go with --level"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, words, capsys):
