@@ -92,18 +92,18 @@ def read_run(directory: Path, label: str) -> Run:
 
 
 def method(settings: dict, num: int) -> str:
-    """`baseline`, or `grafting of 2` with what was not left at its default."""
-    if num == 1:
-        return "baseline"
-    words = [f"grafting of {num}"]
-    if settings.get("level") == "filter":
+    """`baseline`, or `grafting of 2`, with what was not left at its default."""
+    name, scion = printable(settings.get("method", "grafting")), printable(settings.get("scion", "external"))
+    words = [f"{name} of {num}" if num > 1 else "baseline" if name == "grafting" else name]
+    if scion != "external":
+        words.append(f"{scion} scions")
+    if num > 1 and settings.get("level") == "filter":
         words.append("filter level")
-    for name, default in (("a", 0.4), ("c", 500)):
-        if isinstance(settings.get(name), int | float) and settings[name] != default:
-            words.append(f"{name} {settings[name]:g}")
-    if settings.get("difflr"):
-        words.append("dlr")
-    return ", ".join(words)
+    for coefficient, default in (("a", 0.4), ("c", 500)) if num > 1 and name == "grafting" else ():
+        if isinstance(settings.get(coefficient), int | float) and settings[coefficient] != default:
+            words.append(f"{coefficient} {settings[coefficient]:g}")
+    schedules = {"cos": "cosine", "steplr": "steps"} | ({"difflr": "dlr"} if num > 1 else {})
+    return ", ".join(words + [word for key, word in schedules.items() if settings.get(key)])
 
 
 def read_network(directory: Path, seen: Observed, num: int) -> Network:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from grafting_cifar import report
+from grafting_cifar.runs import method
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = (
@@ -112,6 +113,22 @@ def test_a_row_per_network_and_the_mean_of_a_run(tmp_path, run_report):
     assert mean["network"] == "mean of 2"
     assert mean["last (%)"] == f"69.50 ± {statistics.stdev([70.25, 68.75]):.2f}"
     assert mean["invalid at 0.1"] == f"2.5 ± {statistics.stdev([3, 2]):.1f}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "num", "name"),
+    [
+        ({"method": "grafting", "scion": "external", "a": 0.4, "c": 500}, 1, "baseline"),
+        ({"cos": True, "difflr": True}, 1, "baseline, cosine"),
+        ({"cos": True, "difflr": True}, 2, "grafting of 2, cosine, dlr"),
+        ({"method": "average", "a": 0.0}, 3, "average of 3"),
+        ({"method": "ema"}, 1, "ema"),
+        ({"scion": "noise"}, 1, "baseline, noise scions"),
+        ({"steplr": True, "a": 0.6}, 2, "grafting of 2, a 0.6, steps"),
+    ],
+)
+def test_methods_have_a_name_each(settings, num, name):
+    assert method(settings, num) == name
 
 
 def test_baselines_and_settings_are_told_apart(tmp_path, run_report):
