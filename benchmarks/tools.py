@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from common.machine import processor
+
 
 def parser(description: str, repetitions: int | None = None) -> argparse.ArgumentParser:
     """A parser with the flags that every benchmark has."""
@@ -39,16 +41,6 @@ def at_least(lowest: int) -> Callable[[str], int]:
 def add_device(flags: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     flags.add_argument("--device", choices=("cpu", "cuda"), default=default, help=f"(default: {default})")
-
-
-def processor() -> str:
-    """The number of cores, and what they are: 2 x AMD EPYC."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
 
 
 def machine(device: str = "cpu") -> str:

@@ -111,14 +111,16 @@ def name_of(figure: str, cells: Cells) -> str:
 
 
 def accuracy(cells: Cells, title: str) -> Figure:
-    """Test accuracy over the epochs; of long runs the last quarter enlarged, too."""
+    """Test accuracy over the epochs; of long runs the end enlarged, too."""
 
     def course(result: Result) -> list[float]:
         return mean_course([network.accuracies for network in result.courses])
 
-    longest = max(len(course(result)) for cell in cells.values() for result in cell.results)
+    shortest = min(len(course(result)) for cell in cells.values() for result in cell.results if result.courses)
     columns = [("Whole course", course, 0)]
-    columns += [("Last quarter", course, longest - longest // 4)] if longest > FEW else []
+    if shortest > FEW:
+        begin = shortest - shortest // 4
+        columns.append((f"From epoch {begin}", course, begin))
     figure = courses(cells, columns, "test accuracy (%)")
     figure.suptitle(f"{title}: accuracy over epochs", fontsize=12)
     return figure

@@ -17,11 +17,12 @@ from typing import IO
 
 import torch
 
-from benchmarks.tools import processor
+from common.machine import processor
 from common.manage import Network, observe
 from experiments.tables import Run
 from filter_grafting.checkpoint import write_atomically
 from filter_grafting.errors import GraftingError
+from filter_grafting.exchange import NO_LOCKS
 from grafting_cifar.runs import SECONDS, THRESHOLDS, Damage, count_invalid, read_checkpoint, read_csv
 
 
@@ -43,8 +44,21 @@ class Job:
         return f"{self.run.name}/seed{self.run.seed}"
 
     @property
+    def recipe(self) -> str:
+        """The command that its results are of, wherever they and the images lie."""
+        if self.is_ensemble:
+            members = [f"{name}/seed{seed}" for name, seed in self.run.members]
+            return shlex.join(["python", "grafting_cifar/ensemble.py", *members])
+        return shlex.join(["python", f"{self.run.script}/grafting.py", *self.run.flags])
+
+    @property
     def is_finished(self) -> bool:
-        return (self.results / "result.json").exists()
+        return self._recorded_recipe() == self.recipe
+
+    def _recorded_recipe(self) -> str | None:
+        with suppress(OSError, ValueError):
+            return json.loads((self.results / "result.json").read_bytes())["command"]
+        return None
 
     @property
     def is_ensemble(self) -> bool:
@@ -62,12 +76,19 @@ class Job:
         """Keeps other queues away from the run until this one ends; raises BlockingIOError if one is at work on it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.directory / "queue.lock", "a")  # noqa: SIM115 (it is the lock)
-        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
 
     def begin(self, threads: int, gpus: Sequence[str]) -> None:
         """Claims the run and starts its networks, or says in `failure` why it cannot."""
         try:
             self.claim()
+            if (other := self._recorded_recipe()) not in (None, self.recipe):
+                self.fail(f"{self.results} holds results of {other}; move it and {self.directory} elsewhere")
+                return
         except BlockingIOError:
             self.failure = "another queue is at work on it"
         except OSError as error:
@@ -161,7 +182,7 @@ class Job:
             "name": self.run.name,
             "preset": self.preset,
             "seed": self.run.seed,
-            "command": shlex.join(["python", f"{self.run.script}/grafting.py", *self.run.flags]),
+            "command": self.recipe,
             "networks": self.run.networks,
             "hardware": hardware(),
             "versions": versions(),
@@ -172,7 +193,6 @@ class Job:
             members = [f"{name}/seed{seed}" for name, seed in self.run.members]
             figures = json.loads((self.directory / "ensemble.json").read_text())
             record["ensemble"] = figures | {"members": members}
-            record["command"] = shlex.join(["python", "grafting_cifar/ensemble.py", *members])
         else:
             record |= self._figures()
         write_atomically(self.results / "result.json", (json.dumps(record, indent=1) + "\n").encode())

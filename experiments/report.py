@@ -7,7 +7,6 @@
 Prints the Markdown that it writes to report.md. A cell without a readable result says "not run".
 """
 
-import argparse
 import math
 import re
 import statistics
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
+from common.flags import Parser
 from experiments import figures
 from experiments.summary import (
     Cell,
@@ -34,6 +34,7 @@ from experiments.summary import (
 from experiments.tables import PRESETS, Table, tables
 from filter_grafting.checkpoint import write_atomically
 from filter_grafting.errors import WriteError
+from filter_grafting.exchange import duration
 from grafting_cifar.report import cell, markdown, mean
 from grafting_cifar.runs import THRESHOLDS
 
@@ -51,14 +52,11 @@ OUTCOMES = {"above": "ahead of", "level": "level with", "below": "behind"}
 
 
 def main() -> int:
-    description, _, more = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("tables", metavar="TABLE", nargs="*", help="names of tables, or all (default: all)")
-    parser.add_argument("--preset", choices=PRESETS, default="paper", help="(default: %(default)s)")
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="whose results")
     parser.add_argument("--results", metavar="DIR", type=Path, default=ROOT / "results",
-                        help="the folder that run.py fills (default: results/ beside README.md)")  # fmt: skip
+                        help="the folder that run.py fills")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", type=Path,
                         help="folder for report.md and plots/ (default: the preset's, in --results)")  # fmt: skip
     args = parser.parse_args()
@@ -68,7 +66,7 @@ def main() -> int:
     known = tables(args.preset)
     names = args.tables or ["all"]
     if unknown := [name for name in names if name not in known and name != "all"]:
-        parser.exit(2, f"{parser.prog}: error: got table {unknown[0]!r}, expected all or of {', '.join(known)}\n")
+        parser.error(f"argument TABLE: got {unknown[0]!r}, expected {', '.join(known)}, or all")
     chosen = [table for name, table in known.items() if name in names or "all" in names]
 
     results = Results(args.results / args.preset)
@@ -132,6 +130,8 @@ def reading(chosen: Sequence[Table], results: Results, preset: str) -> str:
     ):
         own = distinct(found for place in places for found in against_baseline(*place, figure))
         others = distinct(found for place in places for found in against_rivals(results, *place, figure))
+        counted = set(map(pair, own))  # one table's baseline may be another's rival
+        others = [one for one in others if pair(one) not in counted]
         said = [f"{tally(own)} of {len(own)} baselines"] if own else []
         said += [f"{tally(others)} of {len(others)} rivals at equal or lower cost{names(others)}"] if others else []
         if said:
@@ -150,8 +150,11 @@ def reading(chosen: Sequence[Table], results: Results, preset: str) -> str:
 
 def distinct(comparisons: Iterable[Comparison]) -> list[Comparison]:
     """Tables share runs: each pair of them counts once."""
-    found = {(one.dataset, one.grafting.entry.run, one.other.entry.run): one for one in comparisons}
-    return list(found.values())
+    return list({pair(one): one for one in comparisons}.values())
+
+
+def pair(one: Comparison) -> tuple[str, str, str]:
+    return one.dataset, one.grafting.entry.run, one.other.entry.run
 
 
 def tally(comparisons: Sequence[Comparison]) -> str:
@@ -224,14 +227,20 @@ def average_count(counted: Sequence[Sequence[Course]], kind: str, k: int) -> str
 
 
 def footnotes(cells: dict[str, Cell]) -> list[str]:
-    """What else is known of ensembles."""
+    """What else is known of ensembles, and of scions that were never needed."""
     ensembles = {label: one for label, one in cells.items() if is_ensemble(one)}
     alone = {label: [statistics.mean(result.alone) for result in one.results] for label, one in ensembles.items()}
-    return [
+    notes = [
         f"† {cell(label)}: its networks alone {mean(alone[label], 2)} (mean); "
         f"their uniform weight average {mean(one.values('weight_average'), 2)}."
         for label, one in ensembles.items()
     ]
+    for label, one in cells.items():
+        grafted = [course for result in one.results if result.has_scions for course in result.courses]
+        counts = [course.invalid_course[0] for course in grafted if course.invalid_course]
+        if counts and not any(map(any, counts)):
+            notes.append(f"{cell(label)}: no filter was invalid after any epoch, so that nothing was grafted.")
+    return notes
 
 
 def against(results: Results, cells: dict[str, Cell], dataset: str) -> list[str]:
@@ -279,7 +288,8 @@ def small_print(results: Results, cells: dict[str, Cell]) -> list[str]:
         first = one.results[0]
         cost = results.cost(first)
         epochs = "–" if math.isnan(cost) else cost
-        rows.append([label, one.row.baseline or "–", own or "–", first.networks, epochs, duration(seconds), seeds])
+        time = "–" if math.isnan(seconds) else duration(seconds)
+        rows.append([label, one.row.baseline or "–", own or "–", first.networks, epochs, time, seeds])
     everything = [result for one in ran.values() for result in one.results]
     machine = "; ".join(tell([result.hardware for result in everything]))
     versions = "; ".join(tell([result.versions for result in everything]))
@@ -320,14 +330,6 @@ def gain(difference: Difference) -> str:
         return "–"
     interval = "" if math.isnan(difference.low) else f" [{difference.low:+.2f}, {difference.high:+.2f}]"
     return f"{difference.gain:+.2f}{interval or ' [–]'}".replace("-", "−")
-
-
-def duration(seconds: float) -> str:
-    if math.isnan(seconds):
-        return "–"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def extent(counts: Iterable[int]) -> str:

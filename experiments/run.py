@@ -46,7 +46,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                              "alone (default: data/ beside README.md, downloaded if absent)")  # fmt: skip
     parser.add_argument("--jobs", metavar="J", type=flags.number(int, 1),
                         help="networks that train at once; a run begins when its own fit in, one that has more begins "
-                             f"alone (default: one for each core, or {NETWORKS_PER_GPU} for each GPU)")  # fmt: skip
+                             f"alone (default: one for each core, or {NETWORKS_PER_GPU} for each GPU, where one of "
+                             f"ImageNet counts as {NETWORKS_PER_GPU})")  # fmt: skip
     parser.add_argument("--only", metavar="RUN", nargs="+",
                         help="of these runs only those named, as NAME or NAME/seedK, see --dry-run")  # fmt: skip
     parser.add_argument("--work", metavar="DIR", type=Path, default=ROOT / "checkpoint" / "experiments",
@@ -165,6 +166,10 @@ class Signals:
 
 def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], show: "Progress", signals: Signals) -> None:
     """Runs jobs, in order and as many at once as their networks fit into the slots; each ends finished or failed."""
+
+    def size(job: Job) -> int:
+        return job.run.networks * (NETWORKS_PER_GPU if gpus and job.run.data == "imagenet" else 1)
+
     by_run = {(job.run.name, job.run.seed): job for job in jobs}
     # Networks that live on from an earlier queue hold their cores already.
     waiting, running = sorted(jobs, key=lambda job: not any(network.alive for network in job.observe())), []
@@ -178,9 +183,10 @@ def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], show: "Prog
                 if failed:
                     job.failure = f"{failed[0]} failed, which is one of its networks"
                     waiting.remove(job)
+                    show.ended(job)
                 elif any(member in waiting or member in running for member in members):
                     continue
-                elif running and job.run.networks > slots - sum(other.run.networks for other in running):
+                elif running and size(job) > slots - sum(map(size, running)):
                     blocked = True
                 # A smaller run goes first where it makes no larger one wait longer.
                 elif not blocked or job.run.epochs <= 1.1 * max(other.epochs_left() for other in running):
@@ -257,7 +263,7 @@ class Progress:
 
 def slurm(args: argparse.Namespace, jobs: list[Job]) -> str:
     """A job array: each task runs one of the jobs, none of which is an ensemble; those come with a last call."""
-    words = ["python", str(ROOT / "experiments" / "run.py"), *args.tables, "--preset", args.preset]
+    words = [sys.executable, str(ROOT / "experiments" / "run.py"), *args.tables, "--preset", args.preset]
     words += ["--seeds", str(args.seeds), "--work", str(args.work), "--results", str(args.results)]
     folders = [f"{name}={folder}" if name else folder for name, folder in args.data.items()]
     again = shlex.join(words + (["--data", *folders] if folders else []))
@@ -297,6 +303,8 @@ def main() -> int:
     if lacking:
         names, example = ", ".join(sorted(lacking)), f"--data {min(lacking)}=DIR"
         print(f"left out, as no images were given: the runs on {names} (as in {example})", file=sys.stderr)
+    if not jobs:
+        return 2
     if args.slurm:
         single = [job for job in missing if not job.is_ensemble]
         if single:

@@ -51,8 +51,13 @@ class Result:
     @property
     def is_grafting(self) -> bool:
         """Whether networks are grafted as in the paper, with weights of a neighbour."""
-        settings = {"method": "grafting", "scion": "external"} | self.settings
-        return len(self.courses) > 1 and (settings["method"], settings["scion"]) == ("grafting", "external")
+        is_average = self.settings.get("method") == "average" or self.settings.get("a") == 0
+        return len(self.courses) > 1 and not self.has_scions and not is_average
+
+    @property
+    def has_scions(self) -> bool:
+        """Whether each network grafts something onto its own invalid filters."""
+        return self.settings.get("scion", "external") != "external"
 
     @property
     def best(self) -> float:

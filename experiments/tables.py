@@ -66,7 +66,7 @@ _SMALL_MODELS = {
 PRESETS = {
     "paper": Preset(
         "", 200, "", 90, {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "ImageNet": "imagenet"}, {}),
-    # For 2 cores without a GPU. A tenth of the steps, the learning rate falling at the same shares of them.
+    # For 2 cores without a GPU. A thirtieth of the steps, the learning rate falling at the same shares of them.
     "small": Preset(
         "--epochs 30 --step_epochs 9 --images 10000 --test_images 5000 --val 2000 --amp", 30, "", 90,
         {"CIFAR-10": "cifar10"}, _SMALL_MODELS),
@@ -113,7 +113,7 @@ _TABLES = {
         "What a user would do instead of grafting, on the same two schedules: tune the learning rate of a single "
         "network, average its weights over time (ema), average two networks as often as grafting does (coefficient "
         "1/2), or train two and average their predictions (ensemble; it costs twice as much to use). Training one "
-        "network for twice the epochs costs as much, too. The decay of ema, 0.998 a step, is not tuned.",
+        "network for twice the epochs costs as much, too. The time constant of ema, 5 % of all steps, is not tuned.",
         "accuracy", OURS, _CIFAR[:1],
         [
             ("resnet32", "baseline: step, lr 0.1", "--num 1"),

@@ -1,5 +1,6 @@
 """The queue of experiments: what it runs, that every table comes to its report, and that kills change nothing."""
 
+import errno
 import json
 import os
 import signal
@@ -105,9 +106,10 @@ def test_dry_run_names_every_network_and_slurm_every_run(tmp_path, monkeypatch, 
 
 def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", "main", "--slurm", "--results", str(tmp_path / "$HOME's")])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "some python"))
     assert queue.main() == 0
     for name, does in (
-        ("python", 'echo "$@" >said; trap "exit 143" TERM; touch running; while :; do sleep 0.01; done'),
+        ("some python", 'echo "$@" >said; trap "exit 143" TERM; touch running; while :; do sleep 0.01; done'),
         ("scontrol", 'echo "$@" >requeued'),
     ):
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
@@ -143,6 +145,50 @@ def make_jobs(folder, *flags):
     return queue.jobs_of(queue.parse([*arguments, *flags]))[0]
 
 
+def finish(job, recipe=None):
+    job.results.mkdir(parents=True)
+    (job.results / "result.json").write_text(json.dumps({"command": recipe or job.recipe}))
+
+
+def test_results_of_another_command_are_neither_taken_nor_overwritten(tmp_path, monkeypatch):
+    found = make_jobs(tmp_path, "main")
+    finish(found[0])
+    finish(found[1], found[1].recipe.replace("--epochs 2", "--epochs 3"))
+    monkeypatch.setattr(jobs.Job, "start", lambda *_: pytest.fail("it was started"))
+    assert queue.unfinished(found[:2]) == found[1:2]
+    queue.work(found[1:2], 5, 1, [], queue.Progress(1), SimpleNamespace(check=lambda: None))
+    assert f"{found[1].results} holds results of python" in found[1].failure
+    assert "--epochs 3" in (found[1].results / "result.json").read_text()
+
+
+def test_nothing_to_run_is_no_success(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "imagenet", "--results", str(tmp_path)])
+    assert queue.main() == 2
+    assert "--data imagenet=DIR" in capsys.readouterr().err
+
+
+def test_networks_of_imagenet_have_a_gpu_each(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    found = make_jobs(tmp_path, "main", "imagenet", "--data", f"imagenet={tmp_path / 'images'}")
+    alive, together = [], []
+
+    def begin(job, *_):
+        alive.append(job)
+        together.append([other.run.data for other in alive for _ in range(other.run.networks)])
+
+    def has_ended(job):
+        alive.remove(job)
+        return True
+
+    for name, does in (("begin", begin), ("has_ended", has_ended), ("collect", lambda _: None)):
+        monkeypatch.setattr(jobs.Job, name, does)
+    queue.work(found, 8, 1, ["0", "1"], queue.Progress(1), SimpleNamespace(check=lambda: None))
+    assert {data: max(found.count(data) for found in together) for data in ("glyphs", "imagenet")} == {
+        "glyphs": 5,
+        "imagenet": 2,
+    }
+
+
 def test_networks_are_spread_over_the_gpus(tmp_path, monkeypatch):
     started = []
 
@@ -165,15 +211,21 @@ def test_a_run_belongs_to_one_queue_at_a_time(tmp_path, monkeypatch):
     assert mine.failure == "another queue is at work on it"
 
 
+def test_a_file_system_without_locks_is_no_reason_to_fail(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(jobs.fcntl, "flock", refuse)
+    make_jobs(tmp_path, "main")[0].claim()
+
+
 def test_an_ensembles_networks_are_trained_again_if_their_weights_are_gone(tmp_path):
     found = make_jobs(tmp_path, "fair")
     for job in found:
         if not job.is_ensemble:
-            job.results.mkdir(parents=True)
-            (job.results / "result.json").touch()
+            finish(job)
     first, second = (job for job in found if job.is_ensemble)
-    second.results.mkdir(parents=True)
-    (second.results / "result.json").touch()
+    finish(second)
     there, gone = (job for job in found if (job.run.name, job.run.seed) in first.run.members)
     there.directory.mkdir(parents=True)
     (there.directory / "final1.t7").touch()

@@ -190,7 +190,7 @@ def test_all_tables_have_their_place(run_report, preset):
 
 def test_unknown_table_is_one_line(run_report):
     status, text, error = run_report([PAIR], "mian")
-    assert (status, text, error.count("\n")) == (2, "", 1) and "'mian'" in error and "all or of main" in error
+    assert (status, text, error.count("\n")) == (2, "", 1) and "got 'mian', expected main, " in error
 
 
 def test_rivals_cost_no_more_and_have_the_same_architecture(tmp_path, run_report):
@@ -210,6 +210,44 @@ def test_rivals_cost_no_more_and_have_the_same_architecture(tmp_path, run_report
     assert "ahead of 1, level with 0 and behind 1 of 2 rivals" in text and "beaten is *grafted* by *ema*" in text
     assert row_of(text, "two †")[2:4] == ["–", "81.10 ± 0.10"]
     assert "† two: its networks alone 80.00 ± 0.00 (mean); their uniform weight average 10.00 ± 0.00." in text
+
+
+def test_a_pair_is_counted_once_whichever_tables_it_stands_in(tmp_path, run_report):
+    for seed in range(2):
+        for run, value, networks in (("base", 80, 1), ("tuned", 85, 1), ("grafted", 82, 2)):
+            write_run(tmp_path, run, seed, [[50.0, value + 0.1 * seed]] * networks)
+    first = make_table(("base", None, "base"), ("grafted", "base", "grafted"))
+    second = make_table(("tuned", None, "tuned"), ("base", None, "base"), ("grafted", "tuned", "grafted"), name="fair")
+    _, text, _ = run_report([first, second])
+    assert "grafting is ahead of 1, level with 0 and behind 1 of 2 baselines." in text
+
+
+def test_an_average_under_another_name_is_no_grafting(tmp_path, run_report):
+    for seed in range(2):
+        for run, networks, a in (("base", 1, 0.4), ("blind", 2, 0.0)):
+            write_run(tmp_path, run, seed, [[50.0, 80.0 + seed]] * networks, a=a)
+    _, text, _ = run_report([make_table(("base", None, "base"), ("blind", "base", "blind"))])
+    assert "No grafting run" in text
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_scions_that_were_never_needed_are_named(tmp_path, run_report, count):
+    write_run(tmp_path, "noisy", 0, [[50.0, 80.0]], invalid=(count, 0), scion="noise")
+    _, text, _ = run_report([make_table(("noise", None, "noisy"))])
+    assert ("noise: no filter was invalid after any epoch" in text) == (count == 0)
+
+
+def test_the_end_of_the_course_shows_runs_of_all_lengths(tmp_path):
+    for run, epochs in (("short", 24), ("long", 48)):
+        write_run(tmp_path, run, 0, [[50.0 + epoch for epoch in range(epochs)]])
+    write_ensemble(tmp_path, "both", 0, ["short/seed0", "long/seed0"], 81.0, [80.0, 80.0])
+    table = make_table(("short", None, "short"), ("long", "short", "long"), ("both", "short", "both"))
+    cells = summary.Results(tmp_path / "small").cells(table, "CIFAR-10")
+    _, end = figures.accuracy(cells, "").axes
+    assert [(line.get_label(), list(line.get_xdata())) for line in end.lines] == [
+        ("short", list(range(18, 24))),
+        ("long", list(range(18, 48))),
+    ]
 
 
 def test_invalid_filters_beside_the_papers(tmp_path, run_report):
