@@ -42,7 +42,7 @@ def printable(text: object, limit: int = 500) -> str:
     return "".join(character if character.isprintable() else " " for character in str(text))[:limit]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object that anyone may have written; no link is followed, and no pipe waited for.
 
     Raises:
@@ -62,7 +62,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def read_status(directory: str | os.PathLike, network: int) -> dict[str, Any] | None:
     """What network i last said of itself (see `Ring.update`), or None if there is no readable status file."""
     try:
-        status = _read_json(Path(directory) / f"network{network}.json")
+        status = read_json(Path(directory) / f"network{network}.json")
     except (OSError, ValueError):
         return None
     return {key: printable(value) if isinstance(value, str) else value for key, value in status.items()}
@@ -241,7 +241,7 @@ class Ring:
         """Deletes what an earlier process of this network left half-written when it was killed."""
         index = self.network % self.networks
         own = (
-            self._name.format(index=index, epoch="*"), f"network{self.network}.json", f"*[a-z]{self.network}.csv",
+            self._name.format(index=index, epoch="*"), f"*[a-z]{self.network}.json", f"*[a-z]{self.network}.csv",
             f"best{self.network}.*", f"final{self.network}.*",
         )  # fmt: skip
         for pattern in own:
@@ -266,12 +266,12 @@ class Ring:
         with self._turn():
             if self._has_locks:  # nobody else is writing it now
                 self._remove_temporary("run.json")
-            recorded = self._recorded()
+            recorded = self.recorded()
             if recorded is None:
                 self._refuse_remains()
                 with suppress(FileExistsError):  # where locks do not work, another network may have been first
                     self._record(settings, new=True)
-                recorded = self._recorded() or {}
+                recorded = self.recorded() or {}
             differing = sorted(key for key in {**recorded, **settings} if recorded.get(key) != settings.get(key))
             if differing:
                 self._change(recorded, settings, differing, may_raise, why_not)
@@ -308,11 +308,11 @@ class Ring:
             f"settings, or another directory (--s)"
         )
 
-    def _recorded(self) -> dict[str, Any] | None:
+    def recorded(self) -> dict[str, Any] | None:
         """The settings in `run.json`, whose run becomes this network's; None if there is no such file."""
         path = self.directory / "run.json"
         try:
-            contents = _read_json(path)
+            contents = read_json(path)
             self.run, settings = contents["run"], contents["settings"]
             if isinstance(self.run, str) and isinstance(settings, dict):
                 return settings
@@ -357,7 +357,7 @@ class Ring:
             return
         path, why = self.directory / "run.json", None
         try:
-            if _read_json(path).get("run") != self.run:
+            if read_json(path).get("run") != self.run:
                 why = "it is now that of another run"
         except (FileNotFoundError, NotADirectoryError):
             why = f"there is no {path.name} any more"
@@ -514,10 +514,7 @@ class Ring:
         for epoch in reversed(self._published(self.network)):
             path = self._path(self.network, epoch)
             try:
-                contents = self._verify(load(path), path, self.network, epoch)
-                if "optimizer" not in contents:
-                    raise CheckpointError(f"{path} holds no training state")
-                return epoch, contents
+                return epoch, self._own(epoch)
             except FileNotFoundError:
                 continue  # deleted just now
             except CheckpointError as error:
@@ -534,6 +531,20 @@ class Ring:
                 f"damaged), and its neighbour has gone on; start the run anew in another directory (--s)"
             )
         return None
+
+    def has_checkpoint(self) -> bool:
+        """Whether `newest` would find one; looks, and changes nothing. To be asked once the run is known."""
+        for epoch in reversed(self._published(self.network)):
+            with suppress(FileNotFoundError, CheckpointError):
+                return bool(self._own(epoch))
+        return False
+
+    def _own(self, epoch: int) -> dict[str, Any]:
+        path = self._path(self.network, epoch)
+        contents = self._verify(load(path), path, self.network, epoch)
+        if "optimizer" not in contents:
+            raise CheckpointError(f"{path} holds no training state")
+        return contents
 
     def _verify(self, contents: dict[str, Any], path: Path, network: int, epoch: int) -> dict[str, Any]:
         if not isinstance(contents.get(self.key), dict):

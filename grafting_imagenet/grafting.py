@@ -11,6 +11,7 @@ Several GPUs for one network: torchrun --standalone --nproc-per-node 4 -- grafti
 
 import argparse
 import difflib
+import json
 import os
 import pickle
 import re
@@ -27,12 +28,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from common import flags, run
 from common.records import on_terminal
-from filter_grafting.checkpoint import load
-from filter_grafting.errors import CheckpointError, GraftingError
+from filter_grafting.checkpoint import load, write_atomically
+from filter_grafting.errors import CheckpointError, GraftingError, RefusedError
+from filter_grafting.exchange import Ring, printable, read_json
 from filter_grafting.training import cross_entropy, evaluate, stream_seed
 from grafting_imagenet import data
 
 NAMES = zoo.list_models(module=zoo)
+CHECKPOINTS = {"name": "pth{index}_{epoch}.tar", "key": "state_dict"}
 AUXILIARY_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # of the loss of each auxiliary head, as in their papers
 
 
@@ -69,9 +72,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                        help="print the accuracy of --resume PATH or --pretrained on val/, and exit")  # fmt: skip
     flags.add_ring_flags(parser, None, "the run's folder under checkpoint/, shared by all its networks "
                          "(default: a name made of the settings)")  # fmt: skip
-    parser.add_argument("--resume", metavar="PATH", nargs="?", const="auto",
+    parser.add_argument("--resume", metavar="PATH", nargs="?", const="auto", action="append",
                         help="a checkpoint to start from, or the word auto, which may be left out: continue this "
-                             "network's run, if it has begun, from its newest good checkpoint")  # fmt: skip
+                             "network's run, if it has begun, from its newest good checkpoint; with both (--resume "
+                             "PATH --resume auto) a network without one starts from PATH")  # fmt: skip
     flags.add_machine_flags(parser)
     args = parser.parse_args(arguments)
     flags.check_common(parser, args)
@@ -97,12 +101,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args.image_size = args.image_size or usual_size(args.arch)
     args.level = "layer"
     args.directory = Path("checkpoint") / (args.directory or default_name(parser, args)).removeprefix("checkpoint/")
-    args.start_from = None
-    if args.resume not in (None, "auto"):
-        args.start_from, args.resume = Path(args.resume), None
-        if args.start_from.resolve().parent == args.directory.resolve() and not args.evaluate:
-            # A checkpoint of this very run is not where a new one starts: it means "go on".
-            args.start_from, args.resume = None, "auto"
+    given = args.resume or []
+    args.start_from = next((Path(path) for path in reversed(given) if path != "auto"), None)
+    args.resume = "auto" in given
+    if args.start_from and args.start_from.resolve().parent == args.directory.resolve() and not args.evaluate:
+        # A checkpoint of this very run is not where a new one starts: it means "go on".
+        args.start_from, args.resume = None, True
     if args.evaluate and not (args.start_from or args.pretrained):
         parser.error("argument -e: expected --resume PATH or --pretrained, to say what is evaluated")
     return args
@@ -225,7 +229,52 @@ def batches(args: argparse.Namespace, world: run.World, files: data.Files, train
     )  # fmt: skip
 
 
+def starting_point(args: argparse.Namespace, world: run.World) -> tuple[Path | None, int | None]:
+    """(the checkpoint that this network has to start from, the run's first epoch): None where there is none to know.
+
+    Until a network has a checkpoint of its own, whoever continues it needs the one that it started from. Which that is
+    stands in the save directory; each network of a ring may start from another.
+    """
+    path, record = args.start_from, args.directory / f"start{args.network}.json"
+    if args.resume:
+        begun = sorted(args.directory.glob("start*.json"))
+        if not path and not begun:
+            return None, None
+        ring = Ring(args.directory, args.network, args.networks, **CHECKPOINTS)
+        settings = ring.recorded()
+        if settings and ring.has_checkpoint():
+            return None, settings.get("start-epoch")
+        if not path and record in begun:
+            path = recorded_start(record)
+            if not os.path.exists(path):
+                raise GraftingError(
+                    f"network {args.network} has no checkpoint of its own yet, and {printable(path)}, from which it "
+                    "started, is gone: put it back, or say with --resume PATH --resume auto where it is now"
+                )
+        elif not path and not (args.directory / f"metrics{args.network}.csv").exists():
+            raise RefusedError(
+                f"network {args.network} has not begun, and others of its ring start from a checkpoint "
+                f"({begun[0]}): give --resume PATH, or, to start from none, no --resume"
+            )
+    elif world.leads:
+        record.unlink(missing_ok=True)  # of a start that came to nothing
+    if path and world.leads and os.path.exists(path):
+        write_atomically(record, json.dumps({"start_from": os.path.abspath(path)}).encode())
+    return path, None
+
+
+def recorded_start(record: Path) -> Path:
+    try:
+        return Path(read_json(record)["start_from"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RefusedError(f"{record} is damaged: say with --resume PATH --resume auto what it was") from error
+
+
 def build(args: argparse.Namespace, world: run.World) -> run.Task:
+    # First of all: listing the images may take minutes, and who is killed meanwhile is to be continued, too.
+    start_from, start_epoch = starting_point(args, world)
+    if args.start_epoch is not None:
+        start_epoch = args.start_epoch
     train, val, classes = data.load(args.data)
     torch.manual_seed(stream_seed(args.seed, args.network, "weights"))
     network, notes = build_network(args, len(classes))
@@ -233,14 +282,14 @@ def build(args: argparse.Namespace, world: run.World) -> run.Task:
     optimizer = torch.optim.SGD(
         network.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
     )
-    start_epoch = args.start_epoch or 0
-    if args.start_from:
-        contents = load_weights(network, args.start_from)
-        load_momentum(optimizer, contents, args.start_from)
-        if args.start_epoch is None and isinstance(contents.get("epoch"), int):
+    if start_from:
+        contents = load_weights(network, start_from)
+        load_momentum(optimizer, contents, start_from)
+        if start_epoch is None and isinstance(contents.get("epoch"), int):
             # Ours say which epoch they come after, those of PyTorch's example which is to come.
             start_epoch = contents["epoch"] + ("settings" in contents)
-        notes.append(f"started from {args.start_from}, at epoch {start_epoch}")
+        notes.append(f"started from {start_from}, at epoch {start_epoch or 0}")
+    start_epoch = start_epoch or 0
     if start_epoch >= args.epochs:
         raise GraftingError(f"nothing to train: the first epoch would be {start_epoch}, and --epochs is {args.epochs}")
     return run.Task(
@@ -259,7 +308,7 @@ def build(args: argparse.Namespace, world: run.World) -> run.Task:
         topk=(1, 5),
         print_every=args.print_freq,
         start_epoch=start_epoch,
-        key="state_dict",
+        key=CHECKPOINTS["key"],
         notes=notes,
     )  # fmt: skip
 
@@ -305,7 +354,7 @@ def main() -> int:
         return 0
     if args.evaluate:
         return evaluate_only(args)
-    return run.main(args, build, name="pth{index}_{epoch}.tar", key="state_dict")
+    return run.main(args, build, **CHECKPOINTS)
 
 
 if __name__ == "__main__":
