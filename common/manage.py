@@ -59,9 +59,7 @@ def main() -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("directory", type=Path, help="the run's save directory")
         if name == "stop":
-            command.add_argument(
-                "--timeout", type=float, default=120, help="seconds to wait (default: %(default)g)"
-            )
+            command.add_argument("--timeout", type=float, default=120, help="seconds to wait (default: %(default)g)")
         if name == "pending":
             command.add_argument("num", type=int, help="number of networks of the run")
     args = parser.parse_args()
@@ -115,12 +113,7 @@ def observe(directory: Path, numbers: range) -> list[Network]:
     beats = {}
     for number in numbers:
         status = read_status(directory, number)
-        if (
-            status
-            and status.get("state") not in ENDED
-            and holder(directory, number) is None
-            and _may_live(status)
-        ):
+        if status and status.get("state") not in ENDED and holder(directory, number) is None and _may_live(status):
             beats[number] = status.get("beat")
     moved = set()
     deadline = time.monotonic() + BEAT_SECONDS + 0.5
@@ -203,9 +196,7 @@ def stop(directory: Path, numbers: range, timeout: float) -> int:
             os.kill(pid, signal.SIGTERM)
         print(f"network {number} (process {pid}) is asked to stop", flush=True)
     deadline = time.monotonic() + timeout
-    while (
-        left := [i for i, pid in asked.items() if holder(directory, i) == pid]
-    ) and time.monotonic() < deadline:
+    while (left := [i for i, pid in asked.items() if holder(directory, i) == pid]) and time.monotonic() < deadline:
         time.sleep(0.05)
     for number in left:
         print(

@@ -90,7 +90,6 @@ class Log:
                     os.fsync(1)
             self._last_epoch = epoch
 
-
     def recall(self, epoch: int, fields: str) -> None:
         """The same for an epoch of an earlier process, where the log is a file: a shell's `>` may have emptied it."""
         if _is_file(1):

@@ -393,9 +393,7 @@ def snapshot(state: Any) -> Any:
     return [snapshot(value) for value in state] if isinstance(state, (list, tuple)) else state
 
 
-def resume(
-    task: Task, world: World, ring: Ring | None, check: Callable[[], None]
-) -> tuple[int, dict[str, Any] | None]:
+def resume(task: Task, world: World, ring: Ring | None, check: Callable[[], None]) -> tuple[int, dict[str, Any] | None]:
     """Puts the newest good checkpoint back in place: (its epoch, that epoch's metrics); no metrics if there is none."""
     if ring:
         found = ring.newest()

@@ -121,9 +121,7 @@ def filter_norms(weight: Tensor, transposed: bool = False, groups: int = 1) -> T
     return weight.flatten(1).abs().sum(1, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
-def norms_by_layer(
-    network: nn.Module | Mapping[str, Tensor], shortcuts: bool | None = None
-) -> dict[str, Tensor]:
+def norms_by_layer(network: nn.Module | Mapping[str, Tensor], shortcuts: bool | None = None) -> dict[str, Tensor]:
     """L1 norms of the filters of every convolution, by layer name (the first one, if a layer has several).
 
     Args:
@@ -137,8 +135,7 @@ def norms_by_layer(
     """
     if isinstance(network, nn.Module):
         layers = {
-            name: (module.weight, module.transposed, module.groups)
-            for name, module in convolutions(network).items()
+            name: (module.weight, module.transposed, module.groups) for name, module in convolutions(network).items()
         }
     else:
         layers = {

@@ -58,9 +58,7 @@ def accuracy(lines: Sequence[Line]) -> Figure:
     first, *rest = [panels] if isinstance(panels, Axes) else panels
     for panel in (first, *rest):
         for (run, network), style in zip(lines, _styles(lines), strict=True):
-            label = (
-                f"{run.label}, network {network.number}: best {network.best:.2f} %, last {network.last:.2f} %"
-            )
+            label = f"{run.label}, network {network.number}: best {network.best:.2f} %, last {network.last:.2f} %"
             panel.plot(network.epochs, network.accuracies, label=_plain(label), **style, **_points(longest))
         panel.set(xlabel="epoch", ylabel="test accuracy (%)")
         panel.xaxis.get_major_locator().set_params(integer=True)
@@ -172,15 +170,11 @@ def comparison(lines: Sequence[Line]) -> Figure:
         label = _plain(f"{name} ({len(networks)} network{'s' * (len(networks) > 1)})")
         panel = panels["course"]
         panel.plot(epochs, list(map(statistics.mean, values)), color=colour, label=label, **_points(longest))
-        panel.fill_between(
-            epochs, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.2, linewidth=0
-        )
+        panel.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.2, linewidth=0)
         _scatter(panels["accuracy"], 0 + offset, [network.best for network in networks], colour)
         _scatter(panels["accuracy"], 1 + offset, [network.last for network in networks], colour)
         for k in range(len(THRESHOLDS)):
-            shares = [
-                100 * network.invalid[k][0] / network.invalid[k][1] for network in networks if network.invalid
-            ]
+            shares = [100 * network.invalid[k][0] / network.invalid[k][1] for network in networks if network.invalid]
             _scatter(panels["filters"], k + offset, shares, colour)
     panels["course"].set(
         title="Test accuracy: mean and range of the networks", xlabel="epoch", ylabel="test accuracy (%)"
@@ -189,9 +183,7 @@ def comparison(lines: Sequence[Line]) -> Figure:
     panels["accuracy"].set(title="Each network, and the mean", ylabel="test accuracy (%)")
     panels["accuracy"].set_xticks((0, 1), ("best epoch", "last epoch"))
     panels["filters"].set(title="Invalid filters", ylabel="share of all filters (%)", ylim=(0, None))
-    panels["filters"].set_xticks(
-        range(len(THRESHOLDS)), [f"L1 norm < {threshold:g}" for threshold in THRESHOLDS]
-    )
+    panels["filters"].set_xticks(range(len(THRESHOLDS)), [f"L1 norm < {threshold:g}" for threshold in THRESHOLDS])
     _legend(figure, panels["course"])
     return figure
 

@@ -29,9 +29,7 @@ def main() -> int:
         description=description, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directories", metavar="DIR", nargs="+", type=Path, help="save directory of a run")
-    parser.add_argument(
-        "--plots", metavar="OUT", type=Path, help="folder for PNG files (default: none are drawn)"
-    )
+    parser.add_argument("--plots", metavar="OUT", type=Path, help="folder for PNG files (default: none are drawn)")
     args = parser.parse_args()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that knows no "±" is no reason to fail
@@ -39,9 +37,7 @@ def main() -> int:
     from grafting_cifar.runs import read_run  # imports torch: not for --help
 
     directories = list(dict.fromkeys(directory.resolve() for directory in args.directories))
-    runs = [
-        read_run(directory, label) for directory, label in zip(directories, labels(directories), strict=True)
-    ]
+    runs = [read_run(directory, label) for directory, label in zip(directories, labels(directories), strict=True)]
     print(*table(runs), sep="\n", flush=True)
     if args.plots:
         from grafting_cifar.plots import plot

@@ -40,9 +40,7 @@ def looped_coefficient(own, neighbour, a, c):
 def looped_graft(network, neighbour, a=0.4, c=500):
     """(coefficients, blended state dict): one pass over the entries, in double precision."""
     own = network.state_dict()
-    names = [
-        name for name, module in network.named_modules(remove_duplicate=False) if isinstance(module, KINDS)
-    ]
+    names = [name for name, module in network.named_modules(remove_duplicate=False) if isinstance(module, KINDS)]
     weights = [f"{name}.weight" if name else "weight" for name in names]
     share, coefficients, blended = None, {}, {}
     for key in [weights[0], *own]:
@@ -217,9 +215,7 @@ def test_grafting_a_network_onto_itself_changes_nothing():
 
 def test_entries_before_the_first_convolution_take_its_coefficient():
     first = nn.Linear(2, 2), nn.BatchNorm1d(2)
-    network, neighbour = pair(
-        lambda: nn.Sequential(*copy.deepcopy(first), nn.Conv1d(1, 8, 3), nn.Conv1d(8, 8, 3))
-    )
+    network, neighbour = pair(lambda: nn.Sequential(*copy.deepcopy(first), nn.Conv1d(1, 8, 3), nn.Conv1d(8, 8, 3)))
     neighbour["2.weight"].fill_(0.5)
     own = snapshot(network)
     assert graft(network, neighbour)["2"] == 0.7
@@ -292,9 +288,7 @@ def test_the_neighbour_is_left_as_it_is_and_so_are_the_parameters_themselves():
     before, parameters = {key: entry.clone() for key, entry in neighbour.items()}, list(network.parameters())
     graft(network, neighbour)
     assert all(torch.equal(neighbour[key], before[key]) for key in before)
-    assert all(
-        new is old and new.requires_grad for new, old in zip(network.parameters(), parameters, strict=True)
-    )
+    assert all(new is old and new.requires_grad for new, old in zip(network.parameters(), parameters, strict=True))
 
 
 def test_types_may_be_mixed_within_a_network():
@@ -313,9 +307,7 @@ def test_types_may_be_mixed_within_a_network():
 
 def test_layers_without_information_and_of_one_element():
     last = nn.Conv2d(2, 1, 1, bias=False)
-    network, neighbour = pair(
-        lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 2, 3), copy.deepcopy(last))
-    )
+    network, neighbour = pair(lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 2, 3), copy.deepcopy(last)))
     with torch.no_grad():
         network[1].weight.zero_()
         neighbour["1.weight"].fill_(1e-42)
@@ -337,9 +329,7 @@ def test_what_modules_keep_beside_tensors_is_left_alone():
     network[0].note, neighbour[0].note = "mine", "yours"
     graft(network, neighbour.state_dict())
     assert network[0].note == "mine"
-    with pytest.raises(
-        MismatchError, match=r"0\._extra_state: in the network a dict, in its neighbour \(2,\)"
-    ):
+    with pytest.raises(MismatchError, match=r"0\._extra_state: in the network a dict, in its neighbour \(2,\)"):
         graft(network, {**neighbour.state_dict(), "0._extra_state": torch.zeros(2)})
 
 
@@ -408,9 +398,7 @@ def test_a_network_that_is_not_finite_is_named(value, dtype):
     with torch.no_grad():
         network[1].running_mean[2] = value
     before = snapshot(network)
-    with pytest.raises(
-        MismatchError, match=r"^1\.running_mean: the network holds a value that is not finite$"
-    ):
+    with pytest.raises(MismatchError, match=r"^1\.running_mean: the network holds a value that is not finite$"):
         graft(network, filled(neighbour, "3.weight", value))
     assert_untouched(network, before)
 
@@ -471,9 +459,7 @@ def looped_filter_level(own, neighbour, layers, classifier):
     coefficients, before = {}, [1.0] * own[f"{layers[0][0]}.weight"].shape[1]
     for convolution, norm in layers:
         shares = []
-        for mine, other in zip(
-            own[f"{norm}.weight"].tolist(), neighbour[f"{norm}.weight"].tolist(), strict=True
-        ):
+        for mine, other in zip(own[f"{norm}.weight"].tolist(), neighbour[f"{norm}.weight"].tolist(), strict=True):
             shares.append(abs(mine) / (abs(mine) + abs(other)) if mine or other else 0.5)
         for j, share in enumerate(shares):
             of_norm = (f"{norm}.{entry}" for entry in ("weight", "bias", "running_mean", "running_var"))
@@ -528,9 +514,7 @@ def test_filter_level_on_vgg():
     layers = [(name, f"features.{int(name.removeprefix('features.')) + 1}") for name in convs]
     expected, blended = looped_filter_level(snapshot(network), neighbour, layers, "classifier")
     coefficients = graft(network, neighbour, level="filter")
-    assert {
-        name: pytest.approx(shares.tolist(), abs=1e-6) for name, shares in coefficients.items()
-    } == expected
+    assert {name: pytest.approx(shares.tolist(), abs=1e-6) for name, shares in coefficients.items()} == expected
     assert_blended(network, blended)
 
 
@@ -547,15 +531,11 @@ def test_filters_without_a_scale_are_averaged():
 def test_filter_level_in_every_precision(dtype):
     network, neighbour = pair(chain, dtype=dtype)
     layers = [("0", "1"), ("3", "4")]
-    own, other = (
-        {key: entry.double() for key, entry in s.items()} for s in (network.state_dict(), neighbour)
-    )
+    own, other = ({key: entry.double() for key, entry in s.items()} for s in (network.state_dict(), neighbour))
     _, blended = looped_filter_level(own, other, layers, "5")
     coefficients = graft(network, neighbour, level="filter")
     assert {shares.dtype for shares in coefficients.values()} == {torch.promote_types(dtype, torch.float32)}
-    assert_blended(
-        network, {key: entry.to(network.state_dict()[key].dtype) for key, entry in blended.items()}
-    )
+    assert_blended(network, {key: entry.to(network.state_dict()[key].dtype) for key, entry in blended.items()})
 
 
 @pytest.mark.parametrize(

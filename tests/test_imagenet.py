@@ -124,7 +124,9 @@ def put_weights(monkeypatch, folder, name, **changes):
 @pytest.mark.parametrize(
     ("name", "head"),
     [
-        ("squeezenet1_1", "classifier.1"), (NETWORK, "fc"), ("densenet121", "classifier"),
+        ("squeezenet1_1", "classifier.1"),
+        (NETWORK, "fc"),
+        ("densenet121", "classifier"),
         ("googlenet", "aux1.fc2, aux2.fc2, fc"),
     ],
 )

@@ -141,9 +141,7 @@ def test_status_of_no_run_fails(tmp_path, monkeypatch, capsys):
 def test_stop_ends_those_that_hold_the_locks_and_no_others(tmp_path, living, monkeypatch, capsys):
     first, second = living(1), living(2)
     bystander = subprocess.Popen(["sleep", "60"])
-    write_status(
-        tmp_path, 3, pid=bystander.pid, state="done"
-    )  # ended long ago; its process id is another's now
+    write_status(tmp_path, 3, pid=bystander.pid, state="done")  # ended long ago; its process id is another's now
     try:
         assert call(monkeypatch, "stop", tmp_path) == 0
         assert (first.wait(), second.wait()) == (-signal.SIGTERM, -signal.SIGTERM)
@@ -180,9 +178,7 @@ def test_status_needs_no_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch is not installed')")
     write_status(tmp_path, 1, state="done")
     command = [LAUNCHER, "status", tmp_path]
-    result = subprocess.run(
-        command, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
+    result = subprocess.run(command, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert "done" in result.stdout
 
@@ -236,9 +232,7 @@ def logs(directory, count):
     """The lines of each network's log, once it has come to its end."""
     paths = [directory / f"{i}.log" for i in range(1, count + 1)]
     return wait_until(
-        lambda: (
-            (texts := [path.read_text() for path in paths]) and all("the end" in t for t in texts) and texts
-        )
+        lambda: (texts := [path.read_text() for path in paths]) and all("the end" in t for t in texts) and texts
     )
 
 
@@ -252,10 +246,7 @@ def logs(directory, count):
 def test_networks_are_spread_over_the_gpus(project, variables, devices):
     result = launch(project, "--num", "5", GPUS="3", **variables)
     assert result.returncode == 0, result.stderr
-    found = [
-        re.match("CUDA_VISIBLE_DEVICES=(.*) OMP", text)[1]
-        for text in logs(project.parent / "runs/default", 5)
-    ]
+    found = [re.match("CUDA_VISIBLE_DEVICES=(.*) OMP", text)[1] for text in logs(project.parent / "runs/default", 5)]
     assert found == devices
 
 
@@ -385,23 +376,14 @@ def test_a_ring_is_started_killed_resumed_and_stopped(tmp_path, images):
     assert result.returncode == 0, result.stderr
     try:
         wait_until(
-            lambda: (
-                (directory / "metrics2.csv").exists()
-                and (directory / "metrics2.csv").read_text().count("\n") > 2
-            )
+            lambda: (directory / "metrics2.csv").exists() and (directory / "metrics2.csv").read_text().count("\n") > 2
         )
         assert run_launcher(*flags, cwd=tmp_path).returncode == 1, "it runs already"
         survivor, victim = status(directory, 1)["pid"], status(directory, 2)["pid"]
         os.kill(victim, signal.SIGKILL)
-        wait_until(
-            lambda: re.search(
-                r"^2 +died", run_launcher("status", directory, cwd=tmp_path).stdout, re.MULTILINE
-            )
-        )
+        wait_until(lambda: re.search(r"^2 +died", run_launcher("status", directory, cwd=tmp_path).stdout, re.MULTILINE))
         assert run_launcher("--resume", *flags, cwd=tmp_path).returncode == 0
-        wait_until(
-            lambda: status(directory, 2)["pid"] != victim and status(directory, 2)["state"] == "training"
-        )
+        wait_until(lambda: status(directory, 2)["pid"] != victim and status(directory, 2)["state"] == "training")
         assert status(directory, 1)["pid"] == survivor
     finally:
         stopped = run_launcher("stop", directory, cwd=tmp_path)
@@ -448,8 +430,7 @@ def test_the_demo_fails_with_the_reason_and_leaves_no_network_behind(tmp_path):
     assert str(tmp_path / "nothing") in result.stderr
     for name, count in (("baseline", 1), ("grafted", 2)):
         assert not any(
-            network.alive
-            for network in manage.observe(tmp_path / "checkpoint/demo" / name, range(1, count + 1))
+            network.alive for network in manage.observe(tmp_path / "checkpoint/demo" / name, range(1, count + 1))
         )
 
 
@@ -487,12 +468,8 @@ def make_package(folder, name, version="2.0"):
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{name}.py", "")
         information = f"{name}-{version}.dist-info"
-        wheel.writestr(
-            f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        )
-        wheel.writestr(
-            f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        wheel.writestr(f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{information}/RECORD", "")
 
 

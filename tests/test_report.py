@@ -54,9 +54,7 @@ def make_run(
         ]
         (directory / f"metrics{i}.csv").write_text(HEADER + "".join(rows))
         if num > 1:
-            grafted = [
-                f"{epoch},conv1,1.1,1.2,0.{45 + epoch}\n" for epoch in range(min(len(values), epochs - 1))
-            ]
+            grafted = [f"{epoch},conv1,1.1,1.2,0.{45 + epoch}\n" for epoch in range(min(len(values), epochs - 1))]
             header = "epoch,layer,own_entropy,neighbour_entropy,coefficient\n"
             (directory / f"coefficients{i}.csv").write_text(header + "".join(grafted))
         state, _, detail = (states[i - 1] if states else "done").partition(" ")
