@@ -47,8 +47,7 @@ class Job:
     def recipe(self) -> str:
         """The command that its results are of, wherever they and the images lie."""
         if self.is_ensemble:
-            members = [f"{name}/seed{seed}" for name, seed in self.run.members]
-            return shlex.join(["python", "grafting_cifar/ensemble.py", *members])
+            return shlex.join(["python", "grafting_cifar/ensemble.py", *self.members])
         return shlex.join(["python", f"{self.run.script}/grafting.py", *self.run.flags])
 
     @property
@@ -63,6 +62,11 @@ class Job:
     @property
     def is_ensemble(self) -> bool:
         return bool(self.run.members)
+
+    @property
+    def members(self) -> list[str]:
+        """The results that an ensemble is made of."""
+        return [f"{name}/seed{seed}" for name, seed in self.run.members]
 
     @property
     def has_weights(self) -> bool:
@@ -84,11 +88,11 @@ class Job:
 
     def begin(self, threads: int, gpus: Sequence[str]) -> None:
         """Claims the run and starts its networks, or says in `failure` why it cannot."""
+        if (other := self._recorded_recipe()) not in (None, self.recipe):
+            self.failure = f"{self.results} holds results of {other}; move it and {self.directory} elsewhere"
+            return
         try:
             self.claim()
-            if (other := self._recorded_recipe()) not in (None, self.recipe):
-                self.fail(f"{self.results} holds results of {other}; move it and {self.directory} elsewhere")
-                return
         except BlockingIOError:
             self.failure = "another queue is at work on it"
         except OSError as error:
@@ -190,9 +194,8 @@ class Job:
         }
         self.results.mkdir(parents=True, exist_ok=True)
         if self.is_ensemble:
-            members = [f"{name}/seed{seed}" for name, seed in self.run.members]
             figures = json.loads((self.directory / "ensemble.json").read_text())
-            record["ensemble"] = figures | {"members": members}
+            record["ensemble"] = figures | {"members": self.members}
         else:
             record |= self._figures()
         write_atomically(self.results / "result.json", (json.dumps(record, indent=1) + "\n").encode())
