@@ -30,7 +30,7 @@ from grafting_cifar import data, models
 from grafting_cifar.report import labels, markdown, mean
 from grafting_cifar.runs import read_checkpoint
 
-BATCH = 1000  # images at a time
+BATCH = 1000  # images whose statistics count alike
 CHOICE = ("images", "val", "test_images")  # the settings that say which of the images a run used
 MISSING = {
     "final": "wait until it is done, continue it with --resume, or test the best epoch so far with --which best",
@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
     if reason := different(members, "classes", "test_images"):
         raise GraftingError(f"the networks cannot be tested together: they differ in {reason}")
     train, test = load_images(members, args.data, args.cifar)
-    batches = data.Batches(test, BATCH, device, augment=False)
+    batches = data.Batches(test, data.TEST_BATCH[device.type], device, augment=False)
 
     scores = []
     for member in tqdm(members, unit="network", leave=False, disable=None):  # None: no bar in a log
