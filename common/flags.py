@@ -40,9 +40,9 @@ def number(kind: type, low: float, high: float = math.inf, low_open: bool = Fals
     return convert
 
 
-def add_ring_flags(parser: argparse.ArgumentParser, directory: str | None, directory_help: str) -> None:
+def add_ring_flags(parser: argparse.ArgumentParser, directory_help: str) -> None:
     group = parser.add_argument_group("grafting")
-    group.add_argument("--s", dest="directory", metavar="DIR", default=directory, help=directory_help)
+    group.add_argument("--s", dest="directory", metavar="DIR", help=directory_help)
     group.add_argument("--num", dest="networks", metavar="N", type=number(int, 1, 1000), default=2,
                        help="number of networks in the ring; 1 is the baseline, which exchanges nothing")  # fmt: skip
     group.add_argument("--i", dest="network", metavar="I", type=number(int, 1, 1000), default=1,
@@ -52,8 +52,8 @@ def add_ring_flags(parser: argparse.ArgumentParser, directory: str | None, direc
     group.add_argument("--c", dest="steepness", metavar="C", type=number(float, 0), default=500.0,
                        help="c: how steeply the coefficient follows the difference of the entropies")  # fmt: skip
     group.add_argument("--timeout", metavar="MINUTES", type=number(float, 0), default=60.0,
-                       help="end, with exit status 3, when the neighbour has given no sign of life for so long; "
-                            "0 waits for ever")  # fmt: skip
+                       help="end, with exit status 3, when the neighbour has given no sign of life for so long (0.25 "
+                            "at the least); 0 waits for ever")  # fmt: skip
     group.add_argument("--keep_all", action="store_true", help="keep the checkpoints of all epochs")
 
 

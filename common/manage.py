@@ -6,7 +6,6 @@ python common/manage.py stop checkpoint/grafting_cifar10_resnet32
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import signal
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
 
-from filter_grafting.exchange import BEAT_SECONDS, ENDED, holder, printable, read_status
+from filter_grafting.exchange import BEAT_SECONDS, ENDED, as_number, holder, moving, printable, read_run, read_status
 
 WIDTH = 80
 
@@ -90,18 +89,10 @@ def networks_of(directory: Path) -> range:
     """The numbers of a run's networks: as run.json says, and at least those that have left a status file."""
     num = 0
     with contextlib.suppress(OSError, ValueError):
-        num = _number(recorded_settings(directory).get("num"), int) or 0
+        num = int(as_number(read_run(directory)[1].get("num")) or 0)
     names = os.listdir(directory) if directory.is_dir() else []
     found = [int(match[1]) for name in names if (match := re.fullmatch(r"network([1-9]\d{0,2})\.json", name))]
     return range(1, max(min(num, 999), *found, 0) + 1)
-
-
-def recorded_settings(directory: Path) -> dict[str, Any]:
-    """The settings in a run's run.json. Raises OSError or ValueError if they cannot be read."""
-    try:
-        return dict(json.loads((directory / "run.json").read_bytes())["settings"])
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{directory / 'run.json'} holds no settings") from error
 
 
 def observe(directory: Path, numbers: range) -> list[Network]:
@@ -115,11 +106,7 @@ def observe(directory: Path, numbers: range) -> list[Network]:
         status = read_status(directory, number)
         if status and status.get("state") not in ENDED and holder(directory, number) is None and _may_live(status):
             beats[number] = status.get("beat")
-    moved = set()
-    deadline = time.monotonic() + BEAT_SECONDS + 0.5
-    while beats.keys() - moved and time.monotonic() < deadline:
-        time.sleep(0.1)
-        moved |= {i for i, beat in beats.items() if (read_status(directory, i) or {}).get("beat") != beat}
+    moved = moving(directory, beats, BEAT_SECONDS + 0.5)
     return [_network(directory, number, number in moved) for number in numbers]
 
 
@@ -149,7 +136,7 @@ def _network(directory: Path, number: int, has_moved: bool) -> Network:
     alive = pid is not None or (has_moved and state not in ENDED)
     if status and not alive and state not in ENDED:
         state = "died"
-    written = _number(status.get("time"))
+    written = as_number(status.get("time"))
     return Network(
         number=number,
         state=printable(state, 20),
@@ -157,10 +144,10 @@ def _network(directory: Path, number: int, has_moved: bool) -> Network:
         pid=pid if pid and pid > 0 else None,
         where=printable(f"process {status.get('pid')} on {status.get('host')}", 80),
         detail="" if state == "died" else " ".join(printable(status.get("detail", "")).split()),
-        epoch=_number(status.get("epoch"), int),
-        epochs=_number(status.get("epochs"), int),
-        accuracy=_number(status.get("accuracy")),
-        best=_number(status.get("best")),
+        epoch=as_number(status.get("epoch")),
+        epochs=as_number(status.get("epochs")),
+        accuracy=as_number(status.get("accuracy")),
+        best=as_number(status.get("best")),
         seen=0 if has_moved else None if written is None else max(0, time.time() - written),
     )
 
@@ -190,11 +177,21 @@ def table(networks: list[Network]) -> list[str]:
 def stop(directory: Path, numbers: range, timeout: float) -> int:
     """Sends SIGTERM to the processes that hold the networks' locks, and waits until these are free."""
     networks = observe(directory, numbers)
-    asked = {network.number: network.pid for network in networks if network.pid}
-    for number, pid in asked.items():
-        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-            os.kill(pid, signal.SIGTERM)
-        print(f"network {number} (process {pid}) is asked to stop", flush=True)
+    asked, foreign = {}, []
+    for network in networks:
+        if not network.pid:
+            continue
+        process = f"network {network.number} (process {network.pid})"
+        try:
+            os.kill(network.pid, signal.SIGTERM)
+        except ProcessLookupError:
+            continue  # it has just ended by itself
+        except PermissionError:
+            foreign.append(network.number)
+            print(f"{process} is another user's, who alone can stop it", flush=True)
+            continue
+        asked[network.number] = network.pid
+        print(f"{process} is asked to stop", flush=True)
     deadline = time.monotonic() + timeout
     while (left := [i for i, pid in asked.items() if holder(directory, i) == pid]) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -206,9 +203,9 @@ def stop(directory: Path, numbers: range, timeout: float) -> int:
     elsewhere = [network for network in networks if network.alive and not network.pid]
     for network in elsewhere:
         print(f"network {network.number} is {network.where}, out of reach from here: stop it there with kill")
-    if not left:
+    if not left and not foreign:
         print("no network of this run is alive" + (" on this host" if elsewhere else ""))
-    return 1 if left or elsewhere else 0
+    return 1 if left or elsewhere or foreign else 0
 
 
 def shorten(text: str, width: int = WIDTH) -> str:
@@ -220,12 +217,6 @@ def ago(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit} ago"
     return f"{seconds:.0f} s ago"
-
-
-def _number(value: Any, kind: type = float) -> Any:
-    """The value if it is a number, else None."""
-    with contextlib.suppress(OverflowError, ValueError):
-        return kind(value) if isinstance(value, int | float) else None
 
 
 if __name__ == "__main__":

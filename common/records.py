@@ -23,8 +23,9 @@ class Log:
     log is a file, the line is looked up there.
     """
 
-    def __init__(self, network: int):
+    def __init__(self, network: int, resumed: bool):
         self.prefix = f"Network:{network}    epoch:"
+        self.resumed = resumed  # otherwise the lines that the log may hold are another run's
         self._last_epoch: int | None = None  # not looked up before the first line: until then the log may be another's
         with suppress(AttributeError):  # names of files need not fit the terminal's encoding
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -40,7 +41,7 @@ class Log:
             self._last_epoch = self._repair() if _is_file(1) else -1
 
     def _repair(self) -> int:
-        """Cuts off a last line of this network that is half-written (the disk was full); returns the last epoch."""
+        """Cuts off a last line of this network that is half-written (a full disk); returns this run's last epoch."""
         try:
             with open(LOG, "rb") as file:
                 text = file.read()
@@ -57,7 +58,7 @@ class Log:
         except OSError as error:
             raise self._error(error) from error
         epochs = re.findall(rb"^%b(\d{1,9}) " % re.escape(self.prefix.encode()), lines + newline, re.MULTILINE)
-        return int(epochs[-1]) if epochs else -1
+        return int(epochs[-1]) if epochs and self.resumed else -1
 
     def say(self, line: str) -> None:
         """Writes one line.

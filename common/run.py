@@ -1,12 +1,16 @@
 """One network's run: train, test, save, graft, epoch after epoch, and an end that is clear whatever comes."""
 
 import argparse
+import copy
+import math
 import os
 import platform
 import re
 import signal
 import sys
 import time
+import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,6 +31,7 @@ from filter_grafting.training import (
     Batches,
     cross_entropy,
     deterministic,
+    diverged,
     evaluate,
     initial_rate,
     learning_rate,
@@ -62,12 +67,22 @@ class Task:
     scion: str = "external"  # what is grafted, see filter_grafting.scions
     averaged: nn.Module | None = None  # follows the network, and is what is tested and saved
     key: str = "net"  # the entry of a checkpoint that holds the state dict
+    data: str = ""  # tells the training images from others: see `checksum`
     notes: list[str] = field(default_factory=list)  # lines for the head of the log
 
     @property
     def tested(self) -> nn.Module:
         """The network whose accuracy is reported, and whose weights are published."""
         return self.network if self.averaged is None else self.averaged
+
+    @property
+    def shaped_by_epochs(self) -> str:
+        """What would have gone otherwise from the beginning with more epochs; nothing, with steps alone."""
+        if self.cosine:
+            return "a cosine schedule"
+        if self.averaged is not None:
+            return "a moving average"
+        return "the noise's decay" if self.scion == "noise" else ""
 
 
 class Stopped(BaseException):
@@ -171,7 +186,7 @@ def main(args: argparse.Namespace, build: Callable[[argparse.Namespace, World], 
     try:
         world = World(torch.device(args.device))
         if world.leads:
-            log = Log(args.network)
+            log = Log(args.network, resumed=bool(args.resume))
             ring = Ring(args.directory, args.network, args.networks, timeout=60 * args.timeout, keep_all=args.keep_all,
                         say=log.say, check=check, **ring_options)  # fmt: skip
             world.last_words = lambda end: _say_farewell(args, ring, end, aloud=True)
@@ -179,8 +194,8 @@ def main(args: argparse.Namespace, build: Callable[[argparse.Namespace, World], 
         with deterministic(args.deterministic):
             task = build(args, world)
             if world.leads:
-                if task.cosine:
-                    ring.agree(task.shared, why_not="--epochs is fixed: it shapes the whole of a cosine schedule")
+                if shaped := task.shaped_by_epochs:
+                    ring.agree(task.shared, why_not=f"--epochs is fixed: it shapes the whole of {shaped}")
                 else:
                     ring.agree(task.shared, may_raise=["epochs"])
             signals.starting = False
@@ -311,6 +326,8 @@ def train_and_test(
         return evaluate(forward, batches, device=device, amp=args.amp, topk=task.topk, reduce=world.sum, follow=follow)
 
     test_loss, accuracies = test(task.test)
+    if not math.isfinite(test_loss):  # the last step's doing, whose loss nobody has seen
+        raise diverged("test", test_loss, rate(0), args.amp)
     further = {f"invalid_{threshold}": invalid_filters(task.tested, threshold, False)[0] for threshold in (0.1, 0.01)}
     if 5 in task.topk:
         further["test_top5"] = accuracies[task.topk.index(5)]
@@ -373,15 +390,21 @@ def publish(task: Task, ring: Ring, row: dict[str, Any], improved: bool) -> None
     training = {"optimizer": snapshot(task.optimizer.state_dict()), "metrics": snapshot(row)}
     if task.averaged is not None:
         training["trained"] = snapshot(task.network.state_dict())
-    ring.publish(row["epoch"], {**weights, **result(task, row), **training})
+    location = "cuda:0" if next(task.network.parameters()).is_cuda else "cpu"  # a network's process has one GPU
+    ring.publish(row["epoch"], {**weights, **result(task, row), **training}, location)
 
 
 def result(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
     """What every checkpoint says about itself."""
     return {
         "epoch": row["epoch"], "accuracy": row["test_accuracy"], "best": row["best"],
-        "settings": {**task.shared, **task.own},
+        "settings": {**task.shared, **task.own}, "data": task.data,
     }  # fmt: skip
+
+
+def checksum(labels: Tensor) -> str:
+    """Of the labels (n,) of all training images, in order: other images have others, and no image need be read."""
+    return f"{zlib.crc32(labels.numpy()):08x}"
 
 
 def snapshot(state: Any) -> Any:
@@ -389,14 +412,23 @@ def snapshot(state: Any) -> Any:
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, Mapping):
-        return {key: snapshot(value) for key, value in state.items()}
+        copied = copy.copy(state)  # a state dict has attributes, too: the versions of its modules
+        copied.update((key, snapshot(value)) for key, value in state.items())
+        return copied
     return [snapshot(value) for value in state] if isinstance(state, (list, tuple)) else state
+
+
+def load_state(network: nn.Module, state: Mapping[str, Any]) -> None:
+    """`load_state_dict`; entries that do not say of which version their modules were are taken to be of the present."""
+    labelled = OrderedDict(state)
+    labelled._metadata = getattr(state, "_metadata", None) or network.state_dict()._metadata
+    network.load_state_dict(labelled)
 
 
 def resume(task: Task, world: World, ring: Ring | None, check: Callable[[], None]) -> tuple[int, dict[str, Any] | None]:
     """Puts the newest good checkpoint back in place: (its epoch, that epoch's metrics); no metrics if there is none."""
     if ring:
-        found = ring.newest()
+        found = ring.newest(task.start_epoch)
         world.tell("resume", str(ring.path(found[0])) if found else "")
     else:
         path = world.hear("resume", check)
@@ -411,9 +443,13 @@ def resume(task: Task, world: World, ring: Ring | None, check: Callable[[], None
         if differing:
             rows = ", ".join(f"{key} is {settings[key]!r} here and was {recorded.get(key)!r}" for key in differing)
             raise RefusedError(f"the network cannot be continued with other settings: {rows}")
-        task.tested.load_state_dict(contents[task.key])
+        if contents.get("data", task.data) != task.data:
+            raise RefusedError(
+                "the network cannot be continued with other images than it was trained on: give the --data of its start"
+            )
+        load_state(task.tested, contents[task.key])
         if task.averaged is not None:
-            task.network.load_state_dict(contents["trained"])
+            load_state(task.network, contents["trained"])
         task.optimizer.load_state_dict(contents["optimizer"])
         row = dict(contents["metrics"])
         score(row) + row["best_score"], log_fields(row, task.topk[1:])  # all that is read of it later is there

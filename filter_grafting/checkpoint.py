@@ -1,5 +1,6 @@
 """Files that are whole or not there: atomic writing, and loading that trusts nothing."""
 
+import functools
 import io
 import os
 import pickle
@@ -7,13 +8,14 @@ import re
 import secrets
 import shutil
 import stat
+import threading
 import zipfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, WriteError
+from .errors import CheckpointError, UnreadableError, WriteError
 
 TEMPORARY = ".tmp"  # ending of files under construction: `.NAME.RANDOM.tmp`, in the folder of NAME
 
@@ -89,13 +91,46 @@ def write_error(path: str | os.PathLike, error: OSError, verb: str = "write") ->
     return WriteError(f"cannot {verb} {path}: {error.strerror or error}{free}; mend that, then continue with --resume")
 
 
-def save(path: str | os.PathLike, contents: Mapping[str, Any]) -> None:
-    """`torch.save`s to a file that appears whole or not at all (see `write_atomically`)."""
+def save(path: str | os.PathLike, contents: Mapping[str, Any], location: str = "cpu") -> None:
+    """`torch.save`s to a file that appears whole or not at all (see `write_atomically`).
+
+    Args:
+        contents: plain values and CPU tensors.
+        location: the device that a `torch.load` without `map_location` shall bring the tensors to.
+    """
     import torch  # here, so that the status of a run can be read in the blink of an eye
 
     buffer = io.BytesIO()  # torch.save straight to a full disk aborts in C++, without naming the file
-    torch.save(dict(contents), buffer)
+    with _tagged(location):
+        torch.save(dict(contents), buffer)
     write_atomically(path, buffer.getbuffer())
+
+
+_tag = threading.local()  # location: what this thread's torch.save says of CPU tensors
+
+
+@contextmanager
+def _tagged(location: str) -> Iterator[None]:
+    if location == "cpu":  # as torch.save says by itself
+        yield
+        return
+    _register_tag()
+    _tag.location = location
+    try:
+        yield
+    finally:
+        del _tag.location
+
+
+@functools.cache
+def _register_tag() -> None:
+    import torch
+
+    def tag(storage: Any) -> str | None:
+        return getattr(_tag, "location", None) if storage.device.type == "cpu" else None
+
+    # Asked before torch's own, whose priorities begin at 10. Loading is left to those.
+    torch.serialization.register_package(5, tag, lambda storage, location: None)
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
@@ -107,7 +142,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: naming the file, if it is truncated, damaged, not a checkpoint, or holds anything but
-            tensors and plain values.
+            tensors and plain values; as UnreadableError, if it may be good and cannot be read just now.
     """
     import torch
 
@@ -118,7 +153,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         raise
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "it is larger than the memory"
-        raise CheckpointError(f"{path} cannot be read: {reason}") from error
+        raise UnreadableError(f"{path} cannot be read: {reason}") from error
     if not data:
         raise CheckpointError(f"{path} is empty: it was not written to its end")
     try:
@@ -139,6 +174,8 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         told = f" (it asks for {asked[1]})" if asked else ""
         raise CheckpointError(f"{path} {reason}; it was not loaded{told}") from error
     except Exception as error:  # any exception can come out of bytes that anyone may have written
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise UnreadableError(f"{path} cannot be read: there is too little memory for it") from error
         raise CheckpointError(f"{path} is truncated or damaged ({type(error).__name__}); it was not loaded") from error
     if not isinstance(contents, dict):
         raise CheckpointError(f"{path} is not a checkpoint: expected a dict, found a {type(contents).__name__}")

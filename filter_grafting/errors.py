@@ -15,6 +15,10 @@ class CheckpointError(GraftingError, ValueError):
     """A file that is not the checkpoint it should be: truncated, damaged, foreign, malicious or of another run."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint that may be good, but cannot be read just now: for its disk, its permissions or want of memory."""
+
+
 class DataError(GraftingError):
     """Images that cannot be had as asked: a folder laid out in another way, a file that is no image."""
 

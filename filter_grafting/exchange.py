@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import TEMPORARY, load, save, write_atomically, write_error
-from .errors import CheckpointError, NeighbourTimeout, RefusedError, WriteError
+from .errors import CheckpointError, NeighbourTimeout, RefusedError, UnreadableError, WriteError
 
 BEAT_SECONDS = 5.0  # how often a living network rewrites its status file
 POLL_SECONDS = 0.02  # how often a waiting network looks for its neighbour's checkpoint
@@ -66,6 +66,40 @@ def read_status(directory: str | os.PathLike, network: int) -> dict[str, Any] | 
     except (OSError, ValueError):
         return None
     return {key: printable(value) if isinstance(value, str) else value for key, value in status.items()}
+
+
+def read_run(directory: str | os.PathLike) -> tuple[str, dict[str, Any]]:
+    """(the run's random name, the settings that its networks share), out of `run.json`.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is something else.
+    """
+    contents = read_json(Path(directory) / "run.json")
+    run, settings = contents.get("run"), contents.get("settings")
+    if not isinstance(run, str) or not isinstance(settings, dict):
+        raise ValueError("run.json holds no settings of a run")
+    return run, settings
+
+
+def as_number(value: Any) -> float | None:
+    """The value, out of a file that anyone may have written, if it is a number that can be worked with."""
+    return value if isinstance(value, int | float) and abs(value) < 1e18 else None
+
+
+def moving(directory: str | os.PathLike, beats: Mapping[int, Any], seconds: float) -> set[int]:
+    """Those of some networks whose status changes while we look, at all of them together.
+
+    Args:
+        beats: what counts the heartbeats in each network's status, as last seen.
+        seconds: for how long to look; a living network's heart beats every BEAT_SECONDS.
+    """
+    moved, deadline = set(), time.monotonic() + seconds
+    while beats.keys() - moved and time.monotonic() < deadline:
+        time.sleep(BEAT_SECONDS / 50)
+        now = {network: read_status(directory, network) for network in beats.keys() - moved}
+        moved |= {network for network, status in now.items() if status and status.get("beat") != beats[network]}
+    return moved
 
 
 def holder(directory: str | os.PathLike, network: int) -> int | None:
@@ -164,9 +198,9 @@ class Ring:
         earlier = previous if resume else {}
         self._status = {
             "network": self.network, "num": self.networks, "run": None, "state": "starting", "detail": "",
-            **{field: _number(earlier.get(field)) for field in ("epoch", "epochs", "accuracy", "best")},
+            **{field: as_number(earlier.get(field)) for field in ("epoch", "epochs", "accuracy", "best")},
             "host": socket.gethostname(), "pid": os.getpid(), "time": time.time(),
-            "beat": int(_number(previous.get("beat")) or 0) + 1, "command": list(command),
+            "beat": int(as_number(previous.get("beat")) or 0) + 1, "command": list(command),
         }  # fmt: skip
         self._write_status()
         threading.Thread(target=self._keep_fresh, name="heartbeat", daemon=True).start()
@@ -209,7 +243,7 @@ class Ring:
             raise alive
         self._has_locks = locked is True
         may_live = previous.get("state") not in (None, *ENDED) and self._locks_are_silent_about(previous)
-        if may_live and self._moves(self.network, previous):
+        if may_live and moving(self.directory, {self.network: previous.get("beat")}, 2 * BEAT_SECONDS):
             raise alive
 
     def _locks_are_silent_about(self, status: Mapping[str, Any]) -> bool:
@@ -218,16 +252,6 @@ class Ring:
         A lock does not reach across every network file system.
         """
         return not self._has_locks or status.get("host") != socket.gethostname()
-
-    def _moves(self, network: int, status: Mapping[str, Any]) -> bool:
-        """Whether network k's status changes while we look, for two beats of a living one's heart."""
-        deadline = time.monotonic() + 2 * BEAT_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(BEAT_SECONDS / 25)
-            now = read_status(self.directory, network)
-            if now and now.get("beat") != status.get("beat"):
-                return True
-        return False
 
     def _trace(self) -> str | None:
         """A file that shows that network i has already run here."""
@@ -287,7 +311,7 @@ class Ring:
     ) -> None:
         """Records other settings than those of `run.json`, where that harms nobody; otherwise refuses."""
         raised = [
-            key for key in differing if key in may_raise and settings[key] > (_number(recorded.get(key)) or math.inf)
+            key for key in differing if key in may_raise and settings[key] > (as_number(recorded.get(key)) or math.inf)
         ]
         others = self._at_work()
         if not others and raised == differing:
@@ -310,17 +334,16 @@ class Ring:
 
     def recorded(self) -> dict[str, Any] | None:
         """The settings in `run.json`, whose run becomes this network's; None if there is no such file."""
-        path = self.directory / "run.json"
         try:
-            contents = read_json(path)
-            self.run, settings = contents["run"], contents["settings"]
-            if isinstance(self.run, str) and isinstance(settings, dict):
-                return settings
+            self.run, settings = read_run(self.directory)
+            return settings
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError):
-            pass
-        raise RefusedError(f"{path} is damaged: it holds no settings of a run. Start anew in another directory (--s)")
+        except (OSError, ValueError) as error:
+            path = self.directory / "run.json"
+            raise RefusedError(
+                f"{path} is damaged: it holds no settings of a run. Start anew in another directory (--s)"
+            ) from error
 
     def _record(self, settings: Mapping[str, Any], new: bool = False) -> None:
         self.run = self.run or secrets.token_hex(8)
@@ -340,16 +363,16 @@ class Ring:
 
     def _at_work(self) -> list[int]:
         """The other networks that have agreed on the recorded settings, and live."""
-        working = []
+        working, silent = [], {}
         for network in range(1, self.networks + 1):
             status = read_status(self.directory, network) or {}
             if network == self.network or status.get("run") != self.run or status.get("state") in ENDED:
                 continue
-            if holder(self.directory, network) is not None or (
-                self._locks_are_silent_about(status) and self._moves(network, status)
-            ):
+            if holder(self.directory, network) is not None:
                 working.append(network)
-        return working
+            elif self._locks_are_silent_about(status):
+                silent[network] = status.get("beat")
+        return sorted([*working, *moving(self.directory, silent, 2 * BEAT_SECONDS)])
 
     def _check_place(self) -> None:
         """Raises WriteError if the directory was deleted under this network, or made anew by another run."""
@@ -421,11 +444,13 @@ class Ring:
 
     # Publishing
 
-    def publish(self, epoch: int, contents: Mapping[str, Any]) -> None:
+    def publish(self, epoch: int, contents: Mapping[str, Any], location: str = "cpu") -> None:
         """Saves network i's checkpoint of an epoch, in the background; it appears whole or not at all.
 
         Args:
             contents: plain values and CPU tensors that nobody changes any more.
+            location: the device that they are from. The published script loads them to where the file says, and
+                blends them there with its own.
 
         Raises:
             WriteError: now or at a later call, if it could not be written.
@@ -433,11 +458,11 @@ class Ring:
         self._check_place()
         self.flush()  # one epoch is never further ahead of the disk than its own training takes
         stamped = {**contents, "run": self.run, "network": self.network, "epoch": epoch}
-        self._pending.append(self._writer.submit(self._publish, epoch, stamped))
+        self._pending.append(self._writer.submit(self._publish, epoch, stamped, location))
 
-    def _publish(self, epoch: int, contents: Mapping[str, Any]) -> None:
+    def _publish(self, epoch: int, contents: Mapping[str, Any], location: str) -> None:
         self._prune(epoch - 1)  # first, so that the disk never holds more than it must
-        save(self._path(self.network, epoch), contents)
+        save(self._path(self.network, epoch), contents, location)
         self._prune(epoch)
 
     def write(self, path: str | os.PathLike, contents: Mapping[str, Any]) -> None:
@@ -501,36 +526,48 @@ class Ring:
         except OSError as error:
             raise write_error(self.directory, error, "list") from error
 
-    def newest(self) -> tuple[int, dict[str, Any]] | None:
+    def newest(self, first: int = 0) -> tuple[int, dict[str, Any]] | None:
         """(epoch, contents) of network i's newest good checkpoint, or None if it is to start from the beginning.
 
         A damaged one is renamed to `NAME.damaged`, with a line in the log, and the one before it is taken.
 
+        Args:
+            first: the epoch that the run began with.
+
         Raises:
             RefusedError: if no checkpoint is good, and the neighbour has deleted what a new beginning needs.
+            UnreadableError: if one that may be good cannot be read; everything is left as it is.
             WriteError: if a damaged one cannot be renamed.
         """
-        damaged = []
+        found, damaged = None, {}
         for epoch in reversed(self._published(self.network)):
             path = self._path(self.network, epoch)
             try:
-                return epoch, self._own(epoch)
+                found = epoch, self._own(epoch)
+                break
             except FileNotFoundError:
                 continue  # deleted just now
+            except UnreadableError as error:
+                raise UnreadableError(f"{error}; mend that, then continue with --resume") from error
             except CheckpointError as error:
-                aside = path.with_name(path.name + ".damaged")
-                try:
-                    os.replace(path, aside)
-                except OSError as trouble:
-                    raise write_error(aside, trouble) from error
-                self._say(f"Network:{self.network}    {error}; set aside as {aside.name}")
-                damaged.append(path.name)
-        if damaged and self.networks > 1 and not self._path(self.neighbour, 0).exists():
+                damaged[path] = error
+        others = self._published(self.neighbour) if self.networks > 1 else []
+        if found is None and others and first not in others:
+            names = ", ".join(path.name for path in damaged)
             raise RefusedError(
-                f"network {self.network} has no good checkpoint left in {self.directory} ({', '.join(damaged)} "
-                f"damaged), and its neighbour has gone on; start the run anew in another directory (--s)"
+                f"network {self.network} has no good checkpoint in {self.directory}"
+                + (f" ({names} damaged)" if names else "")
+                + f", and cannot begin anew: its neighbour has gone on to epoch {others[-1]}, and no longer has what "
+                f"it would need; start the run anew in another directory (--s)"
             )
-        return None
+        for path, error in damaged.items():
+            aside = path.with_name(path.name + ".damaged")
+            try:
+                os.replace(path, aside)
+            except OSError as trouble:
+                raise write_error(aside, trouble) from error
+            self._say(f"Network:{self.network}    {error}; set aside as {aside.name}")
+        return found
 
     def has_checkpoint(self) -> bool:
         """Whether `newest` would find one; looks, and changes nothing. To be asked once the run is known."""
@@ -636,8 +673,13 @@ class Ring:
 
     def _describe_missing(self, epoch: int) -> str | None:
         """Why there is no checkpoint of the neighbour and an epoch, if it is past it and will hardly make it again."""
-        later = [other for other in self._published(self.neighbour) if epoch < other < epoch + self.networks]
-        if not later or epoch in self._published(self.neighbour):
+        published = self._published(self.neighbour)
+        status = read_status(self.directory, self.neighbour) or {}
+        reached = as_number(status.get("epoch")) if status.get("run") == self.run else None
+        # Any other file of a high epoch may be of another run.
+        latest = max(epoch + self.networks - 1, reached or 0)
+        later = [other for other in published if epoch < other <= latest]
+        if not later or epoch in published:
             return None
         return f"{self._path(self.neighbour, epoch)} was deleted, there is that of epoch {later[0]}"
 
@@ -649,7 +691,7 @@ class Ring:
                 return f"{name} keeps no status file; its newest checkpoint is of epoch {epochs[-1]}"
             return f"{name} has not started; start it with: {self._start_command(self.neighbour)}"
         state, detail = printable(status.get("state")), printable(status.get("detail"))
-        epoch = _number(status.get("epoch"))
+        epoch = as_number(status.get("epoch"))
         at = "before its first epoch" if epoch is None else f"at epoch {epoch}"
         if state in ENDED:
             return f"{name} {'is done' if state == 'done' else state} {at}" + (f": {detail}" if detail else "")
@@ -709,11 +751,6 @@ def _is_gone(path: Path) -> bool:
     except OSError:
         pass  # what cannot be looked at just now says nothing
     return False
-
-
-def _number(value: Any) -> float | None:
-    """The value, out of a file that anyone may have written, if it is a number that can be worked with."""
-    return value if isinstance(value, int | float) and abs(value) < 1e18 else None
 
 
 def duration(seconds: float) -> str:

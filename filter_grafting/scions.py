@@ -45,7 +45,8 @@ def graft_scions(
         scale, generator: of the noise, see `noise`.
 
     Raises:
-        MismatchError: (a ValueError) if a convolution is transposed: its filters are not the rows of its weight.
+        MismatchError: (a ValueError) if a convolution is transposed, whose filters are not the rows of its weight,
+            or parametrized, whose weight is no parameter.
     """
     if kind not in SCIONS[1:]:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(SCIONS[1:])}")
@@ -53,6 +54,8 @@ def graft_scions(
     for name, layer in convolutions(network).items():
         if layer.transposed:
             raise MismatchError(f"{name} is a transposed convolution: no scion can be grafted onto its filters")
+        if not isinstance(layer.weight, nn.Parameter):
+            raise MismatchError(f"{name} is parametrized: its weight is computed anew each time, and cannot be grafted")
         norms = filter_norms(layer.weight)
         invalid = (norms < threshold).nonzero().flatten()
         count = len(invalid)

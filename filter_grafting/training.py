@@ -119,11 +119,15 @@ def train_one_epoch(
             report(step, batch, totals)
     loss, accuracies = _means(reduce(totals))
     if not math.isfinite(loss):
-        raise GraftingError(
-            f"the training loss became {loss} at a learning rate of {rate(0):.4g}: training has diverged. Nothing of "
-            f"this epoch was published; try a lower --lr" + (", or do without --amp" if amp else "")
-        )
+        raise diverged("training", loss, rate(0), amp)
     return loss, accuracies
+
+
+def diverged(which: str, loss: float, rate: float, amp: bool) -> GraftingError:
+    return GraftingError(
+        f"the {which} loss became {loss} at a learning rate of {rate:.4g}: training has diverged. Nothing of "
+        f"this epoch was published; try a lower --lr" + (", or do without --amp" if amp else "")
+    )
 
 
 @torch.inference_mode()

@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                             "of the layer itself")  # fmt: skip
     group.add_argument("--print_frequence", metavar="K", type=flags.number(int, 0), default=0,
                        help="print loss and accuracy every K batches; 0 prints one line an epoch")  # fmt: skip
-    flags.add_ring_flags(parser, None, "the save directory, shared by all networks of the run "
+    flags.add_ring_flags(parser, "the save directory, shared by all networks of the run "
                          "(default: checkpoint/ and a name made of the settings)")  # fmt: skip
     parser.add_argument("--resume", action="store_true",
                         help="continue from this network's newest good checkpoint, if there is one")  # fmt: skip
@@ -79,10 +79,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --method: average needs a neighbour: got --num 1, expected --num 2 or more")
     if args.scion != "external" and args.level != "layer":
         parser.error(f"argument --scion: {args.scion} does not go with --level")
-    if args.method != "grafting":
-        for name, flag in ("scion", "scion"), ("level", "level"), ("amplitude", "a"), ("steepness", "c"):
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"argument --method: {args.method} does not go with --{flag}")
+    curve = ("amplitude", "a"), ("steepness", "c")
+    for is_given, what, without in (
+        (args.method != "grafting", f"--method: {args.method}", (("scion", "scion"), ("level", "level"), *curve)),
+        (args.level == "filter", "--level: filter", curve),
+    ):
+        for name, flag in without:
+            if is_given and getattr(args, name) != parser.get_default(name):
+                parser.error(f"argument {what} does not go with --{flag}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("a CIFAR network trains in one process; torchrun is for grafting_imagenet")
     args.directory = args.directory or default_directory(parser, args)
@@ -111,6 +115,7 @@ def build(args: argparse.Namespace, world: run.World) -> run.Task:
     network = models.build(args.model, classes).to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
     batches = data.Batches(train, args.batch_size, args.device, augment=True)
+    test_batch = data.TEST_BATCH[args.device]
     averaged, own = None, {}
     if args.method == "ema":
         averaged = moving_average(network, optimizer, 1 - 1 / max(1, EMA_SHARE * args.epochs * len(batches)))
@@ -118,8 +123,8 @@ def build(args: argparse.Namespace, world: run.World) -> run.Task:
     return run.Task(
         network=network,
         train=batches,
-        val=data.Batches(val, 1000, args.device, augment=False) if val else None,
-        test=data.Batches(test, 1000, args.device, augment=False),
+        val=data.Batches(val, test_batch, args.device, augment=False) if val else None,
+        test=data.Batches(test, test_batch, args.device, augment=False),
         optimizer=optimizer,
         averaged=averaged,
         scion=args.scion,
@@ -128,6 +133,7 @@ def build(args: argparse.Namespace, world: run.World) -> run.Task:
                 "scion": args.scion, "val": args.val, "test_images": len(test.labels)},
         own={"lr": args.lr, "cos": args.cos, "difflr": args.difflr, "batch_size": args.batch_size, "amp": args.amp,
              "seed": args.seed, "step_epochs": args.step_epochs, "images": len(train.labels), **own},
+        data=run.checksum(train.labels),
         cosine=args.cos,
         step_epochs=args.step_epochs,
         print_every=args.print_frequence,

@@ -13,10 +13,11 @@ from pathlib import Path
 from torch import Tensor
 
 from common.manage import Network as Observed
-from common.manage import networks_of, observe, recorded_settings
+from common.manage import networks_of, observe
 from filter_grafting.checkpoint import load
 from filter_grafting.errors import CheckpointError, GraftingError
 from filter_grafting.exchange import printable
+from filter_grafting.exchange import read_run as read_record
 from filter_grafting.information import invalid_filters, norms_by_layer
 
 THRESHOLDS = (0.1, 0.01)  # of the L1 norm, below which a filter is invalid
@@ -77,7 +78,7 @@ def read_run(directory: Path, label: str) -> Run:
         return Run(label, [nothing])
     settings, remark = {}, ""
     try:
-        settings = recorded_settings(directory)
+        _, settings = read_record(directory)
     except FileNotFoundError:
         remark = "run.json is missing"
     except (OSError, ValueError):

@@ -70,7 +70,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--gpu", metavar="G", type=flags.number(int, 0), help="the GPU to use (default: the first)")
     group.add_argument("-e", "--evaluate", action="store_true",
                        help="print the accuracy of --resume PATH or --pretrained on val/, and exit")  # fmt: skip
-    flags.add_ring_flags(parser, None, "the run's folder under checkpoint/, shared by all its networks "
+    flags.add_ring_flags(parser, "the run's folder under checkpoint/, shared by all its networks "
                          "(default: a name made of the settings)")  # fmt: skip
     parser.add_argument("--resume", metavar="PATH", nargs="?", const="auto", action="append",
                         help="a checkpoint to start from, or the word auto, which may be left out: continue this "
@@ -172,7 +172,7 @@ def start_from_pretrained(network: nn.Module, args: argparse.Namespace) -> str:
         if own[key].shape != pretrained[key].shape == (known, *own[key].shape[1:])
     }  # fmt: skip
     try:
-        network.load_state_dict({key: own[key] if key in heads else entry for key, entry in pretrained.items()})
+        run.load_state(network, {key: own[key] if key in heads else entry for key, entry in pretrained.items()})
     except RuntimeError as error:
         raise GraftingError(
             f"--pretrained: the weights of {args.arch} ({weights.name}) do not fit at --image_size {args.image_size}: "
@@ -204,8 +204,8 @@ def load_weights(network: nn.Module, path: Path) -> dict:
         raise GraftingError(f"--resume: there is no file {path}; expected a checkpoint, or the word auto") from None
     state = contents.get("state_dict", contents)
     try:
-        network.load_state_dict({key.removeprefix("module."): entry for key, entry in state.items()})
-    except (RuntimeError, AttributeError) as error:
+        run.load_state(network, {key.removeprefix("module."): entry for key, entry in state.items()})
+    except (RuntimeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}") from error
     return contents
 
@@ -302,6 +302,7 @@ def build(args: argparse.Namespace, world: run.World) -> run.Task:
         own={"lr": args.lr, "steplr": args.steplr, "momentum": args.momentum, "wd": args.weight_decay,
              "batch-size": args.batch_size, "image_size": args.image_size, "pretrained": args.pretrained,
              "amp": args.amp, "seed": args.seed, "images": len(train)},
+        data=run.checksum(train.labels),
         cosine=not args.steplr,
         step_epochs=30,
         loss_function=with_auxiliary_heads(AUXILIARY_WEIGHT.get(args.arch, 0)),

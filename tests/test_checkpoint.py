@@ -54,6 +54,27 @@ def test_what_is_saved_is_loaded(path):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def test_the_device_that_tensors_are_brought_to_is_that_of_the_ring_not_that_of_the_save(path):
+    """The published script blends what `torch.load` gives it with weights on its GPU."""
+
+    def locations() -> set[str]:
+        seen = set()
+        torch.load(path, weights_only=True, map_location=lambda storage, location: seen.add(location) or storage)
+        return seen
+
+    save(path, CONTENTS, "cuda:0")
+    assert locations() == {"cuda:0"}
+    assert_same(load(path), CONTENTS)  # ours reads it without a GPU
+    save(path, CONTENTS)
+    assert locations() == {"cpu"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_tensors_are_brought_to_it(path):
+    save(path, {"net": torch.ones(3)}, "cuda:0")
+    assert torch.load(path, weights_only=True)["net"].device == torch.device("cuda", 0)
+
+
 def test_it_is_on_the_disk_before_it_has_its_name_and_the_name_is_before_it_returns(path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
 

@@ -18,7 +18,7 @@ def write_run(directory, states, which="final", epoch=3, accuracy=50.0, **settin
     """What a finished run leaves that is read here: a checkpoint per network, and run.json."""
     directory.mkdir(parents=True, exist_ok=True)
     settings = {"model": "resnet20", "classes": 2, "images": 32, "val": 0, "test_images": 8, **settings}
-    (directory / "run.json").write_text(json.dumps({"settings": {"num": len(states)}}))
+    (directory / "run.json").write_text(json.dumps({"run": "x", "settings": {"num": len(states)}}))
     for number, state in enumerate(states, 1):
         contents = {"net": state, "epoch": epoch, "accuracy": accuracy, "settings": settings}
         torch.save(contents, directory / f"{which}{number}.t7")

@@ -1,3 +1,4 @@
+import errno
 import heapq
 import json
 import os
@@ -14,7 +15,14 @@ import torch
 from processes import Process, until
 
 from filter_grafting import checkpoint, exchange
-from filter_grafting.errors import CheckpointError, GraftingError, NeighbourTimeout, RefusedError, WriteError
+from filter_grafting.errors import (
+    CheckpointError,
+    GraftingError,
+    NeighbourTimeout,
+    RefusedError,
+    UnreadableError,
+    WriteError,
+)
 from filter_grafting.exchange import Ring, holder, printable, read_status
 
 HOLD = Path(__file__).with_name("hold.py")
@@ -50,6 +58,14 @@ class Clock:
 
 class Enough(Exception):
     pass
+
+
+class Fails:
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise self.error
 
 
 @pytest.fixture
@@ -246,7 +262,7 @@ def test_a_checkpoint_is_picked_up_within_a_tenth_of_a_second(tmp_path, monkeypa
 
 def test_the_next_epoch_does_not_begin_before_the_disk_has_the_last_but_one(tmp_path, monkeypatch):
     ring, gate, save = Ring(tmp_path, 1, 1), threading.Event(), exchange.save
-    monkeypatch.setattr(exchange, "save", lambda path, contents: gate.wait(30) and save(path, contents))
+    monkeypatch.setattr(exchange, "save", lambda *arguments: gate.wait(30) and save(*arguments))
     ring.publish(0, CONTENTS)  # returns at once
     assert not epochs_of(tmp_path, 1, 1)
     threading.Timer(0.1, gate.set).start()
@@ -306,9 +322,37 @@ def test_without_any_good_checkpoint_a_network_begins_anew_only_if_its_neighbour
     assert ring.newest() is None
     publish(ring, 0)
     damage(ring.path(0), "truncated")
+    publish(neighbour, 1)
     neighbour.path(0).unlink()
-    with pytest.raises(RefusedError, match=r"no good checkpoint left .*ckpt1_0\.t7 damaged.*start the run anew"):
+    for _ in range(2):  # and leaves everything as it is, so that it does not begin the next time
+        with pytest.raises(RefusedError, match=r"no good checkpoint .*ckpt1_0\.t7 damaged.* gone on to epoch 1"):
+            ring.newest()
+    assert ring.path(0).exists()
+
+
+def test_a_network_that_has_lost_its_checkpoints_does_not_begin_beside_a_neighbour_that_has_gone_on(tmp_path):
+    ring, neighbour = Ring(tmp_path, 1, 2), Ring(tmp_path, 2, 2)
+    for epoch in (7, 8):
+        publish(neighbour, epoch)
+    with pytest.raises(RefusedError, match=r"no good checkpoint in [^(]*, and cannot begin .* gone on to epoch 8"):
         ring.newest()
+    assert ring.newest(first=7) is None  # the run began there: it is only late
+
+
+@pytest.mark.parametrize("how", ["disk", "memory"])
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch, how):
+    ring = Ring(tmp_path, 1, 1, say=str)
+    for epoch in range(2):
+        publish(ring, epoch)
+    with monkeypatch.context() as patch:
+        if how == "disk":
+            patch.setattr(checkpoint, "_read", Fails(OSError(errno.EIO, "Input/output error")))
+        else:
+            patch.setattr(torch, "load", Fails(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")))
+        for _ in range(2):
+            with pytest.raises(UnreadableError, match=r"ckpt0_1\.t7 cannot be read: .*; mend that, then continue with"):
+                ring.newest()
+    assert ring.newest()[0] == 1
 
 
 def test_files_whose_names_are_only_alike_are_left_alone(tmp_path):
@@ -588,6 +632,25 @@ def test_a_neighbour_that_has_lost_the_file_does_not_keep_it_waiting_for_ever(tm
         ring.wait(6)
 
 
+def test_two_networks_do_not_wait_for_each_other_for_ever(tmp_path, clock):
+    """The neighbour waits, far ahead, for what this network has lost: it lives, and will never make this epoch."""
+    torch.save({}, tmp_path / "ckpt0_90.t7")
+    ring = Ring(tmp_path, 1, 2, timeout=600, say=str)
+    publish(ring, 6)
+    clock.every(5, lambda: write_status(tmp_path, 2, host="elsewhere", beat=clock.now, run=None, epoch=91), 2000)
+    with pytest.raises(NeighbourTimeout, match=r"ckpt0_6\.t7 was deleted, there is that of epoch 90"):
+        ring.wait(6)
+
+
+def test_a_stray_file_of_a_high_epoch_says_nothing_of_a_slow_neighbour(tmp_path, clock):
+    torch.save({}, tmp_path / "ckpt0_90.t7")
+    ring = Ring(tmp_path, 1, 2, timeout=600, say=str)
+    publish(ring, 6)
+    clock.every(5, lambda: write_status(tmp_path, 2, host="elsewhere", beat=clock.now, run=None, epoch=6), 2000)
+    clock.after(1900, lambda: checkpoint.save(tmp_path / "ckpt0_6.t7", CONTENTS))
+    ring.wait(6)
+
+
 def test_the_time_that_it_was_suspended_itself_is_not_the_neighbours_silence(tmp_path, clock):
     write_status(tmp_path, 2, host="elsewhere")
     ring = Ring(tmp_path, 1, 2, timeout=600, say=str)
@@ -794,6 +857,18 @@ def test_epochs_may_be_raised_while_nobody_is_at_work(tmp_path, member, hold):
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["epochs"] == 9
     with pytest.raises(RefusedError, match="epochs is 8 here and 9 in the run"):
         member(2, resume=True).agree(SETTINGS, may_raise=["epochs"])
+
+
+def test_silent_networks_of_other_hosts_are_watched_all_at_once(tmp_path, clock):
+    ring = Ring(tmp_path, 1, 16)
+    ring._record(SETTINGS)
+    for network in range(2, 17):
+        write_status(tmp_path, network, host="elsewhere", run=ring.run)
+    began = clock.now
+    assert ring._at_work() == []
+    assert clock.now - began < 3 * exchange.BEAT_SECONDS
+    clock.after(1, lambda: write_status(tmp_path, 9, host="elsewhere", run=ring.run, beat=1))
+    assert ring._at_work() == [9]
 
 
 def test_a_start_that_came_to_nothing_binds_nobody(tmp_path, member):

@@ -15,6 +15,7 @@ from imagenet import ImageRun
 from processes import ROOT, assert_same, assert_same_runs, until
 from torch import nn
 
+from common.run import load_state, snapshot
 from filter_grafting import graft
 from filter_grafting.checkpoint import load, save
 from filter_grafting.errors import GraftingError
@@ -55,6 +56,18 @@ def build(name, size, *flags, classes=7, meta=False):
             if entry.is_floating_point():
                 entry.uniform_(0.01, 0.05)
     return network
+
+
+@pytest.mark.parametrize("form", ["ours", "plain"])
+def test_a_network_that_asks_for_the_version_of_its_weights_is_continued(tmp_path, form):
+    network, other = build("mnasnet0_5", 64), build("mnasnet0_5", 64)
+    state = snapshot(network.state_dict())
+    save(tmp_path / "x", {"state_dict": state if form == "ours" else dict(state)})
+    state = load(tmp_path / "x")["state_dict"]
+    if form == "ours":
+        other.load_state_dict(state)  # as anyone would
+    load_state(other, state)
+    assert_same(dict(other.state_dict()), dict(network.state_dict()))
 
 
 def train_a_step(network, name, size):

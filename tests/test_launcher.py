@@ -104,6 +104,23 @@ def test_living_and_dead_are_told_apart_by_the_lock(tmp_path, living):
     assert [network.alive for network in networks] == [True, False, False, True, False, False]
 
 
+def test_another_users_networks_are_named_and_the_rest_is_stopped(tmp_path, living, monkeypatch, capsys):
+    theirs, ours = living(1), living(2)
+    kill = os.kill
+
+    def kill_ours(pid, number):
+        if pid == theirs.pid:
+            raise PermissionError(1, "Operation not permitted")
+        kill(pid, number)
+
+    monkeypatch.setattr(os, "kill", kill_ours)
+    assert call(monkeypatch, "stop", tmp_path) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"network 1 (process {theirs.pid}) is another user's, who alone can stop it",
+        f"network 2 (process {ours.pid}) is asked to stop",
+    ]
+
+
 def test_a_network_on_another_host_lives_if_its_status_moves(tmp_path, monkeypatch):
     monkeypatch.setattr(manage, "BEAT_SECONDS", 0.5)
     write_status(tmp_path, 1, host="elsewhere", time=0)
@@ -115,7 +132,7 @@ def test_a_network_on_another_host_lives_if_its_status_moves(tmp_path, monkeypat
 
 
 def test_status_is_a_short_line_per_network_whatever_the_file_holds(tmp_path, living, monkeypatch, capsys):
-    (tmp_path / "run.json").write_text('{"settings": {"num": 3}}')
+    (tmp_path / "run.json").write_text('{"run": "x", "settings": {"num": 3}}')
     living(
         1,
         state="\x1b[2J" + "long " * 100,

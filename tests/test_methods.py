@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from processes import assert_same_runs, read_table
+from processes import assert_same_runs, make_images, read_table
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from common import run
 from filter_grafting.errors import DataError, MismatchError
@@ -137,6 +138,40 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(make_run, undisturbed, fl
 
 
 @pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--cos"], "a cosine schedule"),
+        (["--method", "ema"], "a moving average"),
+        (["--scion", "noise"], "the noise's decay"),
+    ],
+)
+def test_epochs_that_shape_the_whole_run_cannot_be_raised(make_run, flags, what):
+    single = make_run(1, 1, *flags).finish()
+    single.epochs = 2
+    process = single.start(1, "--resume")
+    assert process.wait() == 1
+    assert f"(--epochs is fixed: it shapes the whole of {what})" in process.sentence()
+
+
+def test_other_images_are_no_continuation(make_run, tmp_path):
+    single = make_run(1, 1).finish()
+    folder = make_images(tmp_path / "images")
+    (folder / "train" / "one" / "0.png").rename(folder / "train" / "two" / "a.png")  # as many images as before
+    single.epochs, single.flags[1] = 2, str(folder)
+    process = single.start(1, "--resume")
+    assert process.wait() == 1
+    assert "with other images than it was trained on: give the --data of its start" in process.sentence()
+
+
+def test_a_network_that_diverges_in_the_last_step_of_an_epoch_is_not_published(make_run):
+    single = make_run(1, 1, "--lr", "1e38", "--batch_size", "32")  # a single step: its own loss is still good
+    process = single.start(1)
+    assert process.wait() == 1
+    assert "the test loss became nan at a learning rate of 1e+38: training has diverged" in process.sentence()
+    assert not list(single.directory.glob("*.t7"))
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         ("--method ema", "--method: ema needs no neighbour: got --num 2, expected --num 1"),
@@ -145,6 +180,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(make_run, undisturbed, fl
         ("--scion internal --num 1 --method ema", "--method: ema does not go with --scion"),
         ("--method average --level filter --model vgg16", "average does not go with --level"),
         ("--method average --a 0.2", "average does not go with --a"),
+        ("--level filter --model vgg16 --c 5", "--level: filter does not go with --c"),
         ("--scion noise --num 1 --level filter --model vgg16", "--scion: noise does not go with --level"),
     ],
 )
@@ -207,3 +243,5 @@ def test_scions_that_cannot_be():
         graft_scions(make_network(), "external")
     with pytest.raises(MismatchError, match="0 is a transposed convolution"):
         graft_scions(nn.Sequential(nn.ConvTranspose2d(3, 4, 2)), "noise")
+    with pytest.raises(MismatchError, match="0 is parametrized"):
+        graft_scions(nn.Sequential(weight_norm(nn.Conv2d(3, 4, 2))), "noise")

@@ -98,12 +98,22 @@ def test_an_epoch_has_one_line_whoever_comes_past_it(tmp_path):
     path = tmp_path / "1.log"
     for _ in range(2):
         with standard_output(path):
-            log = Log(1)
+            log = Log(1, resumed=True)
             log.say("Network 1 of 2")
             for epoch in range(3):
                 log.epoch(epoch, "accuracy:50.000    best:50.000")
     lines = [line for line in path.read_text().splitlines() if line.startswith("Network:1    epoch:")]
     assert lines == [f"Network:1    epoch:{epoch}    accuracy:50.000    best:50.000" for epoch in range(3)]
+
+
+def test_the_lines_of_another_run_in_the_same_log_hide_none_of_a_new_one(tmp_path):
+    path = tmp_path / "all.log"
+    for resumed in (False, False, True):
+        with standard_output(path):
+            log = Log(1, resumed)
+            for epoch in range(2 + resumed):
+                log.epoch(epoch, "x")
+    assert path.read_text().splitlines() == [f"Network:1    epoch:{epoch}    x" for epoch in (0, 1, 0, 1, 2)]
 
 
 @pytest.mark.parametrize("rest", ["N", "Network:1    epo", "Network:1    epoch:1    accuracy:50.0", "Network 1 of"])
@@ -115,7 +125,7 @@ def test_a_half_written_last_line_of_its_own_is_cut_off(tmp_path, rest, flags):
     with standard_output(path, flags):
         if not flags:
             os.lseek(1, 0, os.SEEK_END)  # a loop of a shell keeps the log open: while ! python ...; do :; done >1.log
-        log = Log(1)
+        log = Log(1, resumed=True)
         log.epoch(0, "again")
         log.epoch(1, "new")
     assert path.read_text() == whole + "Network:1    epoch:1    new\n"
@@ -132,7 +142,7 @@ def test_a_last_line_of_someone_else_is_left_and_ended(tmp_path):
     path = tmp_path / "1.log"
     path.write_text("Network:1    epoch:0    x\nnohup: ignoring input")
     with standard_output(path):
-        Log(1).epoch(1, "new")
+        Log(1, resumed=True).epoch(1, "new")
     assert path.read_text() == "Network:1    epoch:0    x\nnohup: ignoring input\nNetwork:1    epoch:1    new\n"
 
 
@@ -140,7 +150,7 @@ def test_lines_of_other_networks_and_lookalikes_do_not_count(tmp_path):
     path = tmp_path / "all.log"
     path.write_text("Network:2    epoch:7    x\nNetwork:11    epoch:8    x\n Network:1    epoch:9    x\n")
     with standard_output(path):
-        log = Log(1)
+        log = Log(1, resumed=True)
         assert log.last_epoch == -1
         log.epoch(0, "x")
         assert log.last_epoch == 0
@@ -150,21 +160,21 @@ def test_a_log_is_not_touched_before_its_first_line(tmp_path):
     path = tmp_path / "1.log"
     path.write_text("Network:1    epo")
     with standard_output(path):
-        Log(1)
+        Log(1, resumed=True)
     assert path.read_text() == "Network:1    epo"
 
 
 def test_epochs_before_a_resumed_one_are_recalled_in_a_file_only(tmp_path):
     path = tmp_path / "1.log"
     with standard_output(path, os.O_TRUNC):
-        log = Log(1)
+        log = Log(1, resumed=True)
         for epoch in range(2):
             log.recall(epoch, "x")
         log.epoch(2, "x")
     assert path.read_text().count("\n") == 3
     read, write = os.pipe()
     with standard_output(write):
-        log = Log(1)
+        log = Log(1, resumed=True)
         log.recall(0, "x")
         log.epoch(1, "x")
     assert os.read(read, 1000) == b"Network:1    epoch:1    x\n"
@@ -173,7 +183,7 @@ def test_epochs_before_a_resumed_one_are_recalled_in_a_file_only(tmp_path):
 
 def test_a_log_on_a_full_disk_is_a_sentence_once(tmp_path):
     with standard_output(Path("/dev/full"), 0):
-        log = Log(1)
+        log = Log(1, resumed=True)
         with pytest.raises(WriteError, match=r"^cannot write the log to standard output: No space left on device$"):
             log.say("x")
         log.say("to nowhere, since it cannot be written")
@@ -182,5 +192,5 @@ def test_a_log_on_a_full_disk_is_a_sentence_once(tmp_path):
 def test_names_that_do_not_fit_the_encoding_are_written(tmp_path):
     path = tmp_path / "1.log"
     with standard_output(path):
-        Log(1).say("in /data/\udcff")
+        Log(1, resumed=True).say("in /data/\udcff")
     assert path.read_text() == "in /data/\\udcff\n"
