@@ -54,12 +54,12 @@ def plots(table: Table, cells: Cells, title: str, mapped: set[str]) -> Iterator[
         yield "{}-accuracy", accuracy(cells, title)
     if table.name == "networks" and len({cell.results[0].networks for cell in cells.values()}) > 1:
         yield "{}-networks", networks(cells, title)
-    grafted = (label for label, cell in cells.items() if cell.results[0].is_grafting)
-    if (label := next(grafted, None)) and cells[label].entry.run not in mapped:  # one shows how they behave
-        first = cells[label].results[0]
-        if any(course.coefficients for course in first.courses):
-            mapped.add(cells[label].entry.run)
+    for label, cell in cells.items():
+        first = cell.results[0]
+        if first.is_grafting and cell.entry.run not in mapped and any(one.coefficients for one in first.courses):
+            mapped.add(cell.entry.run)
             yield "{}-coefficients", coefficients(Run(f"{title}\n{label}, seed {first.seed}", first.courses))
+            break  # one shows how they behave
 
 
 def gains(cells: Cells, figure: str) -> dict[str, Difference]:
@@ -226,10 +226,18 @@ def networks(cells: Cells, title: str) -> Figure:
     trained = sorted(
         (cell for cell in cells.values() if cell.results[0].courses), key=lambda cell: cell.results[0].networks
     )
+    compared = {cell.row.baseline for cell in trained}
+    joined = [cell for cell in trained if cell.row.baseline or cell.row.label in compared]
+    apart = [cell for cell in trained if cell not in joined]  # a single network on another schedule
     for name, (marker, offset, colour) in FIGURES.items():
         style = {"color": colour, "marker": marker, "linewidth": 1.5, "capsize": 3}
-        points = [(cell.results[0].networks + offset / 4, cell.values(name)) for cell in trained]
-        whisker(panel, points, label=name_of(name, cells), **style)
+        for some, more in (joined, {"label": name_of(name, cells)}), (apart, {"linestyle": "", "fillstyle": "none"}):
+            points = [(cell.results[0].networks + offset / 4, cell.values(name)) for cell in some]
+            if points:
+                whisker(panel, points, **style, **more)
+    for cell in apart:
+        at = (cell.results[0].networks, statistics.mean(cell.values("last")))
+        panel.annotate(cell.row.label, at, xytext=(14, -4), textcoords="offset points", fontsize=9)
     ensembles = [
         (cell.results[0].networks, cell.values("ensemble")) for cell in cells.values() if not cell.results[0].courses
     ]

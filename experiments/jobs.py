@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import platform
-import shlex
 import signal
 import subprocess
 import time
@@ -17,13 +16,14 @@ from typing import IO
 
 import torch
 
-from common.machine import processor
+from common.machine import processor, project
 from common.manage import Network, observe
+from experiments.summary import Damage, read_result
 from experiments.tables import Run
 from filter_grafting.checkpoint import write_atomically
 from filter_grafting.errors import GraftingError
 from filter_grafting.exchange import NO_LOCKS
-from grafting_cifar.runs import SECONDS, THRESHOLDS, Damage, count_invalid, read_checkpoint, read_csv
+from grafting_cifar.runs import THRESHOLDS, count_invalid, read_checkpoint
 
 
 @dataclass
@@ -44,34 +44,23 @@ class Job:
         return f"{self.run.name}/seed{self.run.seed}"
 
     @property
-    def recipe(self) -> str:
-        """The command that its results are of, wherever they and the images lie."""
-        if self.is_ensemble:
-            return shlex.join(["python", "grafting_cifar/ensemble.py", *self.members])
-        return shlex.join(["python", f"{self.run.script}/grafting.py", *self.run.flags])
-
-    @property
     def is_finished(self) -> bool:
-        return self._recorded_recipe() == self.recipe
-
-    def _recorded_recipe(self) -> str | None:
-        with suppress(OSError, ValueError):
-            return json.loads((self.results / "result.json").read_bytes())["command"]
-        return None
+        """Whether its results are there, and such as a report takes."""
+        with suppress(Damage):
+            return read_result(self.results, self.run.name, self.run.seed).command == self.run.recipe
+        return False
 
     @property
     def is_ensemble(self) -> bool:
         return bool(self.run.members)
 
-    @property
-    def members(self) -> list[str]:
-        """The results that an ensemble is made of."""
-        return [f"{name}/seed{seed}" for name, seed in self.run.members]
+    def final(self, i: int) -> Path:
+        return self.directory / f"final{i}.{'tar' if self.run.script == 'grafting_imagenet' else 't7'}"
 
     @property
     def has_weights(self) -> bool:
         """Whether an ensemble finds its networks."""
-        return all((self.directory / f"final{i}.t7").exists() for i in range(1, self.run.networks + 1))
+        return all(self.final(i).exists() for i in range(1, self.run.networks + 1))
 
     def observe(self) -> list[Network]:
         return [] if self.is_ensemble else observe(self.directory, range(1, self.run.networks + 1))
@@ -88,7 +77,7 @@ class Job:
 
     def begin(self, threads: int, gpus: Sequence[str]) -> None:
         """Claims the run and starts its networks, or says in `failure` why it cannot."""
-        if (other := self._recorded_recipe()) not in (None, self.recipe):
+        if (other := recorded_command(self.results)) not in (None, self.run.recipe):
             self.failure = f"{self.results} holds results of {other}; move it and {self.directory} elsewhere"
             return
         try:
@@ -105,7 +94,10 @@ class Job:
 
     def start(self, threads: int, gpus: Sequence[str]) -> None:
         """Starts the networks that neither are done nor live on from an interrupted queue, GPU by GPU."""
-        pending = [network.number for network in self.observe() if not (network.alive or network.state == "done")]
+        pending = [
+            network.number for network in self.observe()
+            if not network.alive and (network.state != "done" or not self.final(network.number).exists())
+        ]  # fmt: skip
         for k, i in enumerate([1] if self.is_ensemble else pending):
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             if gpus:
@@ -186,7 +178,7 @@ class Job:
             "name": self.run.name,
             "preset": self.preset,
             "seed": self.run.seed,
-            "command": self.recipe,
+            "command": self.run.recipe,
             "networks": self.run.networks,
             "hardware": hardware(),
             "versions": versions(),
@@ -195,29 +187,33 @@ class Job:
         self.results.mkdir(parents=True, exist_ok=True)
         if self.is_ensemble:
             figures = json.loads((self.directory / "ensemble.json").read_text())
-            record["ensemble"] = figures | {"members": self.members}
+            record["ensemble"] = figures | {"members": self.run.member_names}
         else:
             record |= self._figures()
         write_atomically(self.results / "result.json", (json.dumps(record, indent=1) + "\n").encode())
 
     def _figures(self) -> dict[str, object]:
-        """Settings, seconds and filters of the trained networks; copies their metrics."""
-        seconds, filters = [], []
+        """Settings, images and filters of the trained networks; copies their metrics."""
+        filters = []
         for i in range(1, self.run.networks + 1):
-            suffix = "tar" if self.run.script == "grafting_imagenet" else "t7"
-            state, contents = read_checkpoint(self.directory / f"final{i}.{suffix}")
+            state, contents = read_checkpoint(self.final(i))
             counts = {}
             for which, pairs in zip(("", "shortcut_"), count_invalid(state, THRESHOLDS), strict=True):
                 counts[f"{which}total"] = pairs[0][1]
                 counts[f"{which}invalid"] = {f"{t:g}": count for t, (count, _) in zip(THRESHOLDS, pairs, strict=True)}
             filters.append(counts)
-            rows, _ = read_csv(self.directory / f"metrics{i}.csv", SECONDS)
-            seconds.append(sum(float(row[column]) for row in rows for column in SECONDS))
             # Coefficients are the most of it, and a heat map needs those of one seed.
             names = [f"metrics{i}.csv"] + [f"coefficients{i}.csv"] * (self.run.networks > 1 and self.run.seed == 0)
             for name in names:
                 write_atomically(self.results / name, (self.directory / name).read_bytes())
-        return {"settings": contents["settings"], "seconds": round(max(seconds), 1), "filters": filters}
+        return {"settings": contents["settings"], "data": contents.get("data", ""), "filters": filters}
+
+
+def recorded_command(results: Path) -> str | None:
+    """The command that results are of, be they ever so damaged otherwise."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        return json.loads((results / "result.json").read_bytes())["command"]
+    return None
 
 
 def versions() -> dict[str, str]:
@@ -225,7 +221,7 @@ def versions() -> dict[str, str]:
     for name in ("torch", "torchvision"):
         with suppress(metadata.PackageNotFoundError):  # a torch that was built from source, or no torchvision
             found[name] = metadata.version(name)
-    return found
+    return found | ({"project": commit} if (commit := project()) else {})
 
 
 def hardware() -> str:

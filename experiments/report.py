@@ -28,10 +28,11 @@ from experiments.summary import (
     Results,
     against_baseline,
     against_rivals,
+    against_steps,
     datasets,
     from_baseline,
 )
-from experiments.tables import PRESETS, Table, tables
+from experiments.tables import NAMES, PRESETS, SEEDS, Table, runs, tables
 from filter_grafting.checkpoint import write_atomically
 from filter_grafting.errors import WriteError
 from filter_grafting.exchange import duration
@@ -44,11 +45,12 @@ Accuracies are in % of the test images: mean ± sample standard deviation over n
 networks after the last epoch. **Best, by validation**: at the network and epoch with the highest accuracy on held-out
 training images. **Best, on the test set**: the highest of any network and epoch, as in the paper; it is picked on the
 very images that it is measured on. Either best has more to pick from in a run of several networks. **Gain**:
-difference from the row's baseline in percentage points, with its 95 % interval (Welch's t). † An ensemble has one
-accuracy, that of its networks' averaged outputs after the last epoch; where these networks are the baseline's own of
-further seeds, they count in its n, too."""
+mean difference from the row's baseline in percentage points, seed by seed, with its 95 % interval (Student's t). A seed
+gives all rows the same initial weights, order and augmentation; the images are the same for all runs, and the interval
+says nothing of others. † An ensemble has one accuracy, that of its networks' averaged outputs after the last epoch, and
+is compared with the mean of these networks where they are those of its baseline."""
 NAMED = 5  # in the sentence that names rivals
-OUTCOMES = {"above": "ahead of", "level": "level with", "below": "behind"}
+OUTCOMES = {"above": "ahead", "level": "level", "below": "behind", "unknown": "open for want of seeds"}
 
 
 def main() -> int:
@@ -69,7 +71,8 @@ def main() -> int:
         parser.error(f"argument TABLE: got {unknown[0]!r}, expected {', '.join(known)}, or all")
     chosen = [table for name, table in known.items() if name in names or "all" in names]
 
-    results = Results(args.results / args.preset)
+    recipes = {(run.name, run.seed): run.recipe for run in runs(NAMES, args.preset, SEEDS)}
+    results = Results(args.results / args.preset, recipes)
     out = args.out or results.directory
     try:
         (out / "plots").mkdir(parents=True, exist_ok=True)
@@ -92,7 +95,7 @@ def report(chosen: Sequence[Table], results: Results, preset: str, out: Path) ->
     parts = [f"# Results of the preset {preset}", reading(chosen, results, preset), contents(chosen, results)]
     if results.damages:
         damages = "\n".join(f"- {cell(damage)}" for damage in results.damages)
-        parts.append(f"Damaged or unfinished, and counted as not run:\n\n{damages}")
+        parts.append(f"Damaged, unfinished or of other settings, and counted as not run:\n\n{damages}")
     return "\n\n".join([*parts, LEGEND, *sections]) + "\n"
 
 
@@ -123,59 +126,55 @@ def reading(chosen: Sequence[Table], results: Results, preset: str) -> str:
         if table.kind != "filters"
         for dataset in datasets(table)
     ]
-    sentences = []
-    for figure, when in (
-        ("last", "After the last epoch"),
-        ("validated_best", "At the epoch picked by validation, which ensembles lack,"),
-    ):
-        own = distinct(found for place in places for found in against_baseline(*place, figure))
-        others = distinct(found for place in places for found in against_rivals(results, *place, figure))
-        counted = set(map(pair, own))  # one table's baseline may be another's rival
-        others = [one for one in others if pair(one) not in counted]
-        said = [f"{tally(own)} of {len(own)} baselines"] if own else []
-        said += [f"{tally(others)} of {len(others)} rivals at equal or lower cost{names(others)}"] if others else []
-        if said:
-            sentences.append(f"{when} grafting is {'; it is '.join(said)}.")
-    if not sentences:
+    own = distinct(found for place in places for found in against_baseline(*place))
+    others = distinct(found for place in places for found in against_rivals(results, *place))
+    schedules = distinct(found for place in places for found in against_steps(*place))
+    if not own and not others:
         return "**Reading.** No grafting run stands beside a baseline or a rival yet: nothing can be said of it."
     counts = [len(one.results) for cells, _ in places for one in cells.values() if one.results]
+    lines = [
+        tally(own, "Grafting against the single network of its row's baseline"),
+        tally(others, "Grafting against rivals on the same schedule that cost no more training"),
+        *(
+            f"The cosine alone, without grafting, gains {gain(one.last)} after the last epoch "
+            f"({cell(one.one.row.label)} against {cell(one.other.row.label)}, {one.dataset})."
+            for one in schedules
+        ),
+    ]
     return (
-        f"**Reading**, computed from the tables below. {' '.join(sentences)} “Ahead” and “behind” mean that the 95 % "
-        "interval of the difference lies on one side of 0; “level”, that it contains 0, which shows neither that "
-        "grafting helps nor that it does not. A rival is another way to train the same architecture, whose networks "
-        f"have together seen no more epochs. n is {extent(counts)}; of 20 such intervals about one misses "
-        "by chance."
+        "**Reading**, counted from the tables below:\n\n" + "\n".join(f"- {line}" for line in lines if line) + "\n\n"
+        "“Ahead” and “behind” mean that the 95 % interval of the difference lies on one side of 0; “level”, that it "
+        "contains 0, which shows neither that grafting helps nor that it does not. Of 20 such intervals about one "
+        f"misses by chance, and n is only {extent(counts)}."
     )
 
 
 def distinct(comparisons: Iterable[Comparison]) -> list[Comparison]:
     """Tables share runs: each pair of them counts once."""
-    return list({pair(one): one for one in comparisons}.values())
+    return list({(one.dataset, one.one.entry.run, one.other.entry.run): one for one in comparisons}.values())
 
 
-def pair(one: Comparison) -> tuple[str, str, str]:
-    return one.dataset, one.grafting.entry.run, one.other.entry.run
+def tally(comparisons: Sequence[Comparison], what: str) -> str:
+    """`what: after the last epoch ahead 1, level 3, behind 1 of 5 (…); at the epoch picked by validation ….`"""
+    parts = []
+    for figure, when in ("last", "after the last epoch"), ("best", "at the epoch picked by validation"):
+        found = [(one, difference) for one in comparisons if math.isfinite((difference := getattr(one, figure)).gain)]
+        counts = Counter(difference.verdict for _, difference in found)
+        said = [f"{words} {counts[verdict]}" for verdict, words in OUTCOMES.items() if counts[verdict]]
+        if said:
+            parts.append(f"{when} {', '.join(said)} of {len(found)}{losses(found)}")
+    return f"{what}: {'; '.join(parts)}." if parts else ""
 
 
-def tally(comparisons: Sequence[Comparison]) -> str:
-    """`ahead of 1, level with 3 and behind 0`"""
-    counts = Counter(one.difference.verdict for one in comparisons)
-    ahead, level, behind = (f"{words} {counts[verdict]}" for verdict, words in OUTCOMES.items())
-    unknown = f" (and {counts['unknown']} open, for want of seeds)" if counts["unknown"] else ""
-    return f"{ahead}, {level} and {behind}{unknown}"
-
-
-def names(comparisons: Sequence[Comparison]) -> str:
-    """The rivals that beat grafting, with the difference that grafting makes to them, the largest first."""
-    beaten = sorted(
-        (one for one in comparisons if one.difference.verdict == "below"), key=lambda one: one.difference.gain
-    )
+def losses(found: Sequence[tuple[Comparison, Difference]]) -> str:
+    """Where grafting is behind, with the difference, the largest first."""
+    beaten = sorted((pair for pair in found if pair[1].verdict == "below"), key=lambda pair: pair[1].gain)
     listed = [
-        f"*{cell(one.grafting.row.label)}* by *{cell(one.other.row.label)}* on {one.dataset} ({gain(one.difference)})"
-        for one in beaten[:NAMED]
+        f"{cell(one.one.row.label)} behind {cell(one.other.row.label)} on {one.dataset} ({gain(difference)})"
+        for one, difference in beaten[:NAMED]
     ]
     listed += [f"{len(beaten) - NAMED} more, see below"] * (len(beaten) > NAMED)
-    return f"; beaten is {'; '.join(listed)}" if listed else ""
+    return f" ({'; '.join(listed)})" if listed else ""
 
 
 def section(table: Table, results: Results, preset: str, plots: dict[str, list[Path]]) -> str:
@@ -190,22 +189,26 @@ def section(table: Table, results: Results, preset: str, plots: dict[str, list[P
         parts += [f"![{path.stem}](plots/{path.name})" for path in plots.get(dataset, [])]
         parts += small_print(results, cells)
     again = f"To run what is missing: `python experiments/run.py {table.name} --preset {preset}`"
-    return "\n\n".join([*filter(None, parts), f"Published figures: {table.source}. {again}"])
+    everything = [one for dataset in datasets(table) for one in results.cells(table, dataset).values()]
+    source = f"Published figures: {table.source}. " if has_paper(everything) else ""
+    return "\n\n".join([*filter(None, parts), source + again])
 
 
 def accuracy_table(cells: dict[str, Cell], has_top5: bool) -> list[list[Any]]:
     picked = {result.is_validated for cell in cells.values() for result in cell.results if result.courses}
     how = {True: "by validation", False: "on the test set"}
     best = f"best, {how[picked.pop()]}" if len(picked) == 1 else "best"
-    rows = [["method", "paper", best, "last", *["top-5, last"] * has_top5, "gain of best", "gain of last", "n"]]
-    for label, one in cells.items():
+    published = [[paper(one)] for one in cells.values()] if has_paper(cells.values()) else [[]] * len(cells)
+    heading = ["method", *["paper"] * any(published), best, "last", *["top-5, last"] * has_top5]
+    rows = [[*heading, "gain of best", "gain of last", "n"]]
+    for (label, one), figure_of_paper in zip(cells.items(), published, strict=True):
         texts = [mean(one.values(figure), 2) for figure in ("best", "last")] if one.results else ["not run"] * 2
         if picked and one.values("best"):
             texts[0] += f" ({how[one.results[0].is_validated]})"
         gains = [gain(from_baseline(cells, label, figure)) for figure in ("best", "last")]
         mark = " †" if is_ensemble(one) else ""
         top5 = [mean(one.values("top5"), 2)] * has_top5
-        rows.append([label + mark, paper(one), *texts, *top5, *gains, len(one.results)])
+        rows.append([label + mark, *figure_of_paper, *texts, *top5, *gains, len(one.results)])
     return rows
 
 
@@ -244,18 +247,14 @@ def footnotes(cells: dict[str, Cell]) -> list[str]:
 
 
 def against(results: Results, cells: dict[str, Cell], dataset: str) -> list[str]:
-    """Grafting beside its rivals, a line for each row and figure."""
-    lines = []
-    for figure, when in (("last", "last"), ("validated_best", "best")):
-        found: dict[str, dict[str, list[str]]] = {}
-        for one in against_rivals(results, cells, dataset, figure):
-            outcome = OUTCOMES.get(one.difference.verdict, "without an interval against")
-            outcomes = found.setdefault(one.grafting.row.label, {})
-            outcomes.setdefault(outcome, []).append(f"{cell(one.other.row.label)} ({gain(one.difference)})")
-        for label, outcomes in found.items():
-            said = "; ".join(f"{outcome} {', '.join(others)}" for outcome, others in outcomes.items())
-            lines.append(f"- {cell(label)}, by {when}: {said}.")
-    return ["Against rivals at equal or lower cost:\n\n" + "\n".join(lines)] if lines else []
+    """Grafting beside its rivals."""
+    rows = [["grafting", "against", "epochs of all", "difference of last", "difference of best, by validation", "n"]]
+    for one in against_rivals(results, cells, dataset):
+        epochs = " : ".join(f"{results.cost(side.results[0]):g}" for side in (one.one, one.other))
+        n = len(one.one.by_seed("last").keys() & one.other.by_seed("last").keys())
+        rows.append([one.one.row.label, one.other.row.label, epochs, gain(one.last), gain(one.best), n])
+    heading = "Grafting against rivals on the same schedule that cost no more training (an ensemble costs more to use):"
+    return [heading, "\n".join(markdown(rows))] if rows[1:] else []
 
 
 def small_print(results: Results, cells: dict[str, Cell]) -> list[str]:
@@ -275,7 +274,7 @@ def small_print(results: Results, cells: dict[str, Cell]) -> list[str]:
             "settings of its own",
             "networks",
             "epochs of all",
-            "time per run (median)",
+            "time of a run (median)",
             "seeds",
         ]
     ]
@@ -291,9 +290,11 @@ def small_print(results: Results, cells: dict[str, Cell]) -> list[str]:
         time = "–" if math.isnan(seconds) else duration(seconds)
         rows.append([label, one.row.baseline or "–", own or "–", first.networks, epochs, time, seeds])
     everything = [result for one in ran.values() for result in one.results]
+    mixed = len({result.data for result in everything if result.data}) > 1
     machine = "; ".join(tell([result.hardware for result in everything]))
     versions = "; ".join(tell([result.versions for result in everything]))
     return [
+        *["**These runs were not all trained on the same images.**"] * mixed,
         f"Settings of all rows: {cell(flags(shared)) or '–'}. Hardware: {machine}. Versions: {versions}.",
         "\n".join(markdown(rows)),
     ]
@@ -317,6 +318,10 @@ def tell(values: Sequence[str]) -> list[str]:
 
 def is_ensemble(one: Cell) -> bool:
     return bool(one.results) and not one.results[0].courses
+
+
+def has_paper(cells: Iterable[Cell]) -> bool:
+    return any(one.entry.paper is not None for one in cells)
 
 
 def paper(one: Cell) -> str:

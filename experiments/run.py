@@ -39,7 +39,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("tables", metavar="TABLE", nargs="+", help=f"{', '.join(tables.NAMES)}, or all")
     parser.add_argument("--preset", choices=tables.PRESETS, default="paper",
                         help="paper: as published; small: for hours on 2 cores; smoke: minutes, a test")  # fmt: skip
-    parser.add_argument("--seeds", metavar="K", type=flags.number(int, 1, 100), default=3, help="runs of each row")
+    parser.add_argument("--seeds", metavar="K", type=flags.number(int, 1, tables.SEEDS), default=3,
+                        help="runs of each row")  # fmt: skip
     parser.add_argument("--data", metavar="[NAME=]DIR", nargs="+",
                         help="the images: the folder of the standard CIFAR files, or one of class folders, for the "
                              "data set that has as many classes; NAME (cifar10, cifar100, imagenet) says for which "
@@ -109,10 +110,9 @@ def jobs_of(args: argparse.Namespace) -> tuple[list[Job], set[str]]:
     for run in tables.runs(args.tables, args.preset, args.seeds):
         place = Path(args.preset, run.name, f"seed{run.seed}")
         where = data_flags(run, args.data)
-        if args.only and not {run.name, f"{run.name}/seed{run.seed}"} & set(args.only):
-            continue
         if where is None:
-            lacking.add(run.data)
+            if is_chosen(run, args):
+                lacking.add(run.data)
             continue
         if run.members:
             members = [str(args.work / args.preset / name / f"seed{seed}") for name, seed in run.members]
@@ -125,12 +125,18 @@ def jobs_of(args: argparse.Namespace) -> tuple[list[Job], set[str]]:
     return jobs, lacking
 
 
+def is_chosen(run: Run, args: argparse.Namespace) -> bool:
+    return not args.only or bool({run.name, f"{run.name}/seed{run.seed}"} & set(args.only))
+
+
 def unfinished(jobs: list[Job]) -> list[Job]:
     """The jobs without results, and those whose networks an ensemble among them needs, if their weights are gone."""
-    needed = {member for job in jobs if not job.is_finished for member in job.run.members}
+    missing = [job for job in jobs if not job.is_finished]
+    needed = {member for job in missing for member in job.run.members}
     return [
-        job for job in jobs if not job.is_finished or ((job.run.name, job.run.seed) in needed and not job.has_weights)
-    ]
+        job for job in jobs
+        if job in missing or ((job.run.name, job.run.seed) in needed and not job.has_weights)
+    ]  # fmt: skip
 
 
 # ---- The queue
@@ -194,12 +200,12 @@ def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], show: "Prog
                     used = Counter(gpu for other in running for gpu in other.gpus)
                     job.begin(threads, sorted(gpus, key=used.__getitem__))  # the least used first
                     running.append(job)
+            show(running, waiting)
             for job in [job for job in running if job.has_ended()]:
                 running.remove(job)
                 if not job.failure:
                     job.collect()
                 show.ended(job)
-            show(running, waiting)
             time.sleep(POLL_SECONDS)
     except BaseException:
         for job in running:
@@ -299,7 +305,8 @@ exit "$status"
 def main() -> int:
     args = parse()
     jobs, lacking = jobs_of(args)
-    missing = unfinished(jobs)
+    missing = [job for job in unfinished(jobs) if is_chosen(job.run, args)]
+    jobs = [job for job in jobs if is_chosen(job.run, args)]
     if lacking:
         names, example = ", ".join(sorted(lacking)), f"--data {min(lacking)}=DIR"
         print(f"left out, as no images were given: the runs on {names} (as in {example})", file=sys.stderr)
@@ -323,6 +330,8 @@ def main() -> int:
     cores = len(os.sched_getaffinity(0))
     slots = args.jobs or (NETWORKS_PER_GPU * len(gpus) if gpus else cores)
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done; {slots} networks at once", flush=True)
+    if again := sum(job.is_finished for job in missing):
+        print(f"{again} of the rest had been done: ensembles need their weights, which are gone", flush=True)
 
     signals = Signals()
     show = Progress(sum(job.run.networks * job.run.epochs for job in missing if not job.is_ensemble))

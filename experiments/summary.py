@@ -1,17 +1,14 @@
-"""Reads the results that run.py has left, and compares them: values over seeds, differences, Welch's intervals."""
+"""Reads the results that run.py has left, and compares them: values over seeds, differences and their intervals."""
 
 import json
 import math
 import statistics
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scipy.stats import ttest_ind
-
-from experiments.tables import Entry, Row, Table
+from experiments.tables import SEEDS, Entry, Row, Table
 from grafting_cifar.runs import THRESHOLDS, Damage, Network, convert, read_coefficients, read_csv, read_metrics
 
 
@@ -30,10 +27,11 @@ class Result:
 
     run: str
     seed: int
+    command: str  # that it is the result of
     settings: dict[str, Any]
-    seconds: float  # of an ensemble: NaN
     hardware: str
     versions: str
+    data: str = ""  # tells the training images from others; empty in results of earlier versions
     courses: list[Course] = field(default_factory=list)  # of an ensemble: none
     members: list[str] = field(default_factory=list)  # of an ensemble: the results that it is made of
     alone: list[float] = field(default_factory=list)  # of an ensemble: the accuracy of each network
@@ -43,6 +41,13 @@ class Result:
     @property
     def networks(self) -> int:
         return len(self.courses or self.alone)
+
+    @property
+    def seconds(self) -> float:
+        """Time of the slowest network, but for the few epochs in which the machine had paused; of an ensemble NaN."""
+        return max(
+            (len(course.seconds) * statistics.median(course.seconds) for course in self.courses), default=math.nan
+        )
 
     @property
     def is_validated(self) -> bool:
@@ -91,14 +96,17 @@ class Cell(NamedTuple):
     entry: Entry
     results: list[Result]
 
+    def by_seed(self, figure: str) -> dict[int, float]:
+        """`best`, `last`, … of each seed that has one."""
+        found = {result.seed: getattr(result, figure) for result in self.results}
+        return {seed: value for seed, value in found.items() if math.isfinite(value)}
+
     def values(self, figure: str) -> list[float]:
-        """One per seed: `best`, `last`, …"""
-        found = [getattr(result, figure) for result in self.results]
-        return [value for value in found if math.isfinite(value)]
+        return list(self.by_seed(figure).values())
 
 
 class Difference(NamedTuple):
-    """Of two means, in the values' unit, with its 95 % interval; NaN where there are too few values."""
+    """Of two rows, in the values' unit, with its 95 % interval; NaN where there are too few values."""
 
     gain: float
     low: float = math.nan
@@ -112,10 +120,14 @@ class Difference(NamedTuple):
 
 
 class Results:
-    """The results of one preset, each read once; what is damaged counts as not run, and is in `damages`."""
+    """The results of one preset, each read once; what is damaged counts as not run, and is in `damages`.
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    Args:
+        recipes: the commands that results must be of, by name and seed of the run; others are damage, too.
+    """
+
+    def __init__(self, directory: Path, recipes: Mapping[tuple[str, int], str]):
+        self.directory, self.recipes = directory, recipes
         self.damages: list[str] = []
         self._runs: dict[str, list[Result]] = {}
 
@@ -129,14 +141,20 @@ class Results:
         folders = {int(path.name[4:]): path for path in self.directory.joinpath(run).glob("seed*") if is_seed(path)}
         for seed, folder in sorted(folders.items()):
             try:
-                yield read_result(folder, run, seed)
+                result = read_result(folder, run, seed)
+                if result.command != self.recipes.get((run, seed), result.command):
+                    raise Damage(f"result.json is of another command: {result.command}")
+                yield result
             except Damage as damage:
                 self.damages.append(f"{run}/{folder.name}: {damage}")
 
     def cells(self, table: Table, dataset: str) -> dict[str, Cell]:
-        """By label of the row."""
+        """By label of the row. Networks that are there for an ensemble alone are not among them."""
         entries = [(row, row.cells[dataset]) for row in table.rows if dataset in row.cells]
-        return {row.label: Cell(row, entry, self.of(entry.run)) for row, entry in entries}
+        return {
+            row.label: Cell(row, entry, [result for result in self.of(entry.run) if result.seed < SEEDS])
+            for row, entry in entries
+        }
 
     def members(self, result: Result) -> list[Result]:
         """The results that an ensemble is made of, as far as they are there."""
@@ -150,13 +168,6 @@ class Results:
         members = self.members(result)
         return sum(map(self.cost, members)) if len(members) == len(result.members) else math.nan
 
-    def model(self, result: Result) -> Any:
-        """The architecture: only networks of the same one are rivals."""
-        for one in (result, *self.members(result)):
-            if model := one.settings.get("model", one.settings.get("arch")):
-                return model
-        return None
-
 
 def is_seed(path: Path) -> bool:
     number = path.name.removeprefix("seed")
@@ -167,69 +178,92 @@ def datasets(table: Table) -> list[str]:
     return list(dict.fromkeys(name for row in table.rows for name in row.cells))
 
 
-def difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """Mean of values − mean of baseline, with Welch's 95 % interval.
+def difference(values: Mapping[int, float], others: Mapping[int, float]) -> Difference:
+    """Mean of values - others over the seeds that both have, with its 95 % interval (Student's t, paired by seed).
 
-    The interval is NaN if either side has fewer than 2 values, or neither of them varies at all.
+    Seed k gives every row the same initial weights, order and augmentation: the two are no independent samples. The
+    interval is NaN if fewer than 2 seeds are common, or all differ by the same.
     """
-    if not values or not baseline:
+    from scipy.stats import t  # here, as the queue reads results and compares none
+
+    gains = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
+    if not gains:
         return Difference(math.nan)
-    gain = statistics.mean(values) - statistics.mean(baseline)
-    if min(len(values), len(baseline)) < 2 or len(set(values)) == len(set(baseline)) == 1:
+    gain = statistics.mean(gains)
+    if max(gains) - min(gains) < 1e-9:
         return Difference(gain)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # that one side does not vary
-        interval = ttest_ind(values, baseline, equal_var=False).confidence_interval(0.95)
-    return Difference(gain, float(interval.low), float(interval.high))
+    reach = float(t.ppf(0.975, len(gains) - 1)) * statistics.stdev(gains) / math.sqrt(len(gains))
+    return Difference(gain, gain - reach, gain + reach)
+
+
+def beside(cell: Cell, other: Cell, figure: str) -> Difference:
+    """Of a row from another one; NaN where either has no values, or they pick their best unlike.
+
+    An ensemble is compared with the mean of its own networks, where these are the other row's.
+    """
+    ways = {result.is_validated for result in cell.results + other.results if result.courses}
+    if figure == "best" and len(ways) > 1:
+        return Difference(math.nan)
+    partners = other.by_seed(figure)
+    for result in cell.results:
+        if {name.rpartition("/")[0] for name in result.members} == {other.entry.run}:
+            partners[result.seed] = statistics.mean(result.alone)
+    return difference(cell.by_seed(figure), partners)
 
 
 def from_baseline(cells: dict[str, Cell], label: str, figure: str) -> Difference:
-    """Of a row from the one that it is compared with; NaN where one has no values, or they pick their best unlike."""
-    cell, baseline = cells[label], cells.get(cells[label].row.baseline)
-    if not baseline:
-        return Difference(math.nan)
-    ways = {result.is_validated for result in cell.results + baseline.results if result.courses}
-    if figure == "best" and len(ways) > 1:
-        return Difference(math.nan)
-    return difference(cell.values(figure), baseline.values(figure))
+    """Of a row from the one that it is compared with, if any."""
+    baseline = cells.get(cells[label].row.baseline)
+    return beside(cells[label], baseline, figure) if baseline else Difference(math.nan)
 
 
 class Comparison(NamedTuple):
-    """Grafting against something else on one data set, by one figure."""
+    """Two rows on one data set, that both have run."""
 
     dataset: str
-    grafting: Cell
+    one: Cell
     other: Cell
-    difference: Difference
+
+    @property
+    def last(self) -> Difference:
+        return beside(self.one, self.other, "last")
+
+    @property
+    def best(self) -> Difference:
+        """Of those that pick their best by validation: others pick what they are measured on."""
+        return beside(self.one, self.other, "validated_best")
 
 
-def against_baseline(cells: dict[str, Cell], dataset: str, figure: str) -> Iterator[Comparison]:
-    """Each grafting row of a table against the row that it is compared with, as far as both have run."""
+def against_baseline(cells: dict[str, Cell], dataset: str) -> Iterator[Comparison]:
+    """Each grafting row of a table against the single network that it is compared with."""
     for cell in grafted(cells):
-        if baseline := cells.get(cell.row.baseline):
-            yield from compare(dataset, cell, baseline, figure)
+        if (baseline := cells.get(cell.row.baseline)) and baseline.results:
+            yield Comparison(dataset, cell, baseline)
 
 
-def against_rivals(results: Results, cells: dict[str, Cell], dataset: str, figure: str) -> Iterator[Comparison]:
-    """Each grafting row against all others of the same architecture whose training costs no more, but its baseline."""
+def against_rivals(results: Results, cells: dict[str, Cell], dataset: str) -> Iterator[Comparison]:
+    """Each grafting row against the others of its baseline whose training costs no more."""
     for cell in grafted(cells):
-        own = cell.results[0]
         for other in cells.values():
-            if not other.results or other.results[0].is_grafting or other.row.label == cell.row.baseline:
+            if not other.results or other.results[0].is_grafting or other.row.baseline != cell.row.baseline:
                 continue
-            rival = other.results[0]
-            if results.model(rival) == results.model(own) and results.cost(rival) <= results.cost(own):
-                yield from compare(dataset, cell, other, figure)
+            if results.cost(other.results[0]) <= results.cost(cell.results[0]):
+                yield Comparison(dataset, cell, other)
+
+
+def against_steps(cells: dict[str, Cell], dataset: str) -> Iterator[Comparison]:
+    """Each baseline on a cosine against that of the same network on steps: what the schedule alone does."""
+    baselines = [cell for cell in cells.values() if cell.row.baseline is None and cell.results]
+    for cell in baselines:
+        for other in baselines:
+            own, others = cell.results[0].settings, other.results[0].settings
+            alike = all(own.get(name) == others.get(name) for name in ("model", "lr"))
+            if alike and own.get("cos") is True and others.get("cos") is False:
+                yield Comparison(dataset, cell, other)
 
 
 def grafted(cells: dict[str, Cell]) -> list[Cell]:
     return [cell for cell in cells.values() if cell.results and cell.results[0].is_grafting]
-
-
-def compare(dataset: str, grafting: Cell, other: Cell, figure: str) -> Iterator[Comparison]:
-    found = difference(grafting.values(figure), other.values(figure))
-    if math.isfinite(found.gain):
-        yield Comparison(dataset, grafting, other, found)
 
 
 def read_result(folder: Path, run: str, seed: int) -> Result:
@@ -244,10 +278,11 @@ def read_result(folder: Path, run: str, seed: int) -> Result:
     if not isinstance(record, dict):
         raise Damage("result.json holds no result")
     versions = ", ".join(f"{name} {version}" for name, version in expect(record, "versions", dict).items())
-    hardware = expect(record, "hardware", str)
+    command, hardware = expect(record, "command", str), expect(record, "hardware", str)
     if "ensemble" in record:
-        return read_ensemble(Result(run, seed, {}, math.nan, hardware, versions), expect(record, "ensemble", dict))
-    result = Result(run, seed, expect(record, "settings", dict), number(record, "seconds"), hardware, versions)
+        return read_ensemble(Result(run, seed, command, {}, hardware, versions), expect(record, "ensemble", dict))
+    settings, data = expect(record, "settings", dict), str(record.get("data", ""))
+    result = Result(run, seed, command, settings, hardware, versions, data)
     networks, filters = expect(record, "networks", int), expect(record, "filters", list)
     if networks < 1 or len(filters) != networks:
         raise Damage(f"result.json counts filters of {len(filters)} networks, expected {networks}")

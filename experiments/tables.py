@@ -6,10 +6,12 @@ begins with "baseline". Rows of equal flags are one run, in whichever tables the
 The published figures are those of the README of github.com/fxmeng/filter-grafting (accuracy in percent).
 """
 
+import shlex
 from collections.abc import Iterable
 from typing import NamedTuple
 
 SLR, DLR = "--num 2", "--num 2 --difflr --cos"
+COSINE = "baseline, cosine", "--num 1 --cos"  # ours, wherever the paper compares grafting on a cosine with steps
 PUBLISHED = "the README of github.com/fxmeng/filter-grafting"
 OURS = "not in the paper"
 
@@ -47,6 +49,17 @@ class Run(NamedTuple):
     networks: int
     epochs: int
     members: tuple[tuple[str, int], ...] = ()  # (name, seed) of an ensemble's runs
+
+    @property
+    def member_names(self) -> list[str]:
+        return [f"{name}/seed{seed}" for name, seed in self.members]
+
+    @property
+    def recipe(self) -> str:
+        """The command that its results are of, wherever they and the images lie."""
+        if self.members:
+            return shlex.join(["python", "grafting_cifar/ensemble.py", *self.member_names])
+        return shlex.join(["python", f"{self.script}/grafting.py", *self.flags])
 
 
 class Preset(NamedTuple):
@@ -86,25 +99,35 @@ MODELS = {
 }  # fmt: skip
 _CIFAR = ("CIFAR-10", "CIFAR-100")
 
+_SCHEDULE = (
+    "The published baseline is on the former schedule in either case; the baseline on a cosine is ours, and what "
+    "grafting (dlr) is compared with here."
+)
+_COSINE = "The published baseline is on steps, grafting on a cosine; the baseline on a cosine is ours."
+
 # name: (title, note, kind, source, data sets, rows)
 _TABLES = {
     "main": (
         "Main results",
         "slr: both networks start at the learning rate 0.1, which falls to a tenth every 60 of 200 epochs. dlr: they "
-        "start at 0.05 and 0.1, and follow a cosine. The published baseline is on the former schedule in either case.",
+        f"start at 0.05 and 0.1, and follow a cosine. {_SCHEDULE}",
         "accuracy", PUBLISHED, _CIFAR,
         [
             ("resnet32", "baseline", "--num 1", 92.83, 69.82),
             ("resnet32", "grafting (slr)", SLR, 93.33, 71.16),
+            ("resnet32", *COSINE, None, None),
             ("resnet32", "grafting (dlr)", DLR, 93.94, 71.28),
             ("resnet56", "baseline", "--num 1", 93.50, 71.55),
             ("resnet56", "grafting (slr)", SLR, 94.28, 73.09),
+            ("resnet56", *COSINE, None, None),
             ("resnet56", "grafting (dlr)", DLR, 94.73, 72.83),
             ("resnet110", "baseline", "--num 1", 93.81, 73.21),
             ("resnet110", "grafting (slr)", SLR, 94.60, 74.70),
+            ("resnet110", *COSINE, None, None),
             ("resnet110", "grafting (dlr)", DLR, 94.96, 75.27),
             ("mobilenetv2", "baseline", "--num 1", 92.42, 71.44),
             ("mobilenetv2", "grafting (slr)", SLR, 93.53, 73.26),
+            ("mobilenetv2", *COSINE, None, None),
             ("mobilenetv2", "grafting (dlr)", DLR, 94.20, 74.15),
         ],
     ),
@@ -136,11 +159,12 @@ _TABLES = {
     ),
     "networks": (
         "Number of networks",
-        "More networks in the ring, against an ensemble of six single ones.",
+        f"More networks in the ring, and an ensemble of six single ones. {_COSINE}",
         "accuracy", PUBLISHED, _CIFAR,
         [
             ("mobilenetv2", "baseline", "--num 1", 92.42, 71.44),
             ("mobilenetv2", "ensemble of 6", "6 x --num 1", 94.09, 76.75),
+            ("mobilenetv2", *COSINE, None, None),
             ("mobilenetv2", "grafting of 2", "--num 2 --difflr --cos", 94.20, 74.15),
             ("mobilenetv2", "grafting of 3", "--num 3 --difflr --cos", 94.55, 76.21),
             ("mobilenetv2", "grafting of 4", "--num 4 --difflr --cos", 95.23, 77.08),
@@ -151,36 +175,42 @@ _TABLES = {
     "filters": (
         "Invalid filters",
         "Filters with an L1 norm below 0.1 and below 0.01 after training. The data set and the learning rates of "
-        "the published counts are not stated; CIFAR-10 and dlr are taken.",
+        f"the published counts are not stated; CIFAR-10 and dlr are taken. {_COSINE}",
         "filters", PUBLISHED, _CIFAR[:1],
         [
             ("resnet32", "baseline", "--num 1", "36/1136 and 35/1136"),
+            ("resnet32", *COSINE, None),
             ("resnet32", "grafting (dlr)", DLR, "14/1136 and 8/1136"),
             ("mobilenetv2", "baseline", "--num 1", "10929/17088 and 9834/17088"),
+            ("mobilenetv2", *COSINE, None),
             ("mobilenetv2", "grafting (dlr)", DLR, "9903/17088 and 8492/17088"),
         ],
     ),
     "leaky": (
         "Leaky ReLU",
         "Without filters that die of a gradient of 0. The published table calls all three networks resnet32; their "
-        "accuracies are taken for those of 32, 56 and 110 layers, and its grafting for dlr.",
+        f"accuracies are taken for those of 32, 56 and 110 layers, and its grafting for dlr. {_COSINE}",
         "accuracy", PUBLISHED, _CIFAR,
         [
             ("resnet32_leaky", "baseline", "--num 1", 93.28, 70.04),
+            ("resnet32_leaky", *COSINE, None, None),
             ("resnet32_leaky", "grafting (dlr)", DLR, 93.60, 70.93),
             ("resnet56_leaky", "baseline", "--num 1", 94.03, 72.24),
+            ("resnet56_leaky", *COSINE, None, None),
             ("resnet56_leaky", "grafting (dlr)", DLR, 94.32, 73.14),
             ("resnet110_leaky", "baseline", "--num 1", 93.24, 73.34),
+            ("resnet110_leaky", *COSINE, None, None),
             ("resnet110_leaky", "grafting (dlr)", DLR, 93.97, 73.82),
         ],
     ),
     "level": (
         "Layer level and filter level",
         "One coefficient for a layer, or one for each of its filters. The published learning rates are not stated; "
-        "dlr is taken.",
+        f"dlr is taken. {_COSINE}",
         "accuracy", PUBLISHED, _CIFAR,
         [
             ("vgg16", "baseline", "--num 1", 93.68, 73.41),
+            ("vgg16", *COSINE, None, None),
             ("vgg16", "grafting (dlr), layer", DLR, 94.02, 74.28),
             ("vgg16", "grafting (dlr), filter", f"{DLR} --level filter", 94.26, 74.63),
         ],
@@ -198,7 +228,7 @@ _TABLES = {
             ("mobilenetv2", "A 0.4, c 10", f"{SLR} --c 10", 93.31, 73.26),
             ("mobilenetv2", "A 0.4, c 50", f"{SLR} --c 50", 93.24, 73.05),
             ("mobilenetv2", "A 0.4, c 500", SLR, 92.79, 72.38),
-            ("mobilenetv2", "A 0, c 100", f"{SLR} --a 0 --c 100", 93.40, 72.55),
+            ("mobilenetv2", "A 0, c 100", f"{SLR} --method average", 93.40, 72.55),  # the same: c is of no account
             ("mobilenetv2", "A 0.2, c 100", f"{SLR} --a 0.2 --c 100", 93.61, 72.90),
             ("mobilenetv2", "A 0.4, c 100", f"{SLR} --c 100", 93.46, 73.13),
             ("mobilenetv2", "A 0.6, c 100", f"{SLR} --a 0.6 --c 100", 92.60, 72.68),
@@ -233,7 +263,7 @@ _TABLES = {
     ),
 }  # fmt: skip
 NAMES = tuple(_TABLES)
-_ENSEMBLE_STRIDE = 100  # seed k's ensemble has the networks of seeds k, 100 + k, 200 + k ...: no two share one
+SEEDS = 100  # at most; seed k's ensemble has the networks of seeds k, 100 + k, 200 + k ...: no two share one
 
 
 def tables(preset: str) -> dict[str, Table]:
@@ -279,7 +309,7 @@ def _runs(preset: Preset, data: str, model: str, flags: str, seed: int) -> list[
     count, _, of_one = flags.rpartition(" x ")
     if count:
         members = [
-            run for k in range(int(count)) for run in _runs(preset, data, model, of_one, seed + k * _ENSEMBLE_STRIDE)
+            run for k in range(int(count)) for run in _runs(preset, data, model, of_one, seed + k * SEEDS)
         ]
         pairs = tuple((member.name, member.seed) for member in members)
         return [*members, members[0]._replace(name=_run_name(data, model, flags), seed=seed, flags=(), members=pairs)]

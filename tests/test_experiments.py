@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from finished import write_ensemble, write_run
 from imagenet import make_class_folders
 from processes import NURSERY, ROOT, environment, read_table, until
 
@@ -97,11 +98,11 @@ def test_dry_run_names_every_network_and_slurm_every_run(tmp_path, monkeypatch, 
         return capsys.readouterr().out
 
     lines = printed("--dry-run").splitlines()
-    assert len(lines) == 4 * 2 * 2 * (1 + 2 + 2) == len(set(lines))
+    assert len(lines) == 4 * 2 * 2 * (1 + 2 + 1 + 2) == len(set(lines))
     script = printed("--slurm")
-    assert "#SBATCH --array=0-47\n" in script
+    assert "#SBATCH --array=0-63\n" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
-    assert script.count("/seed1\n") == 24
+    assert script.count("/seed1\n") == 32
 
 
 def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, monkeypatch, capsys):
@@ -146,14 +147,36 @@ def make_jobs(folder, *flags):
 
 
 def finish(job, recipe=None):
-    job.results.mkdir(parents=True)
-    (job.results / "result.json").write_text(json.dumps({"command": recipe or job.recipe}))
+    """Leaves results of a command, by default the job's own."""
+    results, (name, seed) = job.results.parents[2], (job.run.name, job.run.seed)
+    if job.is_ensemble:
+        write_ensemble(results, name, seed, job.run.member_names, 80.0, [79.0, 79.0], preset=job.preset)
+    else:
+        write_run(results, name, seed, [[70.0, 80.0]] * job.run.networks, preset=job.preset)
+    path = job.results / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"command": recipe or job.run.recipe}))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"command": 1}', '{"command": "python'])
+def test_a_damaged_record_is_run_again_and_stops_nothing(tmp_path, text):
+    job = make_jobs(tmp_path, "main")[0]
+    finish(job)
+    assert queue.unfinished([job]) == []
+    (job.results / "result.json").write_text(text)
+    assert queue.unfinished([job]) == [job]
+
+
+def test_what_the_report_counts_as_damaged_the_queue_runs_again(tmp_path):
+    job = make_jobs(tmp_path, "main")[1]
+    finish(job)
+    (job.results / "metrics2.csv").unlink()
+    assert queue.unfinished([job]) == [job]
 
 
 def test_results_of_another_command_are_neither_taken_nor_overwritten(tmp_path, monkeypatch):
     found = make_jobs(tmp_path, "main")
     finish(found[0])
-    finish(found[1], found[1].recipe.replace("--epochs 2", "--epochs 3"))
+    finish(found[1], found[1].run.recipe.replace("--epochs 2", "--epochs 3"))
     monkeypatch.setattr(jobs.Job, "start", lambda *_: pytest.fail("it was started"))
     assert queue.unfinished(found[:2]) == found[1:2]
     queue.work(found[1:2], 5, 1, [], queue.Progress(1), SimpleNamespace(check=lambda: None))
@@ -184,7 +207,7 @@ def test_networks_of_imagenet_have_a_gpu_each(tmp_path, monkeypatch):
         monkeypatch.setattr(jobs.Job, name, does)
     queue.work(found, 8, 1, ["0", "1"], queue.Progress(1), SimpleNamespace(check=lambda: None))
     assert {data: max(found.count(data) for found in together) for data in ("glyphs", "imagenet")} == {
-        "glyphs": 5,
+        "glyphs": 6,
         "imagenet": 2,
     }
 
@@ -194,12 +217,12 @@ def test_networks_are_spread_over_the_gpus(tmp_path, monkeypatch):
 
     def start(*_, env, **others):
         started.append(env["CUDA_VISIBLE_DEVICES"])
-        return Exited(when=lambda: len(started) == 5)
+        return Exited(when=lambda: len(started) == 6)
 
     monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
     found, silent = make_jobs(tmp_path, "main"), SimpleNamespace(check=lambda: None)
-    queue.work(found, 5, 1, ["3", "5", "8"], queue.Progress(1), silent)
-    assert started == ["3", "5", "8", "3", "5"]
+    queue.work(found, 6, 1, ["3", "5", "8"], queue.Progress(1), silent)
+    assert started == ["3", "5", "8", "3", "5", "8"]
     assert all("results cannot be collected" in job.failure for job in found)
 
 
@@ -230,6 +253,68 @@ def test_an_ensembles_networks_are_trained_again_if_their_weights_are_gone(tmp_p
     there.directory.mkdir(parents=True)
     (there.directory / "final1.t7").touch()
     assert queue.unfinished(found) == [gone, first]
+
+
+def test_only_trains_an_ensembles_networks_again_too(tmp_path, monkeypatch, capsys):
+    jobs_of_all = make_jobs(tmp_path, "fair")
+    for job in jobs_of_all:
+        if not job.is_ensemble:
+            finish(job)
+    flags = ["--preset", "smoke", "--seeds", "1", "--work", f"{tmp_path}/work", "--results", f"{tmp_path}/results"]
+    monkeypatch.setattr(sys, "argv", ["run.py", "fair", *flags, "--only", "glyphs_resnet20_num1", "--dry-run"])
+    assert queue.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [f"glyphs_resnet20_num1/seed{seed}" for seed in (0, 100)]
+
+
+def test_a_network_that_is_done_but_has_lost_its_weights_is_started(tmp_path, monkeypatch):
+    started = []
+    popen = lambda command, **_: started.append(command[-1]) or Exited()  # noqa: E731
+    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
+    job = make_jobs(tmp_path, "main")[1]
+    seen = [SimpleNamespace(number=i, alive=False, state="done") for i in (1, 2)]
+    monkeypatch.setattr(jobs.Job, "observe", lambda _: seen)
+    job.directory.mkdir(parents=True)
+    (job.directory / "final1.t7").touch()
+    job.start(1, [])
+    assert started == ["2"]
+
+
+def test_small_runs_fill_up_what_a_ring_leaves_and_do_not_keep_it_waiting(tmp_path, monkeypatch):
+    """On two cores: a network, then a ring of two; another network fits in beside the first, a longer one does not."""
+    single, ring, other = make_jobs(tmp_path, "main")[:3]
+    assert [job.run.networks for job in (single, ring, other)] == [1, 2, 1]
+
+    def order(epochs):
+        began, left = [], {str(single): 2, str(ring): 2, str(other): 2}
+
+        def has_ended(job):
+            left[str(job)] -= 1
+            return not left[str(job)]
+
+        for name, does in (
+            ("begin", lambda job, *_: began.append(job)), ("has_ended", has_ended), ("collect", lambda _: None),
+            ("epochs_left", lambda _: 2),
+        ):  # fmt: skip
+            monkeypatch.setattr(jobs.Job, name, does)
+        monkeypatch.setattr(other, "run", other.run._replace(epochs=epochs))
+        queue.work([single, ring, other], 2, 1, [], queue.Progress(1), SimpleNamespace(check=lambda: None))
+        return began
+
+    assert order(2) == [single, other, ring]
+    assert order(3) == [single, ring, other]
+
+
+def test_the_time_left_is_that_of_the_epochs_left(tmp_path, monkeypatch, capsys):
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(queue, "time", clock)
+    job, ended = make_jobs(tmp_path, "main")[0], [10]  # ten epochs by an earlier queue
+    monkeypatch.setattr(jobs.Job, "progress", lambda _: (ended[0], "a line"))
+    show = queue.Progress(100)
+    show([job], [])
+    clock.now, ended[0] = 220.0, 16
+    show([job], [])
+    assert capsys.readouterr().out.splitlines()[-1] == "1 running, 0 waiting, about 28 min left"  # 84 epochs of 20 s
 
 
 def test_a_network_that_an_earlier_queue_had_just_started_goes_on(tmp_path, monkeypatch):
@@ -328,6 +413,7 @@ def test_killed_and_started_again_it_ends_with_the_same_figures(smoke, tmp_path)
     first.kill()  # the queue alone: its networks go on
     first.wait()
     second = start()
+    assert "4 runs, " in second.stdout.readline()  # it is at work
     until(lambda: len(list(ring.glob("ckpt*_0.t7"))) == 2)
     second.kill()
     second.wait()
@@ -336,7 +422,7 @@ def test_killed_and_started_again_it_ends_with_the_same_figures(smoke, tmp_path)
     output, _ = third.communicate()
     assert third.returncode == 0, output
     names = sorted(path.name for path in (results / "smoke").iterdir())
-    assert names == ["glyphs_resnet20_num1", "glyphs_resnet20_num2", "glyphs_resnet20_num2_difflr_cos"]
+    assert names == [f"glyphs_resnet20_num{which}" for which in ("1", "1_cos", "2", "2_difflr_cos")]
     for name in names:
         assert figures(results / "smoke" / name / "seed0") == figures(smoke / "smoke" / name / "seed0")
 
