@@ -65,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(CORES)
-    split = data.Split(*(tensor[: args.images] for tensor in data.load(args.data)[0]))
+    split = data.select(data.load(args.data), args.images)[0]
     batches = data.Batches(split, BATCH_SIZE, "cpu", augment=True)
     loader = DataLoader(Pictures(split), BATCH_SIZE, shuffle=True, num_workers=CORES, persistent_workers=True)
     pipelines = {

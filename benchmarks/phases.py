@@ -197,13 +197,13 @@ def main() -> int:
     parser.add_argument("--model", default="resnet20", choices=models.NAMES, metavar="NAME", help="(default: resnet20)")
     parser.add_argument("--num", type=tools.at_least(1), default=2, metavar="N", help="networks (default: 2)")
     parser.add_argument("--epochs", type=tools.at_least(1), default=4, help="(default: 4)")
-    parser.add_argument("--images", type=tools.at_least(1), default=1000, help="of noise (default: 1000)")
+    parser.add_argument("--images", type=tools.at_least(1), default=1000, help="to train on (default: 1000)")
     parser.add_argument("--data", help="instead of noise, as for grafting_cifar/grafting.py")
     parser.add_argument("--batch_size", type=tools.at_least(1), default=128, help="(default: 128)")
     parser.add_argument("--amp", action="store_true", help="as for grafting_cifar/grafting.py")
     parser.add_argument("--compile", action="store_true", help="as for grafting_cifar/grafting.py")
     parser.add_argument("--whole", action="store_true", help="only what the run itself notes: see above")
-    parser.add_argument("--s", metavar="DIR", help="save directory; an unfinished run in it is continued")
+    parser.add_argument("--s", metavar="DIR", help="save directory; with --whole an unfinished run is continued")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=tools.at_least(1), default=cores, help=f"of all together (default: {cores})")
     parser.add_argument("--i", type=int, help=argparse.SUPPRESS)
@@ -211,10 +211,12 @@ def main() -> int:
     if args.i:
         flags = ["--model", args.model, "--num", str(args.num), "--epochs", str(args.epochs), "--device", args.device,
                  "--batch_size", str(args.batch_size), "--s", args.s, "--resume"]  # fmt: skip
-        flags += ["--data", args.data] if args.data else []
+        flags += ["--data", args.data, "--images", str(args.images)] if args.data else []
         flags += [f"--{name}" for name in ("amp", "compile") if getattr(args, name)]
         return train_network(args, flags)
 
+    if args.s and not args.whole and Path(args.s, "run.json").exists():
+        parser.error(f"argument --s: {args.s} holds a run, and only --whole continues one; give another folder")
     with contextlib.ExitStack() as stack:
         directory = args.s or stack.enter_context(tempfile.TemporaryDirectory())
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -228,7 +230,7 @@ def main() -> int:
     rows.append({"phase": "all", "s per epoch": [sum(values) for values in zip(*seconds.values(), strict=True)],
                  "share (%)": 100})  # fmt: skip
     options = "".join(f" --{name}" for name in ("amp", "compile") if getattr(args, name))
-    source = args.data or f"{args.images:,} images of noise"
+    source = f"{args.images:,} images of {args.data or 'noise'}"
     tools.report(
         "phases",
         f"A ring of {args.num} x {args.model}{options} on {args.device}, {source}, {args.epochs} epochs, in "

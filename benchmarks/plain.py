@@ -93,8 +93,8 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args()
 
-    train_split, test_split, classes = data.load(args.data)
-    train_split = data.Split(*(tensor[: args.images] for tensor in train_split))
+    *_, classes = loaded = data.load(args.data)
+    train_split, _, test_split = data.select(loaded, args.images)
     train_loader = make_loader(train_split, args.batch_size, args.workers, train=True)
     test_loader = make_loader(test_split, 100, args.workers, train=False)
     network, criterion, optimizer = make_training(args.model, classes, args.device)

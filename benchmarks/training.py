@@ -45,7 +45,7 @@ WORKERS = 2
 
 def images_of(args: argparse.Namespace) -> data.Split:
     if args.data:
-        return data.Split(*(tensor[: args.images] for tensor in data.load(args.data)[0]))
+        return data.select(data.load(args.data), args.images)[0]
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (args.images, data.SIZE, data.SIZE, 3), dtype=torch.uint8, generator=generator)
     return data.Split(pixels, torch.randint(10, (args.images,), generator=generator))

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .errors import MismatchError
 
-SHORTCUT_NAMES = ("shortcut", "downsample")  # the 1x1 convolution beside a block: CIFAR code, torchvision
+SHORTCUT_NAMES = ("shortcut", "downsample", "proj")  # the 1x1 convolution beside a block: CIFAR code, torchvision
 _CHUNK = 1 << 16  # values that are counted at once: few enough for the second-level cache
 
 

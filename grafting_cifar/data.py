@@ -230,9 +230,16 @@ def _read_cache(folder: Path) -> Loaded | None:
             if zlib.crc32(array) != contents["crc32"][key]:
                 return None
             tensors.append(torch.from_numpy(array))
+        if _crc32_of(contents) != contents["own_crc32"]:
+            return None
         return Split(*tensors[:2]), Split(*tensors[2:]), contents["classes"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
+    except Exception:  # any exception can come out of a damaged header
         return None
+
+
+def _crc32_of(contents: dict) -> int:
+    """Of what a cache's record says, but for this number itself."""
+    return zlib.crc32(json.dumps([contents["classes"], contents["crc32"]], sort_keys=True).encode())
 
 
 def _write_cache(place: Path, state: str, loaded: Loaded) -> Loaded:
@@ -249,7 +256,7 @@ def _write_cache(place: Path, state: str, loaded: Loaded) -> Loaded:
         for key, array in arrays.items():
             np.save(unfinished / f"{key}.npy", array)
         contents = {"classes": classes, "crc32": {key: zlib.crc32(array) for key, array in arrays.items()}}
-        (unfinished / _CONTENTS).write_text(json.dumps(contents))
+        (unfinished / _CONTENTS).write_text(json.dumps(contents | {"own_crc32": _crc32_of(contents)}))
         unfinished.rename(place / state)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -481,7 +488,7 @@ def _read_standard(folder: Path, cifar: int) -> Loaded:
 
 # ---- Glyphs
 
-_GLYPHS_VERSION = "1"  # to be raised with every change of the images
+_GLYPHS_VERSION = "2"  # to be raised with every change of the images
 _CHARACTERS = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
 _LUMA = np.array([299, 587, 114])  # brightness of red, green and blue, in thousandths
 

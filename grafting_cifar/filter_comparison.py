@@ -22,8 +22,8 @@ from grafting_cifar.report import labels, markdown
 from grafting_cifar.runs import THRESHOLDS, count_invalid, read_checkpoint
 
 CAPTION = "Invalid: filters whose L1 norm is below the threshold; the ratio is to all of them (total)."
-SHORTCUTS = f"""Shortcuts: the same of the convolutions beside a block ({" or ".join(SHORTCUT_NAMES)} in their names),
-which are not in the columns before."""
+SHORTCUTS = f"""Shortcuts: the same of the convolutions beside a block (with {" or ".join(SHORTCUT_NAMES)}
+in their names), which are not in the columns before."""
 NO_SHORTCUTS = "No shortcut of these networks has a convolution."
 
 

@@ -149,10 +149,8 @@ def filter_norms(lines: Sequence[Line]) -> Figure:
 
 
 def comparison(lines: Sequence[Line]) -> Figure:
-    """Baseline against grafted: the networks of each model and method together, from whichever runs."""
-    groups: dict[str, list[Network]] = defaultdict(list)
-    for run, network in sorted(lines, key=lambda line: (line[0].model, line[0].method != "baseline")):
-        groups[f"{run.model}, {run.method}"].append(network)
+    """Baseline against grafted: the networks of the same settings together, from whichever runs."""
+    groups = alike(lines)
     longest = max(len(network.epochs) for _, network in lines)
     figure, panels = pyplot.subplot_mosaic(
         [["course", "course"], ["accuracy", "filters"]],
@@ -186,6 +184,20 @@ def comparison(lines: Sequence[Line]) -> Figure:
     panels["filters"].set_xticks(range(len(THRESHOLDS)), [f"L1 norm < {threshold:g}" for threshold in THRESHOLDS])
     _legend(figure, panels["course"])
     return figure
+
+
+def alike(lines: Sequence[Line]) -> dict[str, list[Network]]:
+    """The networks by model and method, and by the other settings but the seed, which are named where they differ."""
+    groups: dict[str, dict[frozenset, list[Network]]] = defaultdict(dict)
+    for run, network in sorted(lines, key=lambda line: (line[0].model, line[0].method != "baseline")):
+        settings = frozenset((key, str(value)) for key, value in run.settings.items() if key != "seed")
+        groups[f"{run.model}, {run.method}"].setdefault(settings, []).append(network)
+    named = {}
+    for name, parts in groups.items():
+        shared = frozenset.intersection(*parts)
+        for settings, networks in parts.items():
+            named[", ".join([name, *(f"{key} {value}" for key, value in sorted(settings - shared))])] = networks
+    return named
 
 
 def _scatter(panel: Axes, position: float, values: Sequence[float], colour: str) -> None:

@@ -41,7 +41,7 @@ class Network:
     coefficients: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))  # by layer
     counted_in: str = ""  # the checkpoint that the filters were counted in
     settings: dict = field(default_factory=dict)  # as that checkpoint records them
-    norms: list[float] = field(default_factory=list)  # L1 norms of all its filters
+    norms: list[float] = field(default_factory=list)  # L1 norms of all its filters, but those of shortcut convolutions
     invalid: list[tuple[int, int]] = field(default_factory=list)  # (invalid, total) at each threshold
     shortcuts: list[tuple[int, int]] = field(default_factory=list)  # the same of shortcut convolutions
     remarks: list[str] = field(default_factory=list)
@@ -68,6 +68,7 @@ class Run:
     networks: list[Network]
     model: str = ""
     method: str = ""
+    settings: dict = field(default_factory=dict)  # by flag
 
 
 def read_run(directory: Path, label: str) -> Run:
@@ -89,7 +90,7 @@ def read_run(directory: Path, label: str) -> Run:
     for network in networks:
         settings = network.settings | settings
     model = settings.get("model") or settings.get("arch") or ""
-    return Run(label, networks, printable(model), method(settings, len(networks)))
+    return Run(label, networks, printable(model), method(settings, len(networks)), settings)
 
 
 def method(settings: dict, num: int) -> str:
@@ -214,7 +215,7 @@ def read_filters(checkpoints: list[Path], network: Network) -> None:
     for path in checkpoints:
         try:
             state, contents = read_checkpoint(path)
-            norms = norms_by_layer(state)
+            norms = norms_by_layer(state, shortcuts=False)
             invalid, shortcuts = count_invalid(state, THRESHOLDS)
         except FileNotFoundError:
             continue  # a network at work has deleted it in between, and published a newer one

@@ -276,7 +276,8 @@ class Batches:
             epoch. In training, the image that follows in the epoch's order takes its place, so that batches
             keep their sizes, and all ranks the same; in validation it is left out.
         rank, world_size: of the processes that train this network. In training the last batch is cut to a
-            multiple of world_size, so that all ranks have equally many images in every step. In validation
+            multiple of world_size, so that all ranks have equally many images in every step; one image a rank
+            would be a batch without statistics for batch norm, and is left out. In validation
             every image comes once, on one of the ranks; a rank may have a batch less than another, or none.
 
     Raises:
@@ -318,6 +319,8 @@ class Batches:
         self.bad: dict[str, str] = {}  # what cannot be read: path, sentence
         # This rank's places in the epoch's order; the k-th batch_size of them are its part of batch k.
         end = self.samples - self.samples % world_size if train else self.samples
+        if train and end > batch_size and end % batch_size == world_size < batch_size:
+            end -= world_size
         self._places = torch.arange(rank, max(rank, end), world_size)
         self._prepare = Prepare(train, image_size, resize)
         shape = (self.batch_size, image_size, image_size, 3)

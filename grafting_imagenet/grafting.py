@@ -336,12 +336,13 @@ def evaluate_only(args: argparse.Namespace) -> int:
             torch.compile(network) if args.compile else network, test, device=torch.device(args.device), amp=args.amp,
             topk=(1, 5), follow=follow, reduce=world.sum,
         )  # fmt: skip
+        left_out = int(world.sum(torch.tensor([len(test.bad)], device=args.device)))
     except GraftingError as error:
         end = world.end(run.End("failed", str(error), error.exit_status), may_follow=False)
         print(end.sentence, file=sys.stderr)
         return end.status
     if world.leads:
-        print(f"* Acc@1 {top1:.3f}    Acc@5 {top5:.3f}    Loss {loss:.4f}    Images {len(val)}")
+        print(f"* Acc@1 {top1:.3f}    Acc@5 {top5:.3f}    Loss {loss:.4f}    Images {len(val) - left_out}")
     world.leave()
     return 0
 

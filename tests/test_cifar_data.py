@@ -19,6 +19,7 @@ import textwrap
 import threading
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -416,9 +417,9 @@ def test_a_changed_folder_is_decoded_again(folder, decoded, change):
     assert np.array_equal(train.images[: len(expected)], expected)
 
 
-def flip_a_bit(path):
+def flip_a_bit(path, byte=-1, bit=0):
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[byte] ^= 1 << bit
     path.write_bytes(content)
 
 
@@ -439,6 +440,18 @@ def test_a_damaged_cache_is_made_again(folder, decoded, name, damage):
     assert len(decoded) == 20
     load(folder)
     assert len(decoded) == 20
+
+
+@pytest.mark.parametrize("name", ["train_labels.npy", "contents.json"])
+def test_any_flipped_bit_at_its_beginning_is_noticed_or_harmless(folder, decoded, name):
+    (train, test, classes), (cache,) = load(folder), caches(folder)
+    whole = (cache / name).read_bytes()
+    for k in range(8 * 100):
+        flip_a_bit(cache / name, k // 8, k % 8)
+        if loaded := data._read_cache(cache):
+            assert loaded[2] == classes
+            assert torch.equal(loaded[0].labels, train.labels) and torch.equal(loaded[1].images, test.images)
+        (cache / name).write_bytes(whole)
 
 
 def test_where_the_folder_cannot_be_written_the_cache_is_the_users(folder, user_cache, decoded):
@@ -691,6 +704,7 @@ def test_glyphs_are_the_same_for_everyone(glyphs):
     images = [data._draw_image(str(label), generator) for label in labels[:20]]
     assert np.array_equal(glyphs[0].labels, labels)
     assert np.array_equal(glyphs[0].images[:20], images)
+    assert (data._GLYPHS_VERSION, zlib.crc32(np.stack(images))) == ("2", 0x4A696FEC), "new images, new version"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from processes import ROOT, assert_same, assert_same_runs, until
 from torch import nn
 
 from common.run import load_state, snapshot
-from filter_grafting import graft
+from filter_grafting import graft, invalid_filters
 from filter_grafting.checkpoint import load, save
 from filter_grafting.errors import GraftingError
 from grafting_imagenet import grafting
@@ -56,6 +56,13 @@ def build(name, size, *flags, classes=7, meta=False):
             if entry.is_floating_point():
                 entry.uniform_(0.01, 0.05)
     return network
+
+
+@pytest.mark.parametrize(
+    ("name", "shortcuts"), [("regnet_y_400mf", 48 + 104 + 208 + 440), ("resnet18", 128 + 256 + 512), ("vgg11", 0)]
+)
+def test_shortcut_convolutions_are_found_by_torchvisions_names(name, shortcuts):
+    assert invalid_filters(build(name, 64, meta=name == "vgg11").state_dict(), 0, True)[1] == shortcuts
 
 
 @pytest.mark.parametrize("form", ["ours", "plain"])

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grafting_cifar import report
-from grafting_cifar.runs import method
+from grafting_cifar import plots, report
+from grafting_cifar.runs import method, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = (
@@ -136,6 +136,20 @@ def test_baselines_and_settings_are_told_apart(tmp_path, run_report):
     methods = {row["run"]: row["method"] for row in rows}
     assert methods == {"a": "baseline", "b": "grafting of 3, filter level, a 0.6, c 5"}
     assert len(rows) == 2 + 4, "a directory given twice is reported once"
+
+
+def test_only_networks_of_the_same_settings_are_averaged_in_a_plot(tmp_path):
+    runs = [
+        make_run(tmp_path / name, [[50.0]], epochs=1, **settings)
+        for name, settings in (
+            ("a", {"classes": 10, "lr": 0.1, "seed": 0}), ("b", {"classes": 10, "lr": 0.1, "seed": 1}),
+            ("c", {"classes": 100, "lr": 0.1}), ("d", {"classes": 10, "lr": 0.1, "method": "ema"}),
+        )
+    ]  # fmt: skip
+    found = plots.alike([(run, network) for run in map(read_run, runs, "abcd") for network in run.networks])
+    assert {name: len(networks) for name, networks in found.items()} == {
+        "resnet20, baseline, classes 10": 2, "resnet20, baseline, classes 100": 1, "resnet20, ema": 1,
+    }  # fmt: skip
 
 
 def test_directories_of_one_name_are_told_apart(tmp_path):
