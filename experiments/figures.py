@@ -117,10 +117,9 @@ def accuracy(cells: Cells, title: str) -> Figure:
         return mean_course([network.accuracies for network in result.courses])
 
     shortest = min(len(course(result)) for cell in cells.values() for result in cell.results if result.courses)
-    columns = [("Whole course", course, 0)]
+    columns = [("Whole course", course, False)]
     if shortest > FEW:
-        begin = shortest - shortest // 4
-        columns.append((f"From epoch {begin}", course, begin))
+        columns.append(("Last quarter of each run", course, True))
     figure = courses(cells, columns, "test accuracy (%)")
     figure.suptitle(f"{title}: accuracy over epochs", fontsize=12)
     return figure
@@ -128,7 +127,7 @@ def accuracy(cells: Cells, title: str) -> Figure:
 
 def invalid_filters(cells: Cells, title: str) -> Figure:
     columns = [
-        (f"L1 norm below {threshold:g}", lambda result, k=k: invalid_course(result, k), 0)
+        (f"L1 norm below {threshold:g}", lambda result, k=k: invalid_course(result, k), False)
         for k, threshold in enumerate(THRESHOLDS)
     ]
     figure = courses(cells, columns, "invalid filters (% of all)")
@@ -148,7 +147,7 @@ def mean_course(networks: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.mean(values) for values in zip(*networks, strict=True)]
 
 
-Column = tuple[str, Callable[[Result], list[float]], int]  # title, what is drawn of a result, the first epoch shown
+Column = tuple[str, Callable[[Result], list[float]], bool]  # title, what is drawn of a result, its last quarter alone
 
 
 def courses(cells: Cells, columns: Sequence[Column], ylabel: str) -> Figure:
@@ -160,20 +159,19 @@ def courses(cells: Cells, columns: Sequence[Column], ylabel: str) -> Figure:
     )
     firsts: dict[tuple[str, str], Axes] = {}
     for (baseline, group), beside in zip(groups, panels, strict=True):
-        for panel, (title, course, begin) in zip(beside, columns, strict=True):
+        for panel, (title, course, is_end) in zip(beside, columns, strict=True):
             colours = iter(METHODS)
             for label in group:
                 is_baseline = label == baseline
                 style = {"color": BLACK, "linestyle": "--"} if is_baseline else {"color": next(colours)}
-                draw_course(panel, [course(result)[begin:] for result in drawn[label].results], begin, label, style)
+                draw_course(panel, list(map(course, drawn[label].results)), is_end, label, style)
             panel.xaxis.get_major_locator().set_params(integer=True)
             share_range(firsts.setdefault((baseline, title), panel), panel)
         beside[0].set_ylabel(ylabel)
         beside[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9)
-    for panel, (title, *_) in zip(panels[0], columns, strict=True):
-        panel.set_title(title, fontsize=11)
-    for panel in panels[-1]:
-        panel.set_xlabel("epoch")
+    for top, bottom, (title, _, is_end) in zip(panels[0], panels[-1], columns, strict=True):
+        top.set_title(title, fontsize=11)
+        bottom.set_xlabel("epochs (% of the run's own)" if is_end else "epoch")
     figure.supxlabel("Lines: mean over networks and seeds. Bands: lowest to highest seed.", fontsize=9, color="dimgrey")
     return figure
 
@@ -205,12 +203,16 @@ def divided(labels: Sequence[str]) -> list[list[str]]:
     return [list(labels[k * len(labels) // count : (k + 1) * len(labels) // count]) for k in range(count)]
 
 
-def draw_course(panel: Axes, seeds: list[list[float]], begin: int, label: str, style: dict) -> None:
+def draw_course(panel: Axes, seeds: list[list[float]], is_end: bool, label: str, style: dict) -> None:
+    """A line and its band over the epochs; of the last quarter alone, over the share of the epochs that have ended."""
     seeds = [values for values in seeds if values]
     if not seeds:
         return
-    epochs = range(begin, begin + min(map(len, seeds)))
     values = list(zip(*seeds, strict=False))
+    epochs = list(range(len(values)))
+    if is_end:
+        begin = len(values) - len(values) // 4
+        epochs, values = [100 * (epoch + 1) / len(values) for epoch in epochs[begin:]], values[begin:]
     marker = "o" if len(epochs) <= FEW else ""
     panel.plot(
         epochs, list(map(statistics.mean, values)), **style, linewidth=1.5, marker=marker, markersize=3, label=label
