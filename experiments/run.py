@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
@@ -324,6 +325,13 @@ def main() -> int:
             for i in range(1, job.run.networks + 1):
                 print(f"{job}: {shlex.join(job.command + ([] if job.is_ensemble else ['--i', str(i)]))}")
         return 0
+    for folder in args.work, args.results:  # before the hours that training takes
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            print(f"{folder} cannot be written: {error.strerror or error}; nothing was started", file=sys.stderr)
+            return 2
     gpus = [str(k) for k in range(torch.cuda.device_count())]
     if gpus and "CUDA_VISIBLE_DEVICES" in os.environ:
         gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[: len(gpus)]

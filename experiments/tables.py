@@ -109,7 +109,8 @@ _COSINE = "The published baseline is on steps, grafting on a cosine; the baselin
 _TABLES = {
     "main": (
         "Main results",
-        "slr: both networks start at the learning rate 0.1, which falls to a tenth every 60 of 200 epochs. dlr: they "
+        "slr: both networks start at the learning rate 0.1, which falls to a tenth every 60 of 200 epochs (of a "
+        "shorter preset: at about the same shares). dlr: they "
         f"start at 0.05 and 0.1, and follow a cosine. {_SCHEDULE}",
         "accuracy", PUBLISHED, _CIFAR,
         [

@@ -191,6 +191,14 @@ def test_nothing_to_run_is_no_success(tmp_path, monkeypatch, capsys):
     assert "--data imagenet=DIR" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_started(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    flags = ["--preset", "smoke", "--work", f"{tmp_path}/work", "--results", f"{tmp_path}/file"]
+    monkeypatch.setattr(sys, "argv", ["run.py", "main", *flags])
+    assert queue.main() == 2
+    assert capsys.readouterr().err == f"{tmp_path}/file cannot be written: File exists; nothing was started\n"
+
+
 def test_networks_of_imagenet_have_a_gpu_each(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     found = make_jobs(tmp_path, "main", "imagenet", "--data", f"imagenet={tmp_path / 'images'}")
