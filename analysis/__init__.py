@@ -1,0 +1,1 @@
+"""Programs on what a run of either script has left: tables, plots, tests, exports."""
