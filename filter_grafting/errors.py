@@ -1,10 +1,8 @@
-"""What can go wrong in a run, each with the exit status that the scripts end with."""
+"""What can go wrong while networks are grafted: each error's message is one sentence for the user."""
 
 
 class GraftingError(Exception):
-    """A failure whose message is one sentence for the user: what was found, what was expected, what to do."""
-
-    exit_status = 1
+    """A failure that says what was found, what was expected and what to do, in words of arguments and methods."""
 
 
 class MismatchError(GraftingError, ValueError):
@@ -19,19 +17,25 @@ class UnreadableError(CheckpointError):
     """A checkpoint that may be good, but cannot be read just now: for its disk, its permissions or want of memory."""
 
 
-class DataError(GraftingError):
-    """Images that cannot be had as asked: a folder laid out in another way, a file that is no image."""
-
-
 class WriteError(GraftingError, OSError):
     """A file that could not be written: the disk is full, read-only or gone."""
 
 
 class RefusedError(GraftingError):
-    """A start that would collide with a run that the save directory already holds."""
+    """A start that would collide with a run that the directory already holds; it has changed nothing there."""
 
 
-class NeighbourTimeout(GraftingError):
-    """The neighbour gave no sign of life for as long as the user said to wait."""
+class AlreadyRunError(RefusedError):
+    """The network has run in this directory before, and was not asked to resume."""
 
-    exit_status = 3
+
+class AliveError(RefusedError):
+    """Another living process is this very network."""
+
+
+class SettingsError(RefusedError):
+    """The settings differ from those that the run was started with."""
+
+
+class NeighbourTimeout(GraftingError, TimeoutError):
+    """The neighbour made no progress for as long as the caller said to wait."""
