@@ -33,6 +33,7 @@ THRESHOLDS = (0.1, 0.01)  # of the L1 norm, below which a filter is invalid
 SECONDS = ["train_seconds", "test_seconds", "wait_seconds", "graft_seconds"]
 METRICS = ["epoch", "test_accuracy", "best", *SECONDS]
 COEFFICIENTS = ["epoch", "layer", "coefficient"]
+GRAFTING_SETTINGS = {"num", "a", "c", "level", "method", "scion", "criterion", "difflr"}  # which a baseline lacks
 Counts = list[tuple[int, int]]  # (invalid, total) at each threshold
 
 
@@ -265,6 +266,39 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def count_invalid(state: dict[str, Tensor], thresholds: Sequence[float]) -> list[Counts]:
     """(invalid, total) at each threshold: first of the filters outside shortcuts, then of those in them."""
     return [[invalid_filters(state, threshold, shortcuts) for threshold in thresholds] for shortcuts in (False, True)]
+
+
+# ---- Comparing
+
+
+def recipe(run: Run, without: Iterable[str] = ()) -> dict[str, str]:
+    """What shaped the run's outcome, but its seed and what belongs to one network alone."""
+    left_out = {"seed", "i", "s", "start_lr", *without}
+    settings = {key: value for key, value in run.settings.items() if key not in left_out}
+    return {key: f"{value:g}" if type(value) in (int, float) else str(value) for key, value in settings.items()}
+
+
+def baselines_of(run: Run, runs: Iterable[Run]) -> list[Run]:
+    """The baselines of the same settings but those of grafting: that of the same seed, or else all."""
+    if run.is_baseline or not run.settings:
+        return []
+    own = recipe(run, GRAFTING_SETTINGS)
+    found = [other for other in runs if other.is_baseline and recipe(other, GRAFTING_SETTINGS) == own]
+    return [other for other in found if other.settings.get("seed") == run.settings.get("seed")] or found
+
+
+def groups_of(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs of the same settings but the seed, by model, method, and what else tells them apart; baselines first."""
+    by_name: dict[str, dict[frozenset, list[Run]]] = {}
+    for run in sorted(runs, key=lambda run: (run.model, not run.is_baseline)):
+        settings = frozenset(recipe(run).items())
+        by_name.setdefault(f"{run.model}, {run.method}", {}).setdefault(settings, []).append(run)
+    groups = {}
+    for name, parts in by_name.items():
+        shared = frozenset.intersection(*parts)
+        for settings, alike in parts.items():
+            groups[", ".join([name, *(f"{key} {value}" for key, value in sorted(settings - shared))])] = alike
+    return groups
 
 
 # ---- Saying
