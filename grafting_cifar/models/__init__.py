@@ -1,34 +1,34 @@
-"""The CIFAR models by name: build("resnet32", classes=10)."""
+"""The CIFAR models by name: build("resnet32", 10). Torch is imported when one is built, not for the names."""
 
 from __future__ import annotations
 
-import difflib
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
 
 _DEPTHS = (20, 32, 44, 56, 110)
-NAMES = (
-    *(f"resnet{depth}" for depth in _DEPTHS),
-    *(f"resnet{depth}_leaky" for depth in _DEPTHS),
-    "mobilenetv2",
-    "vgg16",
-)
+_HOMES = {  # the file and the constructor of each name, and its arguments
+    **{f"resnet{depth}": ("resnet", f"resnet{depth}", {}) for depth in _DEPTHS},
+    **{f"resnet{depth}_leaky": ("resnet", f"resnet{depth}", {"leaky": True}) for depth in _DEPTHS},
+    "wrn28_10": ("wide_resnet", "wrn28_10", {}),
+    "mobilenetv2": ("mobilenetv2", "mobilenetv2", {}),
+    **{f"mobilenetv2_w{width:03d}": ("mobilenetv2", "mobilenetv2", {"width": width / 100}) for width in (25, 50, 75)},
+    "vgg16": ("vgg", "vgg16", {}),
+}
+NAMES = tuple(_HOMES)
 
 
-def build(name: str, classes: int = 10) -> nn.Module:
-    """The network called name (one of NAMES), with fresh weights from torch's global generator.
+def build(name: str, num_classes: int = 10) -> nn.Module:
+    """The model called name (one of NAMES), with fresh weights from torch's global generator.
 
-    It takes images (n, 3, 32, 32) and returns logits (n, classes). An unknown name is a ValueError that gives
-    the nearest ones.
+    It takes images (n, 3, 32, 32) and returns logits (n, num_classes).
+
+    Raises:
+        ValueError: if there is no such model.
     """
-    if name not in NAMES:
-        nearest = difflib.get_close_matches(name, NAMES, n=3) or NAMES
-        raise ValueError(f"unknown model {name!r}: did you mean {', '.join(nearest)}?")
-    # Imported here, so that NAMES is had (by --help) without the seconds that importing torch takes.
-    from grafting_cifar.models import mobilenetv2, resnet, vgg
-
-    if name.startswith("resnet"):
-        return getattr(resnet, name.removesuffix("_leaky"))(classes, leaky=name.endswith("_leaky"))
-    return {"mobilenetv2": mobilenetv2.mobilenetv2, "vgg16": vgg.vgg16}[name](classes)
+    if name not in _HOMES:
+        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(NAMES)}")
+    file, constructor, options = _HOMES[name]
+    return getattr(import_module(f"{__name__}.{file}"), constructor)(num_classes, **options)

@@ -2,7 +2,7 @@
 
 It differs from the ImageNet network as the published CIFAR one does: stride 1 in the stem and in the second
 stage (the images are small), ReLU instead of ReLU6, and a 1x1 convolution on the shortcut wherever a block of
-stride 1 changes the number of channels.
+stride 1 changes the number of channels. A width below 1 makes every layer narrower but the last convolution.
 """
 
 import torch
@@ -30,12 +30,12 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, filters: int, expansion: int, stride: int) -> None:
         super().__init__()
-        width = expansion * inputs
-        self.conv1 = _conv1x1(inputs, width)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, groups=width, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = _conv1x1(width, filters)
+        middle = expansion * inputs
+        self.conv1 = _conv1x1(inputs, middle)
+        self.bn1 = nn.BatchNorm2d(middle)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride=stride, padding=1, groups=middle, bias=False)
+        self.bn2 = nn.BatchNorm2d(middle)
+        self.conv3 = _conv1x1(middle, filters)
         self.bn3 = nn.BatchNorm2d(filters)
         self.stride = stride
         self.shortcut = nn.Sequential()
@@ -56,27 +56,35 @@ class Block(nn.Module):
             return self.conv2(x.to(self.conv2.weight.dtype))
 
 
+def _scaled(filters: int, width: float) -> int:
+    """width times as many filters, to a multiple of 8 that is at least nine tenths of that, as the authors round it."""
+    rounded = max(8, int(filters * width + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * filters * width else rounded
+
+
 class MobileNetV2(nn.Module):
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(32)
-        blocks, inputs = [], 32
+        inputs = _scaled(32, width)
+        self.conv1 = nn.Conv2d(3, inputs, kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        blocks = []
         for expansion, filters, count, stride in _STAGES:
+            filters = _scaled(filters, width)
             for k in range(count):
                 blocks.append(Block(inputs, filters, expansion, stride if k == 0 else 1))
                 inputs = filters
         self.layers = nn.Sequential(*blocks)
         self.conv2 = _conv1x1(inputs, 1280)
         self.bn2 = nn.BatchNorm2d(1280)
-        self.linear = nn.Linear(1280, classes)
+        self.linear = nn.Linear(1280, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, classes)
+    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, num_classes)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layers(x)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
-def mobilenetv2(classes: int = 10) -> MobileNetV2:
-    return MobileNetV2(classes)
+def mobilenetv2(num_classes: int = 10, width: float = 1.0) -> MobileNetV2:
+    return MobileNetV2(num_classes, width)

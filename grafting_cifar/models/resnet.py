@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """The network of 6 * blocks + 2 layers; leaky replaces every ReLU by a leaky one (slope 0.01)."""
 
-    def __init__(self, blocks: int, classes: int = 10, leaky: bool = False) -> None:
+    def __init__(self, blocks: int, num_classes: int = 10, leaky: bool = False) -> None:
         super().__init__()
         self.conv1 = _conv3x3(3, 16)
         self.bn1 = nn.BatchNorm2d(16)
@@ -51,7 +51,7 @@ class ResNet(nn.Module):
         self.layer1 = self._stage(blocks, 16, 16, 1, leaky)
         self.layer2 = self._stage(blocks, 16, 32, 2, leaky)
         self.layer3 = self._stage(blocks, 32, 64, 2, leaky)
-        self.linear = nn.Linear(64, classes)
+        self.linear = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
@@ -61,27 +61,27 @@ class ResNet(nn.Module):
         first = BasicBlock(inputs, filters, stride, leaky)
         return nn.Sequential(first, *(BasicBlock(filters, filters, 1, leaky) for _ in range(blocks - 1)))
 
-    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, classes)
+    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, num_classes)
         x = self.activation(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
-def resnet20(classes: int = 10, leaky: bool = False) -> ResNet:
-    return ResNet(3, classes, leaky)
+def resnet20(num_classes: int = 10, leaky: bool = False) -> ResNet:
+    return ResNet(3, num_classes, leaky)
 
 
-def resnet32(classes: int = 10, leaky: bool = False) -> ResNet:
-    return ResNet(5, classes, leaky)
+def resnet32(num_classes: int = 10, leaky: bool = False) -> ResNet:
+    return ResNet(5, num_classes, leaky)
 
 
-def resnet44(classes: int = 10, leaky: bool = False) -> ResNet:
-    return ResNet(7, classes, leaky)
+def resnet44(num_classes: int = 10, leaky: bool = False) -> ResNet:
+    return ResNet(7, num_classes, leaky)
 
 
-def resnet56(classes: int = 10, leaky: bool = False) -> ResNet:
-    return ResNet(9, classes, leaky)
+def resnet56(num_classes: int = 10, leaky: bool = False) -> ResNet:
+    return ResNet(9, num_classes, leaky)
 
 
-def resnet110(classes: int = 10, leaky: bool = False) -> ResNet:
-    return ResNet(18, classes, leaky)
+def resnet110(num_classes: int = 10, leaky: bool = False) -> ResNet:
+    return ResNet(18, num_classes, leaky)

@@ -12,7 +12,7 @@ _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 51
 
 
 class VGG(nn.Module):
-    def __init__(self, stages: tuple[tuple[int, ...], ...], classes: int = 10) -> None:
+    def __init__(self, stages: tuple[tuple[int, ...], ...], num_classes: int = 10) -> None:
         super().__init__()
         layers, inputs = [], 3
         for stage in stages:
@@ -23,11 +23,11 @@ class VGG(nn.Module):
                 inputs = filters
             layers += [nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(inputs, classes)
+        self.classifier = nn.Linear(inputs, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, classes)
+    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, num_classes)
         return self.classifier(torch.flatten(self.features(x), 1))
 
 
-def vgg16(classes: int = 10) -> VGG:
-    return VGG(_STAGES, classes)
+def vgg16(num_classes: int = 10) -> VGG:
+    return VGG(_STAGES, num_classes)
