@@ -1,17 +1,51 @@
 """Filter Grafting for Deep Neural Networks (Meng et al., CVPR 2020): the method as a library.
 
-    from filter_grafting import graft
-    coefficients = graft(network, neighbour_state_dict)   # blends the network in place
+from filter_grafting import graft
+layers = graft(model, neighbour_state_dict)  # blends the model in place
 """
 
-from importlib import import_module
+from .errors import (
+    AliveError,
+    AlreadyRunError,
+    CheckpointError,
+    GraftingError,
+    MismatchError,
+    NeighbourTimeout,
+    RefusedError,
+    SettingsError,
+    UnreadableError,
+    WriteError,
+)
+from .grafting import FilterLayer, Grafting, Layer, coefficient, graft, graft_ring
+from .information import entropy, invalid_filters, l1_norm
+from .rings import Exchange, FileRing, ProcessGroupRing
+from .states import State, plain_state
 
-_MODULES = {"coefficient": "grafting", "graft": "grafting", "entropy": "information", "invalid_filters": "information"}
-__all__ = sorted(_MODULES)
+__version__ = "1.0.0"
 
-
-def __getattr__(name: str):
-    # With the first name that needs it torch is imported, not before: the status of a run must not wait for it.
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+__all__ = [
+    "AliveError",
+    "AlreadyRunError",
+    "CheckpointError",
+    "Exchange",
+    "FileRing",
+    "FilterLayer",
+    "Grafting",
+    "GraftingError",
+    "Layer",
+    "MismatchError",
+    "NeighbourTimeout",
+    "ProcessGroupRing",
+    "RefusedError",
+    "SettingsError",
+    "State",
+    "UnreadableError",
+    "WriteError",
+    "coefficient",
+    "entropy",
+    "graft",
+    "graft_ring",
+    "invalid_filters",
+    "l1_norm",
+    "plain_state",
+]

@@ -1,4 +1,4 @@
-"""Other scions than a neighbour's weights: what the paper's ablation grafts onto a network's invalid filters."""
+"""Other scions than a neighbour's weights: what the authors' ablation grafts onto a network's invalid filters."""
 
 import torch
 from torch import Tensor, nn
@@ -6,65 +6,58 @@ from torch import Tensor, nn
 from .errors import MismatchError
 from .information import convolutions, filter_norms
 
-SCIONS = ("external", "noise", "internal")
 
+@torch.no_grad()
+def noise(model: nn.Module, scale: float, threshold: float = 0.1, generator: torch.Generator | None = None) -> int:
+    """Adds Gaussian noise, `randn * scale`, to each invalid filter of a model, in place; returns how many there were.
 
-def noise(weight: Tensor, count: int, scale: float, generator: torch.Generator | None = None) -> Tensor:
-    """Gaussian noise as filters: (count, ...) of mean 0, and of `scale` times the standard deviation of the layer.
+    As published, the scale is that of the noise itself, whatever the layer's weights are like.
 
     Args:
-        weight: (filters, channels, ...), of the layer.
+        scale: `0.975 ** epoch`, as published.
+        threshold: the filters with an L1 norm below it are invalid.
         generator: on the CPU, so that a seed gives the same noise on every device.
+
+    Raises:
+        MismatchError: (a ValueError) if there is a convolution that no scion can be grafted onto.
     """
-    drawn = torch.randn(count, *weight.shape[1:], generator=generator).to(weight)
-    return drawn * (scale * weight.std(correction=0))
-
-
-def internal(weight: Tensor, norms: Tensor, count: int, threshold: float) -> Tensor:
-    """The layer's own most informative filters, from the largest L1 norm down: (count, ...).
-
-    Invalid ones are not among them: where there are too few others, these come again from the largest down.
-
-    Args:
-        weight: (filters, channels, ...), of the layer.
-        norms: (filters,), their L1 norms, at least one of them not below the threshold.
-    """
-    ranked = norms.argsort(descending=True, stable=True)[: int((norms >= threshold).sum())]
-    return weight[ranked[torch.arange(count, device=ranked.device) % len(ranked)]]
+    grafted = 0
+    for weight, norms in _filters(model):
+        invalid = (norms < threshold).nonzero().flatten()
+        scion = torch.randn(len(invalid), *weight.shape[1:], generator=generator)
+        weight.index_add_(0, invalid, scion.to(weight) * scale)
+        grafted += len(invalid)
+    return grafted
 
 
 @torch.no_grad()
-def graft_scions(
-    network: nn.Module, kind: str, threshold: float = 0.1, scale: float = 1.0, generator: torch.Generator | None = None
-) -> int:
-    """Adds a scion to each invalid filter of a network, in place; returns how many there were.
+def internal(model: nn.Module, threshold: float = 0.1) -> int:
+    """Adds a layer's largest filters to its invalid ones, in place; returns how many there were.
 
-    Args:
-        kind: "noise" or "internal". ("external", the weights of a neighbour, is `filter_grafting.graft`.)
-        threshold: the filters whose L1 norm is below it are invalid.
-        scale, generator: of the noise, see `noise`.
+    By L1 norm, the i-th largest filter is added to the i-th smallest, if that one is below the threshold. Filters are
+    ranked within their layer, as published: those of different layers differ in shape. All are added as they were
+    before; where over half of a layer is invalid, as published, the i-th largest is an invalid one itself.
 
     Raises:
-        MismatchError: (a ValueError) if a convolution is transposed, whose filters are not the rows of its weight,
-            or parametrized, whose weight is no parameter.
+        MismatchError: (a ValueError) if there is a convolution that no scion can be grafted onto.
     """
-    if kind not in SCIONS[1:]:
-        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(SCIONS[1:])}")
     grafted = 0
-    for name, layer in convolutions(network).items():
+    for weight, norms in _filters(model):
+        ranked = norms.argsort(stable=True)
+        count = int((norms < threshold).sum())
+        weight.index_add_(0, ranked[:count], weight[ranked.flip(0)[:count]])
+        grafted += count
+    return grafted
+
+
+def _filters(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """(weight, L1 norms of its filters (filters,)) of each convolution, once if it has several names."""
+    layers = convolutions(model)
+    for name, layer in layers.items():
         if layer.transposed:
             raise MismatchError(f"{name} is a transposed convolution: no scion can be grafted onto its filters")
         if not isinstance(layer.weight, nn.Parameter):
-            raise MismatchError(f"{name} is parametrized: its weight is computed anew each time, and cannot be grafted")
-        norms = filter_norms(layer.weight)
-        invalid = (norms < threshold).nonzero().flatten()
-        count = len(invalid)
-        if kind == "noise":
-            scion = noise(layer.weight, count, scale, generator)
-        elif count < len(norms):
-            scion = internal(layer.weight, norms, count, threshold)
-        else:
-            continue  # a layer without a single informative filter
-        layer.weight.index_add_(0, invalid, scion)
-        grafted += count
-    return grafted
+            raise MismatchError(f"{name}: its weight is computed anew each time (pruned, parametrized): no scion holds")
+        if hasattr(layer.weight, "full_tensor"):
+            raise MismatchError(f"{name} is sharded: graft scions before the model is, or gather it")
+    return [(layer.weight, filter_norms(layer.weight)) for layer in dict.fromkeys(layers.values())]

@@ -4,7 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import MismatchError
 
@@ -40,15 +43,22 @@ def plain_names(entries: Mapping[str, T]) -> dict[str, T]:
     for key, entry in entries.items():
         name = plain_name(str(key))
         if name in plain:
-            raise MismatchError(f"{key}: there is another entry {name!r}; a wrapper's name ('module') is no layer's name")
+            raise MismatchError(
+                f"{key}: without its wrappers' names it is {name}, as another entry is: rename one of them"
+            )
         plain[name] = entry
     return plain
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by plain name, in order, without what wraps them; a shared one has several names."""
+    return {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a model under plain names, with every DTensor gathered (a collective call, then).
 
-    The tensors are the model's own, not copies. What a module keeps beside tensors (`get_extra_state`) is kept as it is.
+    The tensors are the model's own, not copies. What a module keeps beside tensors (`get_extra_state`) is there, too.
     """
     return {key: whole(entry) for key, entry in plain_names(model.state_dict()).items()}
 
@@ -66,20 +76,29 @@ def load_plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def whole(entry: T) -> T:
     """A DTensor gathered from all its shards (every process of its mesh must call this), anything else as it is."""
-    return entry.full_tensor() if hasattr(entry, "full_tensor") else entry  # type: ignore[no-any-return]
+    return entry.full_tensor() if hasattr(entry, "full_tensor") else entry
 
 
-def placed(entry: T, like: T) -> T:
-    """A whole tensor on the device of another, and sharded as that one is."""
-    if not isinstance(entry, Tensor) or not isinstance(like, Tensor):
-        return entry
-    entry = entry.to(like.device)
-    if hasattr(like, "full_tensor"):
+def local(entry: Tensor) -> Tensor:
+    """This process's shard of a DTensor, any other tensor as it is: what can be changed in place."""
+    return entry.to_local() if hasattr(entry, "to_local") else entry
+
+
+def placed(entry: Any, like: Any) -> Any:
+    """A whole tensor on the device of another, and sharded as that one is; anything else as it is."""
+    if isinstance(entry, Tensor) and isinstance(like, Tensor):
+        entry = entry.to(like.device)
+    if hasattr(like, "device_mesh"):
         from torch.distributed.tensor import DTensor, Replicate  # here: it is not there on every platform
 
-        everywhere = [Replicate()] * like.device_mesh.ndim
-        return DTensor.from_local(entry, like.device_mesh, everywhere).redistribute(placements=like.placements)
+        everywhere = DTensor.from_local(entry, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
+        return everywhere.redistribute(placements=like.placements)
     return entry
+
+
+def storage(entry: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    return int(local(entry).untyped_storage()._cdata)
 
 
 def is_excluded(key: str, exclude: Sequence[str]) -> bool:
@@ -112,12 +131,62 @@ def check_alike(own: Mapping[str, Any], neighbour: Mapping[str, Any], exclude: S
 
 def _kind(entry: object) -> object:
     """What has to be equal of two entries. What modules keep there beside tensors is theirs, and never blended."""
-    if not isinstance(entry, Tensor):
-        return None
+    if not isinstance(entry, Tensor) or is_lazy(entry):
+        return isinstance(entry, Tensor)
     return entry.shape, "float" if entry.is_floating_point() else "complex" if entry.is_complex() else entry.dtype
 
 
 def _form(entry: object) -> str:
-    if isinstance(entry, Tensor):
+    if isinstance(entry, Tensor) and not is_lazy(entry):
         return f"{tuple(entry.shape)} {str(entry.dtype).removeprefix('torch.')}"
     return f"a {type(entry).__name__}"
+
+
+def advice(key: str) -> str:
+    return f"; exclude=({key!r},) keeps the network's own"
+
+
+def blendable(model: nn.Module, own: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The entries to blend: all floating-point and complex ones. Raises if that is not possible or has no meaning."""
+    memory = {storage(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    entries = {}
+    for key, entry in own.items():
+        for side, value in (("the network", entry), ("its neighbour", other[key])):
+            if why := _obstacle(key, value):
+                raise MismatchError(f"{key}: in {side} {why}{advice(key)}")
+        if not isinstance(entry, Tensor) or not (entry.is_floating_point() or entry.is_complex()):
+            continue
+        if _is_bookkeeping(key, entry, own):
+            if not torch.equal(whole(entry), other[key].to(entry.device)):
+                raise MismatchError(f"{key}: a mask or state of a parametrization has no mean of two{advice(key)}")
+            continue
+        if storage(entry) not in memory:
+            raise MismatchError(f"{key}: the state dict holds a copy of the model's memory (FSDP1?){advice(key)}")
+        entries[key] = entry
+    return entries
+
+
+def _obstacle(key: str, entry: object) -> str:
+    """Why an entry cannot be blended, or "". Integers are left alone, but not if they stand for weights."""
+    if not isinstance(entry, Tensor):
+        return "" if key.endswith("_extra_state") else f"it is a {type(entry).__name__}"
+    if is_lazy(entry):
+        return "it has no values before the first batch"
+    if entry.is_meta:
+        return "it is on the meta device, without values"
+    if entry.layout != torch.strided or (is_traceable_wrapper_subclass(entry) and local(entry) is entry):
+        return f"it is a {type(entry).__name__} of layout {entry.layout}, which cannot be blended"
+    kind = entry.dtype
+    floating = kind.is_floating_point or kind.is_complex
+    if (floating and kind.itemsize < 2) or (not floating and (kind == torch.int8 or entry.is_quantized)):
+        return f"it is {kind}: numbers without their scale cannot be blended"
+    if not floating and isinstance(entry, nn.Parameter):
+        return f"it is a parameter of {kind}, which cannot be blended"
+    return ""
+
+
+def _is_bookkeeping(key: str, entry: Tensor, own: Mapping[str, Any]) -> bool:
+    """Whether an entry is no weight, but what pruning or a parametrization computes a weight with."""
+    stem, _, ending = key.rpartition("_")
+    of_weight = ending in ("mask", "u", "v") and f"{stem}_orig" in own
+    return not isinstance(entry, nn.Parameter) and (of_weight or "parametrizations" in key.split("."))
