@@ -1,25 +1,42 @@
-"""How networks exchange weights: through files of a shared directory, or between the processes of one job."""
+"""How networks exchange weights: through files in a shared directory, or between the processes of one job.
 
+Network i of N sits in a ring: its neighbour is network i-1, and that of network 1 is network N.
+"""
+
+import logging
+import math
+import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+import socket
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
-import torch.distributed
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .states import State
+from .checkpoint import flush_to_disk, load, save, write_error
+from .errors import CheckpointError, GraftingError, NeighbourTimeout, UnreadableError
+from .membership import BEAT_SECONDS, ENDED, Membership, duration, is_held, may_live_unlocked, printable, read_status
+from .states import State, plain_names, whole
+
+POLL_SECONDS = 0.02  # how often a waiting network looks for its neighbour's checkpoint
+LOOK_SECONDS = 0.5  # how often it looks at its neighbour's status, and whether the directory is still there
+RETRY_SECONDS = 1.0  # how soon it tries a checkpoint again that was no good and has not changed since
+FIRST_MESSAGE_SECONDS, MESSAGE_SECONDS = 10.0, 60.0
+logger = logging.getLogger("filter_grafting")
 
 
 class Exchange(Protocol):
-    """What grafting needs of a ring: give the network's own weights of a round, get its neighbour's of that round."""
+    """What grafting needs of a ring: a network gives its own weights of a round, and gets its neighbour's."""
 
     def swap(self, state: Mapping[str, Tensor], round: int) -> Mapping[str, Tensor]: ...
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that this network published: `extra` as it was given to `publish`, its tensors on the CPU."""
+    """A checkpoint that this network published: `extra` as it was given, its tensors on the CPU."""
 
     round: int
     state: State
@@ -27,15 +44,39 @@ class Checkpoint(NamedTuple):
     path: Path
 
 
-class FileRing:
-    """Network i's place in a ring of N that exchanges weights through files in a shared directory."""
+class FileRing(Membership):
+    """Network i's place in a ring of N that exchanges weights through files; the networks need share nothing else.
 
-    directory: Path
-    network: int
-    networks: int
-    neighbour: int
-    run: str
-    resumed: bool
+        with FileRing("run", network=1, networks=2, settings={"lr": 0.1}) as ring:
+            neighbour = ring.swap(model.state_dict(), round=0)
+
+    A checkpoint is a `torch.save`d dict {key: state dict, "run", "network", "epoch": round, "extra"}. Of a process that
+    knows only the file names, {key: state dict} is taken. The logger "filter_grafting" explains waits that last.
+
+    Args:
+        directory: the shared directory; it is made if it is not there.
+        network: i, 1...N.
+        networks: N; 1 is a baseline that exchanges nothing.
+        settings: what all networks must have in common: plain values, tuples, dtypes, devices and paths, by name. The
+            first network records them in `run.json`, the others are compared with that before anything is exchanged.
+        resume: continue from the checkpoints that this network may already have there (see `newest`).
+        may_raise: settings that a resumed run may raise while no other network is at work, such as the last epoch.
+        timeout: seconds without progress of the neighbour after which `wait` gives up, but at least three heartbeats;
+            0 waits for ever.
+        keep: at least so many of this network's checkpoints are kept (math.inf: all); fewer than N+2 are by default.
+        name: file name of a checkpoint, with the fields {index} (i mod N) and {round}.
+        key: the checkpoint's entry that holds the state dict.
+        start_command: how network k is started or continued, for messages.
+        details: further entries of this network's status file, such as the command line.
+        check: called while waiting; raises to end the wait.
+
+    Raises:
+        SettingsError: if the settings differ from those of the run.
+        AlreadyRunError: if this network has run there, and resume was not asked for.
+        AliveError: if another process is this network, or this process is it twice.
+        RefusedError: if the directory holds something else than this run.
+        WriteError: if the directory cannot be written. A start that is refused has changed nothing.
+    """
 
     def __init__(
         self,
@@ -45,7 +86,7 @@ class FileRing:
         *,
         settings: Mapping[str, Any] | None = None,
         resume: bool = False,
-        may_raise: Sequence[str] = (),
+        may_raise: Collection[str] = (),
         timeout: float = 3600.0,
         keep: float = 0,
         name: str = "ckpt{index}_{round}.t7",
@@ -54,53 +95,355 @@ class FileRing:
         details: Mapping[str, Any] | None = None,
         check: Callable[[], None] = lambda: None,
     ):
-        raise NotImplementedError
+        super().__init__(directory, network, networks, name, details or {})
+        self.neighbour, self.key = network - 1 or networks, key
+        self._timeout, self._keep, self._check = timeout, keep, check
+        self._start_command = start_command or (lambda k: f"FileRing({str(directory)!r}, {k}, {networks}, ...)")
+        self._join(settings, resume, may_raise)
 
-    def agree(self, settings: Mapping[str, Any], may_raise: Sequence[str] = ()) -> None:
-        raise NotImplementedError
+    # Publishing
 
     def publish(self, round: int, state: Mapping[str, Tensor], extra: Any = None) -> None:
-        raise NotImplementedError
+        """Saves this network's weights of a round, for its neighbour and for a resume.
 
-    def wait(self, round: int) -> State:
-        raise NotImplementedError
+        It returns when the file is whole and on the disk, so that the weights may change from then on.
+
+        Args:
+            round: any increasing numbers, in all networks the same.
+            extra: plain values and tensors, such as an optimizer's state; `newest` hands them back as they are.
+
+        Raises:
+            CheckpointError: if the file could not be loaded again, for `state` or `extra` holds something else.
+            WriteError: if it cannot be written, or the directory is gone. What was published before is untouched.
+        """
+        self._check_process()
+        round = operator.index(round)
+        if round < 0:
+            raise ValueError(f"round: got {round}, expected 0 or more")
+        path = self.path(round)
+        stamp = {"run": self.run, "network": self.network, "epoch": round, "extra": extra}
+        try:
+            self._check_place()
+            # In its place first, which is what the neighbour waits for. A crash of the machine may tear this file
+            # then, but not the one before, which is deleted only when this one is on the disk.
+            save(path, {**stamp, self.key: plain_names(state)}, durable=False)
+            self._begin()
+            said = "training" if self._status["state"] == "starting" else self._status["state"]
+            self.update(said, self._status["detail"], round=round)
+            flush_to_disk(path)
+            self._trouble = ""
+        except GraftingError as error:
+            self._trouble = str(error)
+            raise
+        self._prune(round)
+
+    def _prune(self, newest: int) -> None:
+        """Deletes those of this network's checkpoints that nobody can need again.
+
+        Whoever resumes from a checkpoint of round r needs the neighbour's of round r as well, and may have to go back
+        one more round if its newest file is damaged. So what counts is kept from the second newest round of this
+        network, and of its reader, on. A network is at most N-1 rounds ahead of its reader: at most N+1 files.
+        """
+        own = [round for round in self._rounds(self.network) if round <= newest]  # a higher one is none of this run
+        spare = min(len(own) - 2, len(own) - self._keep)
+        if self.networks > 1:
+            reader = self.network % self.networks + 1
+            read = max((round for round in self._rounds(reader) if round <= newest), default=-1)
+            spare = min(spare, sum(round < read for round in own) - 1)
+        for index, round in enumerate(own):
+            if index >= spare:
+                break
+            path = self.path(round)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise write_error(path, error, "delete") from error
+
+    def newest(self) -> Checkpoint | None:
+        """This network's newest good checkpoint, or None if there is none.
+
+        A damaged one is renamed to `NAME.damaged`, with a line in the log, and the one before it is taken.
+
+        Raises:
+            UnreadableError: if one that may be good cannot be read just now; it is left as it is.
+            WriteError: if a damaged one cannot be renamed.
+        """
+        self._check_process()
+        for round in reversed(self._rounds(self.network)):
+            path = self.path(round)
+            try:
+                contents = self._load(path, self.network, round)
+            except FileNotFoundError:
+                continue  # deleted just now
+            except UnreadableError:
+                raise
+            except CheckpointError as error:
+                aside = path.with_name(path.name + ".damaged")
+                try:
+                    os.replace(path, aside)
+                except OSError as trouble:
+                    raise write_error(aside, trouble) from error
+                logger.warning("network %d: %s; set aside as %s", self.network, error, aside.name)
+            else:
+                self._status["round"] = round
+                return Checkpoint(round, State(contents[self.key], str(path)), contents.get("extra"), path)
+        return None
+
+    def _load(self, path: Path, network: int, round: int) -> dict[str, Any]:
+        """Loads a checkpoint that must be that of a network and a round of this run."""
+        contents = load(path)
+        state, run = contents.get(self.key), contents.get("run", self.run)
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path} is not a checkpoint: it has no state dict under {self.key!r}")
+        if run != self.run:
+            raise CheckpointError(f"{path} belongs to another run")
+        # A file of the published script carries no such stamp; what is there must be right.
+        found = contents.get("network", network), contents.get("epoch", round) if "run" in contents else round
+        if found != (network, round):
+            raise CheckpointError(f"{path} is out of place: it holds network {found[0]}, round {found[1]}")
+        for name, entry in state.items():
+            if isinstance(entry, Tensor) and (entry.layout != torch.strided or entry.is_meta):
+                raise CheckpointError(f"{path} is not a checkpoint: its entry {printable(name)} is not a dense tensor")
+        return contents
+
+    # Waiting
 
     def swap(self, state: Mapping[str, Tensor], round: int, extra: Any = None) -> State:
+        """Publishes this network's weights of a round, and waits for its neighbour's (see `publish` and `wait`)."""
         self.publish(round, state, extra)
         return self.wait(round)
 
-    def newest(self) -> Checkpoint | None:
-        raise NotImplementedError
+    def wait(self, round: int) -> State:
+        """Waits for the neighbour's weights of a round, after this network's own were published.
 
-    def update(self, state: str, detail: str = "", **fields: Any) -> None:
-        raise NotImplementedError
+        After 10 s, and then every minute, a line in the log says whom it waits for, and what is known of it.
 
-    def progress(self, step: int) -> None:
-        raise NotImplementedError
+        Returns:
+            the state dict, on the CPU; its `source` is the file.
 
-    def path(self, round: int, network: int | None = None) -> Path:
-        raise NotImplementedError
+        Raises:
+            NeighbourTimeout: if the neighbour made no progress for `timeout` seconds, or its file stayed damaged for as
+                long. While it trains and reports its steps, progress is a step or a checkpoint, otherwise a heartbeat.
+            WriteError: if the directory is gone.
+        """
+        self._check_process()
+        timeout = max(self._timeout, 3 * BEAT_SECONDS) if self._timeout else math.inf
+        before = self._status["state"], self._status["detail"]
+        watch = _Watch(self, round)
+        began = look = now = time.monotonic()
+        message, is_announced = began + FIRST_MESSAGE_SECONDS, False
+        while True:
+            self._check()
+            state = watch.try_to_load(now)
+            if state is not None:
+                break
+            if now >= look:
+                look = now + LOOK_SECONDS
+                self._check_place()
+                watch.look(now)
+            gives_up = watch.silence(now) >= timeout
+            if gives_up or now >= message:
+                message = now + MESSAGE_SECONDS
+                whom = f"network {self.neighbour} (round {round})"
+                if gives_up:
+                    raise NeighbourTimeout(
+                        f"network {self.network} gave up after {duration(now - began)} of waiting for {whom}: "
+                        f"{watch.describe(now)}. Resume network {self.neighbour}, then this one"
+                    )
+                waited = duration(now - began)
+                logger.warning("network %d waits for %s for %s: %s", self.network, whom, waited, watch.describe(now))
+            if not is_announced and now - began > 1:
+                is_announced = True
+                self.update("waiting", f"for network {self.neighbour}", round=round)
+            time.sleep(POLL_SECONDS)
+            now, last = time.monotonic(), now
+            if now - last > BEAT_SECONDS:  # suspended, perhaps together with the neighbour: that was not its silence
+                watch.shift(now - last)
+        if is_announced:
+            self.update(*before)
+        return state
 
-    def file(self, kind: str) -> Path:
-        raise NotImplementedError
 
-    def leave(self, state: str = "done", detail: str = "") -> None:
-        raise NotImplementedError
+class _Watch:
+    """What a waiting network sees of its neighbour: its file, its heartbeat, and its progress."""
 
-    def __enter__(self) -> "FileRing":
-        return self
+    def __init__(self, ring: FileRing, round: int):
+        self.ring, self.round, self.path = ring, round, ring.path(round, ring.neighbour)
+        self.beat_at = self.progress_at = time.monotonic()  # when each was last seen to change
+        self.beat: object = None
+        self.progress: list[object] = []
+        self.is_past = self.is_beat_enough = False
+        self.tried: tuple[int, ...] | None = None  # which form of its file was no good
+        self.problem, self.problem_at, self.retry_at = "", 0.0, 0.0
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        raise NotImplementedError
+    def try_to_load(self, now: float) -> State | None:
+        """The neighbour's state dict, if it is there; what is no good is tried again when it changes, and now and then.
+
+        The published script writes its files in place, so that one may be seen half-written.
+        """
+        try:
+            found = os.stat(self.path)
+            form = (found.st_ino, found.st_size, found.st_mtime_ns)
+            if form == self.tried and now < self.retry_at:
+                return None
+            self.tried = form
+            contents = self.ring._load(self.path, self.ring.neighbour, self.round)
+            return State(contents[self.ring.key], str(self.path))
+        except FileNotFoundError:
+            self.tried, self.problem = None, ""
+        except (OSError, CheckpointError) as error:
+            self.problem_at = self.problem_at if self.problem else now
+            self.problem, self.retry_at = (
+                str(error),
+                now + min(max(RETRY_SECONDS, now - self.problem_at), MESSAGE_SECONDS),
+            )
+        return None
+
+    def look(self, now: float) -> None:
+        self.status = read_status(self.ring.directory, self.ring.neighbour)
+        self.rounds = self.ring._rounds(self.ring.neighbour)
+        said = self.status.get
+        beat, progress = said("beat"), [said("state"), said("epoch"), said("step"), said("round"), self.rounds[-1:]]
+        if beat != self.beat:
+            self.beat, self.beat_at = beat, now
+        if progress != self.progress:
+            self.progress, self.progress_at = progress, now
+        # One that trains and reports its steps may hang, though its heart beats on in another thread. One that is past
+        # this round, or waits in this very process for us, will never publish it, however long it lives.
+        reached = said("round") if said("run") == self.ring.run else None
+        self.is_past = isinstance(reached, int) and reached >= self.round and not self.path.exists()
+        self.is_here = (said("host"), said("pid")) == (socket.gethostname(), os.getpid())
+        reports = said("state") in ("training", "testing") and said("step") is not None
+        self.is_beat_enough = not (reports or self.is_past or self.is_here)
+
+    def silence(self, now: float) -> float:
+        """Seconds since the last sign that the neighbour will publish the round."""
+        if self.problem:
+            return now - self.problem_at
+        return now - (max(self.beat_at, self.progress_at) if self.is_beat_enough else self.progress_at)
+
+    def shift(self, seconds: float) -> None:
+        """Does not count some seconds that have passed."""
+        self.beat_at, self.progress_at, self.problem_at = (
+            at + seconds for at in (self.beat_at, self.progress_at, self.problem_at)
+        )
+
+    def describe(self, now: float) -> str:
+        """What is known of the neighbour, and its file."""
+        return "; ".join(part for part in (self.problem, self._neighbour(now), self._prospect()) if part)
+
+    def _neighbour(self, now: float) -> str:
+        status, name, command = (
+            self.status,
+            f"network {self.ring.neighbour}",
+            self.ring._start_command(self.ring.neighbour),
+        )
+        if not status:
+            if self.rounds:
+                return f"{name} keeps no status file; its newest checkpoint is of round {self.rounds[-1]}"
+            return f"{name} has not started; start it with: {command}"
+        state, detail = printable(status.get("state")), printable(status.get("detail") or "")
+        where = [f"{key} {printable(status[key])}" for key in ("epoch", "step") if status.get(key) is not None]
+        if not where and status.get("round") is not None:
+            where = [f"round {printable(status['round'])}"]
+        at = "at " + ", ".join(where) if where else "before its first epoch"
+        if state in ENDED:
+            return f"{name} {'is done' if state == 'done' else state} {at}" + (f": {detail}" if detail else "")
+        held = is_held(self.ring.directory / f"network{self.ring.neighbour}.lock")
+        beat, progress = now - self.beat_at, now - self.progress_at
+        if held is False and beat >= 1.5 * BEAT_SECONDS and not may_live_unlocked(held, status):
+            return f"{name} died {at} (killed?); continue it with: {command}"
+        doing = f"{state} {detail}" if state == "waiting" else state
+        return f"{name} is {doing} {at} (heartbeat {duration(beat)} ago, progress {duration(progress)} ago)"
+
+    def _prospect(self) -> str:
+        if self.is_here:
+            return (
+                "that network is of this same process: publish the weights of all networks before you wait for any, or "
+                "use graft_ring"
+            )
+        return f"it is past round {self.round}, of which there is no checkpoint any more" if self.is_past else ""
 
 
 class ProcessGroupRing:
-    """The ranks of a process group as a ring: rank r is network r + 1."""
+    """The processes of a `torch.distributed` group as a ring: rank r is network r+1, and no files are shared.
 
-    def __init__(self, group: torch.distributed.ProcessGroup | None = None):
-        raise NotImplementedError
+        dist.init_process_group("gloo")
+        neighbour = ProcessGroupRing().swap(model.state_dict(), round=0)
+
+    Works on any backend that can send and receive. A process that dies or hangs ends the others by the timeout of the
+    group (see `torch.distributed.init_process_group`).
+
+    Args:
+        group: the processes, one a network; by default all of the job. With several processes for a network, the group
+            holds one of each.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+        self.networks = dist.get_world_size(group)
+        self.network = dist.get_rank(group) + 1
+        self.neighbour = self.network - 1 or self.networks
 
     def swap(self, state: Mapping[str, Tensor], round: int) -> State:
-        raise NotImplementedError
+        """Sends this network's weights of a round to its reader, and receives its neighbour's: all call it together.
+
+        Returns:
+            the neighbour's state dict, on the device that the backend works with.
+
+        Raises:
+            GraftingError: in all processes, if they are at different rounds.
+        """
+        plain = plain_names(state)
+        tensors = {name: whole(entry.detach()) for name, entry in plain.items() if isinstance(entry, Tensor)}
+        rest = {name: entry for name, entry in plain.items() if name not in tensors}
+        # What will be sent is told first, so that heads of other sizes, and other types, can be received.
+        table = [(name, entry.shape, entry.dtype) for name, entry in tensors.items()]
+        told: list[Any] = [None] * self.networks
+        dist.all_gather_object(told, (round, table, rest), group=self.group)
+        rounds = [other for other, *_ in told]
+        if len(set(rounds)) > 1:
+            raise GraftingError(f"networks 1 to {self.networks} are at rounds {rounds}; let all swap the same round")
+        _, table, rest = told[self.neighbour - 1]
+        outgoing, incoming = _packed(tensors, self._device()), _room(table, self._device())
+        self._exchange(list(outgoing.values()), list(incoming.values()))
+        return State({**_unpacked(table, incoming), **rest}, f"network {self.neighbour}")
+
+    def _device(self) -> torch.device:
+        is_nccl = "nccl" in dist.get_backend(self.group)
+        return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
+    def _exchange(self, outgoing: list[Tensor], incoming: list[Tensor]) -> None:
+        """One message per dtype to the reader, and from the neighbour, all at once: none waits for another."""
+        ranks = dist.get_process_group_ranks(self.group)
+        reader, neighbour = ranks[self.network % self.networks], ranks[self.neighbour - 1]
+        sends = [dist.P2POp(dist.isend, data, reader, self.group, tag) for tag, data in enumerate(outgoing)]
+        receives = [dist.P2POp(dist.irecv, data, neighbour, self.group, tag) for tag, data in enumerate(incoming)]
+        for work in dist.batch_isend_irecv(sends + receives):
+            work.wait()
+
+
+Table = list[tuple[str, torch.Size, torch.dtype]]  # the entries of a state dict, in order
+
+
+def _packed(tensors: Mapping[str, Tensor], device: torch.device) -> dict[torch.dtype, Tensor]:
+    """The values of all entries of a dtype in one row of bytes, which any backend can send."""
+    rows: dict[torch.dtype, list[Tensor]] = {}
+    for entry in tensors.values():
+        rows.setdefault(entry.dtype, []).append(entry.to(device).reshape(-1))
+    return {dtype: torch.cat(parts).view(torch.uint8) for dtype, parts in rows.items()}
+
+
+def _room(table: Table, device: torch.device) -> dict[torch.dtype, Tensor]:
+    sizes: dict[torch.dtype, int] = {}
+    for _, shape, dtype in table:
+        sizes[dtype] = sizes.get(dtype, 0) + shape.numel() * dtype.itemsize
+    return {dtype: torch.empty(size, dtype=torch.uint8, device=device) for dtype, size in sizes.items()}
+
+
+def _unpacked(table: Table, rows: Mapping[torch.dtype, Tensor]) -> dict[str, Tensor]:
+    taken, tensors = dict.fromkeys(rows, 0), {}
+    for name, shape, dtype in table:
+        start, taken[dtype] = taken[dtype], taken[dtype] + shape.numel()
+        tensors[name] = rows[dtype].view(dtype)[start : taken[dtype]].reshape(shape)
+    return tensors
