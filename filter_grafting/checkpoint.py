@@ -143,9 +143,10 @@ def _check_format(data: bytes) -> None:
     for beginning, name in OTHER_FORMATS.items():
         if data.startswith(beginning):
             raise CheckpointError(f"is {name}, not a file of torch.save")
-    # By the first bytes, as torch.load tells the formats apart, or by the last: damage to either is noticed.
-    if data.startswith(b"PK") or zipfile.is_zipfile(io.BytesIO(data)):
+    if zipfile.is_zipfile(io.BytesIO(data)) or data.startswith(b"PK"):  # damage to either end is noticed
         _check_archive(data)
+    elif not data.startswith(b"\x80"):  # as files of torch < 1.6 begin
+        raise CheckpointError("is no file of torch.save, or its beginning is damaged")
 
 
 def _check_archive(data: bytes) -> None:
@@ -155,6 +156,9 @@ def _check_archive(data: bytes) -> None:
             raise CheckpointError("is a TorchScript archive, which could run code")
         if sum(record.file_size for record in archive.infolist()) > len(data):
             raise CheckpointError("is damaged, or made to fill the memory: its records are larger than the file")
+        if any(record.external_attr & 0x10 for record in archive.infolist()):
+            # One flipped bit makes a folder of a record, which torch.load then fills with whatever the memory holds.
+            raise CheckpointError("is damaged: a record is marked as a folder")
         damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"is damaged: the checksum of its record {damaged!r} is wrong")
