@@ -1,0 +1,132 @@
+"""The flags of grafting.py, and which of them go together. No torch here: --help and a wrong flag answer at once."""
+
+import argparse
+from pathlib import Path
+
+from grafting_cifar.models import NAMES
+from training.flags import (
+    Parser,
+    add_machine_flags,
+    add_recipe_flags,
+    add_ring_flags,
+    check_common,
+    number,
+    one_of,
+    path,
+    run_name,
+    world,
+)
+
+DESCRIPTION = """\
+Trains one network of a ring on CIFAR-10, CIFAR-100 or any folder of images, grafting its neighbour's weights.
+
+A ring of two ResNet-32s on CIFAR-10, one process each (grafting.sh starts all of them):
+
+    python grafting.py --s checkpoint/two --model resnet32 --num 2 --i 1 >1.log &
+    python grafting.py --s checkpoint/two --model resnet32 --num 2 --i 2 >2.log &
+"""
+ALONE = ("ema", "swa", "noise", "internal")  # methods and scions without a neighbour
+DEFAULT_DATA = Path(__file__).resolve().parent.parent / "data"
+
+
+def parser() -> Parser:
+    parser = Parser(description=DESCRIPTION)
+    group = parser.add_argument_group("training")
+    flag = group.add_argument
+    own = "or package.module:function, which is called with num_classes"
+    flag("--model", metavar="NAME", type=one_of(NAMES), default="resnet32", help=f"{', '.join(NAMES)}; {own}")
+    flag("--cifar", type=int, choices=(10, 100), default=10, help="which of the standard data sets")
+    sources = (
+        "the folder of the standard CIFAR files (downloaded if absent), or one with train/<class>/ and test/<class>/ "
+        "images, or the word glyphs: a data set made on the spot"
+    )
+    flag("--data", metavar="DIR", type=path, default=DEFAULT_DATA, help=sources)
+    some = "{} on N of the {} images, the same for all (default: all)".format
+    flag("--images", metavar="N", type=number(int, 1), help=some("train", "training"))
+    flag("--test_images", metavar="N", type=number(int, 1), help=some("test", "test"))
+    hold_out = "hold N training images out, the same for all, and choose the best epoch on them; 0: on the test images"
+    flag("--val", metavar="N", type=number(int, 0), default=0, help=f"{hold_out}, as the paper did")
+    flag("--epochs", metavar="E", type=number(int, 1), default=200, help="epochs to train")
+    flag("--batch_size", metavar="B", type=number(int, 1), default=128, help="images per step")
+    flag("--lr", type=number(float, 0, low_open=True), default=0.1, help="first learning rate")
+    flag("--cos", action="store_true", help="a cosine from the first rate to 0, per step, instead of x0.1 now and then")
+    steps = "without --cos: the learning rate falls x0.1 every E epochs"
+    flag("--step_epochs", metavar="E", type=number(int, 1), default=60, help=steps)
+    flag("--difflr", action="store_true", help="network I starts at lr*(1+cos(pi*(N-I)/N))/2 instead of lr")
+    flag("--momentum", metavar="M", type=number(float, 0, 1, high_open=True), default=0.9, help="of SGD")
+    flag("--weight_decay", metavar="W", type=number(float, 0), default=5e-4, help="weight decay")
+    add_recipe_flags(group)
+    level = "one coefficient for a layer, or for each filter (chains such as vgg16 only)"
+    flag("--level", choices=("layer", "filter"), default="layer", help=level)
+    methods = (
+        "grafting, or a rival. With a neighbour: average (coefficient 1/2 everywhere) or papa (a pull towards it that "
+        "falls with the learning rate). With --num 1: ema (the exponential moving average of the weights is tested) or "
+        "swa (the mean of the weights at the ends of the last quarter of the epochs, at a constant rate)"
+    )
+    flag("--method", choices=("grafting", "average", "ema", "swa", "papa"), default="grafting", help=methods)
+    scions = (
+        "the neighbour's weights; or, with --num 1 and onto filters of an L1 norm below 0.1: noise times 0.975^epoch, "
+        "or the largest filters of the layer itself"
+    )
+    flag("--scion", choices=("external", "noise", "internal"), default="external", help=scions)
+    lines = "print loss and accuracy every K batches; 0 prints one line an epoch"
+    flag("--print_frequence", metavar="K", type=number(int, 0), default=0, help=lines)
+    add_ring_flags(parser, "the run's directory, shared by its networks (default: checkpoint/ and a name of settings)")
+    newest = "continue from this network's newest good checkpoint, if there is one"
+    parser.add_argument("--resume", action="store_true", help=newest)
+    add_machine_flags(parser)
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, checked; a wrong one ends the program with one line and exit status 2."""
+    flags = parser()
+    args = flags.parse_args(argv)
+    check_common(flags, args)
+    check(flags, args)
+    args.s = args.s or default_directory(flags, args)
+    if args.method == "average":
+        args.a = 0.0  # the same exchange, but blind to what the layers hold
+    return args
+
+
+def check(flags: Parser, args: argparse.Namespace) -> None:
+    """Refuses flags that make no sense together."""
+
+    def given(name: str) -> bool:
+        return getattr(args, name) != flags.get_default(name)
+
+    if world()[1] > 1:
+        flags.error("a CIFAR network trains in one process; torchrun is for grafting_imagenet")
+    if args.level == "filter" and args.model in NAMES and not args.model.startswith("vgg"):
+        flags.error(f"argument --level: filter needs a chain of layers (--model vgg16), got --model {args.model}")
+    if args.cifar == 100 and (str(args.data) == "glyphs" or (args.data / "train").is_dir()):
+        flags.error(f"argument --cifar: --data {args.data} has classes of its own")
+    for name in ("method", "scion"):
+        value = getattr(args, name)
+        if value in ALONE and args.num > 1:
+            flags.error(f"argument --{name}: {value} needs no neighbour: got --num {args.num}, expected --num 1")
+    if args.method in ("average", "papa") and args.num == 1:
+        flags.error(f"argument --method: {args.method} needs a neighbour: got --num 1, expected --num 2 or more")
+    curve = ("a", "c", "criterion")
+    for is_given, what, without in (
+        (args.cos, "--cos:", ("step_epochs",)),
+        (args.method != "grafting", f"--method: {args.method}", ("scion", "level", *curve)),
+        (args.scion != "external", f"--scion: {args.scion}", ("level", *curve)),
+        (args.level == "filter", "--level: filter", curve),
+    ):
+        for name in without:
+            if is_given and given(name):
+                flags.error(f"argument {what} does not go with --{name}")
+
+
+def default_directory(flags: Parser, args: argparse.Namespace) -> Path:
+    """checkpoint/grafting_cifar10_resnet32, with the settings that differ from the defaults appended."""
+    has_name = str(args.data) == "glyphs" or (args.data / "train").is_dir()
+    images = args.data.resolve().name if has_name else f"cifar{args.cifar}"
+    shown = {"method": "", "scion": "", "images": "images", "test_images": "test", "val": "val", "epochs": "epochs"}
+    shown |= {"step_epochs": "step", "batch_size": "batch", "lr": "lr", "cos": "cos", "difflr": "difflr"}
+    shown |= {"momentum": "momentum", "weight_decay": "wd", "nesterov": "nesterov", "label_smoothing": "smoothing"}
+    shown |= {"warmup": "warmup", "level": "level", "criterion": "", "num": "num", "a": "a", "c": "c"}
+    shown |= {"seed": "seed", "amp": "amp"}
+    return Path("checkpoint", run_name(flags, args, f"{images}_{args.model.replace(':', '.')}", shown))

@@ -1,0 +1,213 @@
+"""The flags that both scripts share, and errors of one line. No torch here: --help and a wrong flag answer at once."""
+
+import argparse
+import difflib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# What to do about an error, in words of flags; the library's own messages know of none.
+HINTS = {
+    "AlreadyRunError": "continue it with --resume, or start anew in another directory (--s)",
+    "SettingsError": "give the same flags, or another directory (--s); --epochs alone may be raised, by networks that "
+    "are done or stopped, and with neither a cosine nor averages over the epochs",
+    "WriteError": "mend that, then continue with --resume",
+    "UnreadableError": "mend that, then continue with --resume",
+    "NeighbourTimeout": "start that network again with --resume, then this one (--timeout says how long to wait)",
+    "Diverged": "try a lower --lr, or do without --amp if it was given",
+    "memory": "the memory of the device is full: give a smaller batch, a smaller model, or another device",
+    "busy": "the GPU is taken by another process: choose another one with CUDA_VISIBLE_DEVICES",
+    "compiler": "--compile needs a C++ compiler (and on CUDA, triton), and found none: install it, or do without",
+    "batch norm": "a batch of one image has no statistics for batch norm: choose a batch size that leaves no such rest",
+    "deterministic": "a layer of this model has no deterministic gradient: do without --deterministic",
+    "connection": "the connection to another process of this network was lost: see what that one said last",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, that guesses what was meant, and whose help shows every default."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=Formatter, allow_abbrev=False, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            self.error(f"unrecognized argument {name}{did_you_mean(name, self._option_string_actions)}")
+        return args
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or action.default is False:  # the help says it itself, or it is a switch
+            return action.help
+        return super()._get_help_string(action)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def one_of(known: Iterable[str]) -> Callable[[str], str]:
+    """A converter for argparse: one of some words, or package.module:function, for whoever takes it from there."""
+
+    def convert(text: str) -> str:
+        if text not in known and ":" not in text:
+            hint = did_you_mean(text, known) or f", expected one of {', '.join(known)}"
+            raise argparse.ArgumentTypeError(f"got {text!r}{hint}")
+        return text
+
+    return convert
+
+
+def number(kind: type, low: float, high: float = math.inf, low_open: bool = False, high_open: bool = False):
+    """A converter for argparse: a finite number within [low, high], without the ends that are open."""
+
+    def convert(text: str):
+        bounds = f"{'above' if low_open else 'at least'} {low}"
+        bounds += f" and {'below' if high_open else 'at most'} {high}" if high < math.inf else ""
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        inside = low <= value <= high and math.isfinite(value)
+        if not inside or (low_open and value == low) or (high_open and value == high):
+            what = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {what} {bounds}")
+        return value
+
+    return convert
+
+
+def path(text: str) -> Path:
+    """A converter for argparse: a path, with ~ expanded, which shells leave alone in --s=~/run."""
+    if not text:
+        raise argparse.ArgumentTypeError("got nothing, expected a path")
+    return Path(text).expanduser()
+
+
+def add_recipe_flags(group: argparse._ArgumentGroup) -> None:
+    """What the paper's recipe does without, and others use."""
+    flag, share = group.add_argument, number(float, 0, 1, high_open=True)
+    flag("--nesterov", action="store_true", help="Nesterov's momentum")
+    flag("--label_smoothing", metavar="S", type=share, default=0.0, help="share of a label spread over all classes")
+    rises = "epochs in which the learning rate rises from 0 to its first value"
+    flag("--warmup", metavar="E", type=number(float, 0), default=0.0, help=rises)
+
+
+def add_ring_flags(parser: argparse.ArgumentParser, directory: str) -> None:
+    flag, count = parser.add_argument_group("grafting").add_argument, number(int, 1, 1000)
+    # The second names are for torchrun, whose own parser would take --s and --num for beginnings of its flags.
+    flag("--s", "--save_dir", metavar="DIR", type=path, help=directory)
+    networks = "number of networks in the ring; 1 is the baseline, which exchanges nothing"
+    flag("--num", "--networks", metavar="N", type=count, default=2, help=networks)
+    flag("--i", metavar="I", type=count, default=1, help="which of the networks this process trains, 1 to N")
+    within = "A: the coefficient stays within (1-A)/2 and (1+A)/2"
+    flag("--a", metavar="A", type=number(float, 0, 1), default=0.4, help=within)
+    steepness = "c: how steeply the coefficient follows the difference of the entropies"
+    flag("--c", metavar="C", type=number(float, 0), default=500.0, help=steepness)
+    compared = "what is compared of two layers: their entropies, or their L1 norms"
+    flag("--criterion", choices=("entropy", "l1"), default="entropy", help=compared)
+    ends = "end, with exit status 3, when the neighbour has made no progress for so long; 0 waits for ever"
+    flag("--timeout", metavar="MINUTES", type=number(float, 0), default=60.0, help=ends)
+    flag("--keep_all", action="store_true", help="keep the checkpoints of all epochs")
+    flag("--tensorboard", action="store_true", help="write curves and coefficients into DIR/tensorboard as well")
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    flag = parser.add_argument_group("machine").add_argument
+    flag("--device", choices=("cuda", "cpu"), help="where to train (default: cuda where there is one)")
+    seed = "seed of weights, order and augmentation; each network makes its own of it"
+    flag("--seed", metavar="K", type=number(int, 0, 2**53), default=0, help=seed)
+    same = "the same results on every run on CUDA too, at some cost of speed"
+    flag("--deterministic", action="store_true", help=same)
+    bfloat16 = "compute in bfloat16 where the hardware does (GPUs since Ampere, CPUs with AVX-512 BF16 or AMX): faster"
+    flag("--amp", action="store_true", help=f"{bfloat16}; elsewhere in float32, and a line says so")
+    flag("--compile", action="store_true", help="torch.compile the model: a slow start, then faster")
+
+
+def check_common(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The checks that need more than one flag, or what the shell or torchrun has set."""
+    if os.name != "posix":
+        parser.error("the scripts run on Linux and macOS; elsewhere, graft in training code of your own")
+    if args.i > args.num:
+        parser.error(f"argument --i: got {args.i}, expected 1 to {args.num} (--num)")
+    if args.num == 1:
+        for name in ("difflr", "level", "a", "c", "criterion"):
+            if getattr(args, name, None) not in (None, parser.get_default(name)):
+                parser.error(f"argument --{name}: without a meaning for --num 1, which has no neighbour")
+    if args.nesterov and not args.momentum:
+        parser.error("argument --nesterov: needs a --momentum above 0")
+    if args.warmup and args.warmup >= args.epochs:
+        parser.error(f"argument --warmup: got {args.warmup:g}, expected less than {args.epochs} (--epochs)")
+    try:
+        world()
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def world(variables: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """(rank, number of ranks) of this process among those that train one network, from what torchrun sets.
+
+    Variables that another job has left behind do not count unless all are there.
+
+    Raises:
+        ValueError: if they say that there are several ranks, but not how these find each other.
+    """
+    if not variables.get("WORLD_SIZE", "").strip():
+        return 0, 1
+    try:
+        size, rank = int(variables["WORLD_SIZE"]), int(variables.get("RANK") or 0)
+        if size < 1 or not (0 <= rank < size or size == 1):
+            raise ValueError
+    except ValueError:
+        found = " ".join(f"{name}={variables[name]!r}" for name in ("RANK", "WORLD_SIZE") if name in variables)
+        raise ValueError(f"the environment says {found}, which is no rank and number of ranks: unset them") from None
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not variables.get(name)]
+    if size > 1 and missing:
+        raise ValueError(
+            f"the environment says WORLD_SIZE={size}, but not {missing[0]}: start {size} processes with torchrun, or "
+            "one after `unset WORLD_SIZE RANK`"
+        )
+    return (rank, size) if size > 1 else (0, 1)
+
+
+def run_name(parser: argparse.ArgumentParser, args: argparse.Namespace, what: str, shown: Mapping[str, str]) -> str:
+    """Name of a run's folder: grafting_... (baseline_... of a single network), then what differs from the defaults.
+
+    Args:
+        what: what is trained, such as cifar10_resnet32.
+        shown: the flags that may appear, with the short name to show.
+    """
+    name = f"{'grafting' if args.num > 1 else 'baseline'}_{what}"
+    for flag, short in shown.items():
+        value = getattr(args, flag)
+        if value == parser.get_default(flag) or (flag, value) == ("num", 1):
+            continue
+        name += f"_{short}" + ("" if value is True else f"{value:g}" if isinstance(value, float) else str(value))
+    return name
+
+
+def settings_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
+
+
+def command(network: int | None = None) -> list[str]:
+    """The command line that started this process; with a number, that which continues another network of its run."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1") if world()[1] > 1 else "1"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks != "1" else []
+    words = sys.argv[1:]
+    if network is not None:
+        places = [k for k, word in enumerate(words) if word == "--i" or word.startswith("--i=")]
+        for k in reversed(places):
+            del words[k : k + 1 + (words[k] == "--i")]
+        words += ["--i", str(network)] + ([] if "--resume" in words else ["--resume"])
+    return [os.path.basename(sys.executable), *torchrun, sys.argv[0], *words]

@@ -1,0 +1,242 @@
+"""One epoch of training, evaluation, learning rates, seeds and averages: the same for both data sets."""
+
+import copy
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
+
+from filter_grafting.errors import GraftingError
+
+
+class Diverged(GraftingError):
+    """The loss is no number any more."""
+
+
+class Batches(Protocol):
+    """The images of one split, a batch at a time, on the training device."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """(images (b, c, h, w), labels (b,)) of one epoch; all that is random in it follows from the seed."""
+
+
+class Result(NamedTuple):
+    """What came of an epoch over some images."""
+
+    loss: float  # mean cross-entropy
+    accuracy: float  # %
+    top5: float | None  # %: the label is among the five highest scores (all, if the classes are fewer); if asked for
+    seconds: float
+
+
+class Progress:
+    """Follows an epoch batch by batch. This one does nothing; see `records.Progress`."""
+
+    def follow(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
+        return batches
+
+    def report(self, batch: Tensor, totals: Tensor) -> None:
+        """After each batch: (loss, images, correct, correct among five), of the batch and so far, on the device."""
+
+
+# Seeds and rates
+
+
+def stream_seed(seed: int, i: int, epoch: int | str) -> int:
+    """Seed of everything that is random for network i in one epoch; "weights" for its initial weights.
+
+    As nothing random outlives an epoch, a resumed network needs no generator's state to go on exactly.
+    """
+    text = f"filter grafting, seed {seed}, network {i}, epoch {epoch}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def initial_rate(lr: float, i: int, num: int, difflr: bool) -> float:
+    """The rate that network i of num starts at: `lr`, or with difflr `lr * (1 + cos(pi * (num - i) / num)) / 2`."""
+    return lr * (1 + math.cos(math.pi * (num - i) / num)) / 2 if difflr else lr
+
+
+def learning_rate(
+    initial: float, progress: float, epochs: int, cosine: bool, step_epochs: int, warmup: float = 0
+) -> float:
+    """Learning rate at a moment of training.
+
+    Args:
+        progress: epochs trained so far, with the fraction of the current one.
+        cosine: half a cosine from `initial` to 0 over all epochs; otherwise times 0.1 every `step_epochs` epochs.
+        warmup: epochs in which it first rises in a line from 0 to `initial`; the cosine begins after them.
+    """
+    if progress < warmup:
+        return initial * progress / warmup
+    if cosine:
+        return initial * (1 + math.cos(math.pi * (progress - warmup) / (epochs - warmup))) / 2
+    return initial * 0.1 ** (int(progress) // step_epochs)
+
+
+# One epoch
+
+
+def cross_entropy(outputs: Tensor | tuple[Tensor, ...], labels: Tensor, smoothing: float = 0, aux: float = 0) -> Tensor:
+    """Mean cross-entropy of the scores (b, classes), plus `aux` times that of each auxiliary head."""
+    scores, *others = (outputs,) if isinstance(outputs, Tensor) else outputs
+    loss = F.cross_entropy(scores.float(), labels, label_smoothing=smoothing)
+    return loss + aux * sum(F.cross_entropy(other.float(), labels, label_smoothing=smoothing) for other in others)
+
+
+def train_one_epoch(
+    model: Callable[[Tensor], Any],
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    rate: Callable[[float], float],
+    *,
+    seed: int,
+    device: torch.device,
+    epoch: int = 0,
+    amp: torch.dtype | None = None,
+    loss_function: Callable[[Any, Tensor], Tensor] = cross_entropy,
+    top5: bool = False,
+    progress: Progress | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
+    rank: int = 0,
+) -> Result:
+    """Trains for one epoch, in which the host never waits for the device.
+
+    Args:
+        model: in training mode.
+        rate: learning rate as a function of the epochs that are done, with the fraction of this one.
+        seed: of the order, the augmentation and dropout.
+        amp: the type for autocast; None computes in that of the weights.
+        reduce: sums the totals over all processes that train this network.
+        rank: of this one among them; each has its own dropout.
+
+    Raises:
+        Diverged: if the loss was not finite.
+    """
+    began, steps, progress = time.perf_counter(), len(batches), progress or Progress()
+    torch.manual_seed(seed + rank)
+    totals = torch.zeros(3 + top5, dtype=torch.float64, device=device)
+    for step, (images, labels) in enumerate(progress.follow(batches.epoch(seed))):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(epoch + step / steps)
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            outputs = model(images)
+            loss = loss_function(outputs, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        batch = _totals(loss.detach() * len(labels), outputs, labels, top5)
+        totals += batch
+        progress.report(batch, totals)
+    result = means(reduce(totals), time.perf_counter() - began)
+    check_finite(result.loss, "training", rate(epoch))
+    return result
+
+
+def check_finite(loss: float, which: str, lr: float) -> None:
+    """Raises Diverged, before anything of an epoch is published whose loss is no number."""
+    if not math.isfinite(loss):
+        raise Diverged(f"the {which} loss became {loss} at a learning rate of {lr:.4g}: training has diverged")
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    device: torch.device,
+    amp: torch.dtype | None = None,
+    top5: bool = False,
+    progress: Progress | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
+) -> Result:
+    """Loss and accuracy of a model, which is left in evaluation mode; the arguments are those of train_one_epoch."""
+    began, progress = time.perf_counter(), progress or Progress()
+    model.eval()
+    totals = torch.zeros(3 + top5, dtype=torch.float64, device=device)
+    for images, labels in progress.follow(batches.epoch(0)):
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            scores = model(images)
+        batch = _totals(F.cross_entropy(scores.float(), labels, reduction="sum"), scores, labels, top5)
+        totals += batch
+        progress.report(batch, totals)
+    return means(reduce(totals), time.perf_counter() - began)
+
+
+def _totals(loss: Tensor, outputs: Tensor | tuple[Tensor, ...], labels: Tensor, top5: bool) -> Tensor:
+    """(summed loss, images, correct, correct among five if asked for) of a batch, float64 on the device."""
+    scores = (outputs if isinstance(outputs, Tensor) else outputs[0]).detach()
+    images = torch.full((), len(labels), dtype=torch.float64, device=labels.device)
+    if not top5:
+        return torch.stack([loss.double(), images, (scores.argmax(1) == labels).sum().double()])
+    hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+    return torch.stack([loss.double(), images, hits[:, 0].sum().double(), hits.sum().double()])
+
+
+def means(totals: Tensor, seconds: float = 0) -> Result:
+    loss, images, *correct = totals.tolist()
+    shares = [100 * count / images for count in correct]
+    return Result(loss / images, shares[0], shares[1] if len(shares) > 1 else None, seconds)
+
+
+# Rivals of grafting: averages of weights
+
+
+def moving_average(model: nn.Module, optimizer: torch.optim.Optimizer, decay: float) -> nn.Module:
+    """A copy that follows a model: `copy <- decay * copy + (1 - decay) * model` after each step of the optimizer.
+
+    Batch-norm statistics are averaged as the weights are; integer entries are the model's.
+    """
+    average = copy.deepcopy(model).requires_grad_(False)
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    integers = [pair for pair in pairs if not pair[0].is_floating_point()]
+    update = get_ema_multi_avg_fn(decay)
+
+    def follow(*_: object) -> None:
+        update(means, values, None)
+        for own, other in integers:
+            own.copy_(other)
+
+    optimizer.register_step_post_hook(follow)
+    return average
+
+
+@torch.no_grad()
+def add_to_mean(average: nn.Module, model: nn.Module, count: int, batches: Iterable) -> None:
+    """Makes `average` the running mean of the weights at the ends of epochs (SWA, Izmailov et al. 2018, section 3.2).
+
+    Args:
+        average: a copy of the model.
+        count: of how many epoch ends it is the mean already; at 0 it becomes the model itself.
+        batches: training images, on which the mean's batch-norm statistics are computed anew.
+    """
+    get_swa_multi_avg_fn()(list(average.parameters()), list(model.parameters()), count)
+    for own, other in zip(average.buffers(), model.buffers(), strict=True):
+        own.copy_(other)
+    if count:
+        update_bn(batches, average)
+
+
+def papa_share(rate: float, exchanges: float) -> float:
+    """Share of the others' weights in one exchange that stands for many (PAPA, Jolicoeur-Martineau et al. 2024).
+
+    PAPA pulls every network towards the mean of all by beta = 0.01 every 10 steps: `exchanges` times an epoch, of which
+    1 - (1 - beta)^exchanges remains. beta falls with the learning rate: `rate` is lr_t / lr_0.
+    """
+    return 1 - (1 - 0.01 * rate) ** exchanges
+
+
+@torch.no_grad()
+def pull(model: nn.Module, neighbour: Mapping[str, Tensor], share: float) -> None:
+    """`W <- (1 - share) * W + share * W_neighbour` for every floating-point entry."""
+    for key, entry in model.state_dict().items():
+        if entry.is_floating_point():
+            entry.lerp_(neighbour[key].to(entry.device), share)

@@ -1,0 +1,125 @@
+"""A model and its optimizer: built from a name, compiled, and loaded from what a checkpoint holds."""
+
+import importlib
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from filter_grafting.errors import CheckpointError, GraftingError, RefusedError
+from filter_grafting.rings import Checkpoint
+from filter_grafting.states import plain_state
+from training.process import UsageError
+
+
+def own_model(name: str, num_classes: int, image_size: int) -> nn.Module:
+    """Anyone's model by `package.module:function`, which is called with num_classes; looked for from here, too.
+
+    Raises:
+        UsageError: if there is no such function.
+        GraftingError: if it fails, or what it returns does not turn images into scores (b, num_classes).
+    """
+    place, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        build = getattr(importlib.import_module(place), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"{name}: {error}; expected package.module:function") from error
+    try:
+        model = build(num_classes=num_classes)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"it returned a {type(model).__name__}, expected a torch.nn.Module")
+        with torch.no_grad():
+            outputs = model.eval()(torch.zeros(2, 3, image_size, image_size))
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        if shape != (2, num_classes):
+            expected = f"scores of shape {(2, num_classes)}"
+            raise TypeError(f"for 2 images of {image_size} pixels its model gave {shape}, expected {expected}")
+    except Exception as error:  # it is anyone's code
+        raise GraftingError(f"{name}(num_classes={num_classes}): {' '.join(str(error).split())[:300]}") from error
+    return model.train()
+
+
+def compiled(model: nn.Module, device: torch.device) -> nn.Module:
+    # One graph for each size of a batch: there are two, and a graph for any size would be slower. A small network on a
+    # GPU is bound by its kernels' launches, which CUDA graphs ("reduce-overhead") save; they do not go with DDP.
+    single = not isinstance(model, nn.parallel.DistributedDataParallel)
+    return torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" and single else None)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """`load_state_dict` of a state dict that does not say of which version its modules were: of the present one."""
+    labelled = OrderedDict(state)
+    labelled._metadata = getattr(state, "_metadata", None) or model.state_dict()._metadata
+    model.load_state_dict(labelled)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """`load_state_dict`, and every buffer in its parameter's shape and memory layout.
+
+    Fused optimizers walk through the memory of both as if it were the same: with a momentum saved in another layout
+    they would update the wrong weights on CPUs without a word, and fail on CUDA.
+
+    Raises:
+        ValueError: if it is of other parameters.
+    """
+    optimizer.load_state_dict(dict(state))
+    for parameter, buffers in optimizer.state.items():
+        for name, buffer in buffers.items():
+            if not isinstance(buffer, Tensor) or buffer.dim() == 0:
+                continue
+            if buffer.shape != parameter.shape:
+                raise ValueError(f"{name} has shape {tuple(buffer.shape)}, its weight {tuple(parameter.shape)}")
+            buffers[name] = torch.empty_like(parameter).copy_(buffer)
+
+
+def to_resume(
+    optimizer: torch.optim.Optimizer,
+    row: Mapping[str, Any],
+    layers: Sequence[Sequence[Any]],
+    settings: Mapping[str, Any],
+    trained: nn.Module | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint holds beside the published weights, so that `restore` can go on exactly from there."""
+    extra = {"optimizer": optimizer.state_dict(), "row": dict(row), "layers": layers, "settings": dict(settings)}
+    return extra if trained is None else extra | {"trained": plain_state(trained)}
+
+
+def restore(
+    found: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, Any],
+    trained: nn.Module | None = None,
+) -> tuple[dict[str, Any], list[list[Any]]]:
+    """Puts a network's own checkpoint back in place; returns the row and the layers of its epoch.
+
+    Args:
+        model: the one that was published.
+        settings: must be those of the checkpoint, but for the number of epochs.
+        trained: the model that the optimizer trains, if that is another one.
+
+    Raises:
+        RefusedError: if the settings differ.
+        CheckpointError: if the checkpoint does not fit this network.
+    """
+    try:
+        extra = found.extra
+        recorded = extra["settings"]
+        differing = [key for key in settings if key != "epochs" and recorded.get(key) != settings[key]]
+        if differing:
+            rows = ", ".join(f"{key} is {settings[key]!r} here and was {recorded.get(key)!r}" for key in differing)
+            raise RefusedError(f"the network cannot be continued with other settings: {rows}")
+        load_state(model, found.state)
+        if trained is not None:
+            load_state(trained, extra["trained"])
+        load_optimizer(optimizer, extra["optimizer"])
+        return dict(extra["row"]), [list(row) for row in extra["layers"]]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise CheckpointError(f"{found.path} does not fit this network ({reason})") from error
