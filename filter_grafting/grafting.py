@@ -346,8 +346,7 @@ def _effective(key: str, state: Mapping[str, Tensor]) -> Tensor:
 
 
 def _is_finite(entry: Tensor) -> bool:
-    entry = torch.view_as_real(entry) if entry.is_complex() else entry
-    return entry.numel() == 0 or bool(torch.stack(entry.aminmax()).isfinite().all())
+    return entry.numel() == 0 or math.isfinite(entry.abs().max())
 
 
 def _layer_shares(entries: Mapping[str, Tensor], found: Mapping[str, Layer]) -> Iterator[tuple[str, float]]:

@@ -11,6 +11,7 @@ from .errors import MismatchError
 from .states import plain_modules, plain_names, storage, whole
 
 SHORTCUT_NAMES = ("shortcut", "downsample", "proj")  # the 1x1 convolution beside a block: CIFAR code, torchvision
+_CHUNK = 1 << 16  # values that are compared at once: few enough for the cache, and for a count that is exact in fp32
 
 
 def convolutions(model: nn.Module) -> dict[str, _ConvNd]:
@@ -39,17 +40,20 @@ def entropy(weight: Tensor, bins: int = 10) -> float:
     if not weight.is_floating_point() or weight.numel() == 0:
         found = f"{weight.dtype} of shape {tuple(weight.shape)}"
         raise ValueError(f"weight: got {found}, expected a floating-point tensor that is not empty")
-    values = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    values = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten()
     low, high = (end.double() for end in values.aminmax())
-    edges = low + torch.arange(1, bins, device=low.device) * ((high - low) / bins)
-    edges = torch.cat([edges, high[None]])  # the last one exactly, however the sum would be rounded
-    # Compared in the values' own type, which is twice as fast, with the smallest number of it that reaches the edge.
+    edges = low + torch.arange(1, bins + 1, device=low.device) * ((high - low) / bins)
+    edges[-1] = high  # exactly, however the sum was rounded
+    # Compared in the values' own type, with the smallest number of it that reaches the edge: twice as fast as in fp64.
     steps = edges.to(values.dtype)
     steps = torch.where(steps.double() < edges, steps.nextafter(steps.new_tensor(math.inf)), steps)
-    reached = torch.stack([torch.count_nonzero(values >= step) for step in steps])
+    reached = torch.zeros(bins, dtype=torch.float64, device=low.device)  # how many values are at or above each edge
+    for part in values.split(_CHUNK):
+        ones = torch.empty_like(part)
+        reached += torch.stack([torch.ge(part, step, out=ones).sum() for step in steps])
     counts = -reached.diff(prepend=reached.new_tensor([values.numel()]))
     # As nothing compares with NaN, a range that is not finite has to be carried on to the sum.
-    result: float = (torch.special.entr(counts / float(values.numel())).sum() + 0 * (high - low)).item()
+    result: float = (torch.special.entr(counts / values.numel()).sum() + 0 * (high - low)).item()
     if math.isnan(result):
         raise ValueError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: it has no entropy")
     return result

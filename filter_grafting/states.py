@@ -119,13 +119,12 @@ def check_alike(own: Mapping[str, Any], neighbour: Mapping[str, Any], exclude: S
     Raises:
         MismatchError: naming the first entry that differs, with both sides.
     """
-    source = getattr(neighbour, "source", "")
-    for key in [*own, *(key for key in neighbour if key not in own)]:
-        if is_excluded(str(key), exclude):
-            continue
-        here, there = (_form(state[key]) if key in state else "missing" for state in (own, neighbour))
-        if key not in own or key not in neighbour or _kind(own[key]) != _kind(neighbour[key]):
+    for key in dict.fromkeys([*own, *neighbour]):
+        alike = key in own and key in neighbour and _kind(own[key]) == _kind(neighbour[key])
+        if not alike and not is_excluded(str(key), exclude):
+            source = getattr(neighbour, "source", "")
             before, side = (f"{source}: ", "there") if source else ("", "in its neighbour")
+            here, there = (_form(state[key]) if key in state else "missing" for state in (own, neighbour))
             raise MismatchError(f"{before}{key}: in the network {here}, {side} {there}")
 
 

@@ -1,0 +1,150 @@
+"""Grafting filter by filter, against a recomputation weight by weight."""
+
+import pytest
+import torch
+from naive import TOLERANCE, assert_blended, assert_untouched, chain, looped_entropy, pair, snapshot
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from filter_grafting import FilterLayer, MismatchError, graft
+from grafting_cifar import models
+from grafting_cifar.models import vgg
+
+
+def looped_filter_level(own, neighbour, layers, classifier):
+    """(coefficients, blended state dict), weight by weight. layers: (convolution, batch norm) names."""
+    blended = {key: entry.clone() for key, entry in own.items()}
+    coefficients, before = {}, [1.0] * own[f"{layers[0][0]}.weight"].shape[1]
+    for convolution, norm in layers:
+        shares = []
+        for mine, other in zip(own[f"{norm}.weight"].tolist(), neighbour[f"{norm}.weight"].tolist(), strict=True):
+            shares.append(abs(mine) / (abs(mine) + abs(other)) if mine or other else 0.5)
+        for j, share in enumerate(shares):
+            of_norm = (f"{norm}.{entry}" for entry in ("weight", "bias", "running_mean", "running_var"))
+            for key in (f"{convolution}.bias", *of_norm):
+                if key in own:
+                    blended[key][j] = share * own[key][j] + (1 - share) * neighbour[key][j]
+            for i, factor in enumerate(before):
+                key, both = f"{convolution}.weight", share * factor
+                blended[key][j, i] = both * own[key][j, i] + (1 - both) * neighbour[key][j, i]
+        coefficients[convolution], before = shares, shares
+    if classifier:
+        key = f"{classifier}.weight"
+        positions = own[key].shape[1] // len(before)
+        for column in range(own[key].shape[1]):
+            share = before[column // positions]
+            blended[key][:, column] = share * own[key][:, column] + (1 - share) * neighbour[key][:, column]
+    return coefficients, blended
+
+
+PAIRS = [("0", "1"), ("3", "4")]
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "classifier"),
+    [
+        (chain, PAIRS, "5"),
+        (lambda: chain(positions=6), PAIRS, "5"),
+        (lambda: chain(bias=False, filters=(5,)), PAIRS[:1], "2"),
+        (lambda: chain(convolution=nn.Conv1d, norm=nn.BatchNorm1d), PAIRS, "5"),
+        (lambda: chain(convolution=nn.Conv3d, norm=nn.BatchNorm3d), PAIRS, "5"),
+        (lambda: chain()[:-1], PAIRS, None),
+        (
+            lambda: nn.ModuleDict({"stem": nn.Linear(2, 2), "body": chain()[:-1], "head": nn.Linear(12, 3)}),
+            [("body.0", "body.1"), ("body.3", "body.4")],
+            "head",
+        ),
+    ],
+)
+def test_filter_level_blends_weight_by_weight(make, layers, classifier):
+    model, neighbour = pair(make)
+    neighbour[f"{layers[0][1]}.weight"][0] = 0
+    own = snapshot(model)
+    expected, blended = looped_filter_level(own, neighbour, layers, classifier)
+    found = graft(model, neighbour, level="filter")
+    assert list(found) == list(expected)
+    for name, layer in found.items():
+        assert isinstance(layer, FilterLayer)
+        assert layer.coefficient.tolist() == pytest.approx(expected[name], abs=1e-6)
+        assert layer.own_entropy == pytest.approx(looped_entropy(own[f"{name}.weight"]))
+    assert_blended(model, blended)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: model])
+def test_filter_level_on_vgg(wrap):
+    torch.manual_seed(0)
+    model, neighbour = pair(lambda: vgg.VGG(((4, 4), (6,), (8, 8)), 10))
+    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    layers = [(name, f"features.{int(name.removeprefix('features.')) + 1}") for name in convs]
+    expected, blended = looped_filter_level(snapshot(model), neighbour, layers, "classifier")
+    model.features = wrap(model.features)
+    found = graft(model, neighbour, level="filter")
+    assert {name: pytest.approx(layer.coefficient.tolist(), abs=1e-6) for name, layer in found.items()} == expected
+    model.features = getattr(model.features, "module", model.features)
+    assert_blended(model, blended)
+
+
+def test_filters_without_a_scale_are_averaged():
+    model, neighbour = pair(chain)
+    with torch.no_grad():
+        model[1].weight[:2] = 0
+        neighbour["1.weight"][1:3] = 0
+    assert graft(model, neighbour, level="filter")["0"].coefficient.tolist()[:3] == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_filter_level_in_every_precision(dtype):
+    model, neighbour = pair(chain, dtype=dtype)
+    own, other = ({key: entry.double() for key, entry in s.items()} for s in (model.state_dict(), neighbour))
+    _, blended = looped_filter_level(own, other, PAIRS, "5")
+    found = graft(model, neighbour, level="filter")
+    assert {layer.coefficient.dtype for layer in found.values()} == {torch.promote_types(dtype, torch.float32)}
+    assert_blended(model, {key: entry.to(model.state_dict()[key].dtype) for key, entry in blended.items()})
+
+
+def shuffled():
+    """A chain in which the next convolution's channels are not the filters of the one before."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PixelShuffle(2), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+    )
+
+
+def repeated():
+    convolution = nn.Conv2d(4, 4, 3, padding=1)
+    return nn.Sequential(convolution, nn.BatchNorm2d(4), convolution, nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: models.build("resnet20", 10), "ResNet: level 'filter' needs all convolutions in one"),
+        (lambda: nn.Conv2d(3, 4, 3), "Conv2d: level 'filter' needs"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), "^0: level 'filter' needs a"),
+        (lambda: chain()[:4], "^3: level 'filter'"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)), "^0: level 'filter'"),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.BatchNorm2d(4)), "^0: level 'filter'"),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)), "^0: level 'filter'"),
+        (shuffled, "^3: level 'filter'"),
+        (repeated, "^2: level 'filter'"),
+        (lambda: nn.Sequential(*chain()[:-1], nn.Linear(16, 3)), "^5: 16 inputs do not divide by the 6 filters"),
+        (lambda: nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)), r"^0\.weight is excluded or param"),
+        (lambda: nn.Sequential(nn.Linear(3, 3)), "Sequential has no convolution"),
+    ],
+)
+def test_what_is_no_chain_is_refused_at_filter_level(make, message):
+    model, neighbour = pair(make)
+    before = snapshot(model)
+    with pytest.raises(MismatchError, match=message):
+        graft(model, neighbour, level="filter")
+    assert_untouched(model, before)
+
+
+def test_what_is_excluded_stays_own_at_filter_level():
+    model, neighbour = pair(chain)
+    own = snapshot(model)
+    _, blended = looped_filter_level(own, neighbour, PAIRS, None)
+    del neighbour["5.weight"], neighbour["0.bias"]
+    graft(model, neighbour, level="filter", exclude=("5.*", "0.bias"))
+    assert_blended(model, {**blended, "0.bias": own["0.bias"]})
+    with pytest.raises(MismatchError, match=r"^1\.weight is excluded or parametrized: level 'filter' needs it"):
+        graft(model, neighbour, level="filter", exclude=("5.*", "0.bias", "1.weight"))

@@ -1,0 +1,63 @@
+"""Noise and a layer's own filters as scions, against a recomputation filter by filter."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from filter_grafting.errors import MismatchError
+from filter_grafting.scions import internal, noise
+
+
+def make_model():
+    """Filters 1 and 3 of the first layer are invalid; of the second, all but filter 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 1, bias=False), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight[[1, 3]] *= 1e-4
+        model[1].weight[1:] *= 1e-4
+    return model
+
+
+def test_noise_is_added_to_invalid_filters_alone():
+    model, before = make_model(), make_model().state_dict()
+    assert noise(model, 0.5, generator=torch.Generator().manual_seed(7)) == 5
+    generator = torch.Generator().manual_seed(7)
+    for key in "0.weight", "1.weight":
+        invalid = [j for j, filters in enumerate(before[key]) if sum(map(abs, filters.flatten().tolist())) < 0.1]
+        drawn = iter(torch.randn(len(invalid), *before[key].shape[1:], generator=generator))
+        for j, filters in enumerate(before[key]):
+            expected = filters + 0.5 * next(drawn) if j in invalid else filters
+            torch.testing.assert_close(model.state_dict()[key][j], expected)
+    assert all(torch.equal(model.state_dict()[key], before[key]) for key in ("0.bias", "2.weight", "2.bias"))
+
+
+@pytest.mark.parametrize("threshold", [0.1, 1e9])
+def test_the_i_th_largest_filter_is_added_to_the_i_th_smallest(threshold):
+    model, before = make_model(), make_model().state_dict()
+    grafted = 0
+    internal_count = internal(model, threshold)
+    for key in "0.weight", "1.weight":
+        norms = [sum(map(abs, filters.flatten().tolist())) for filters in before[key]]
+        ranked = sorted(range(len(norms)), key=norms.__getitem__)
+        expected = before[key].clone()
+        for i, j in enumerate(ranked):
+            if norms[j] < threshold:
+                expected[j] = before[key][j] + before[key][ranked[-1 - i]]
+                grafted += 1
+        torch.testing.assert_close(model.state_dict()[key], expected)
+    assert internal_count == grafted == (5 if threshold == 0.1 else 9)
+
+
+def test_a_shared_layer_gets_its_scions_once():
+    layer = nn.Conv2d(2, 2, 1, bias=False)
+    nn.init.zeros_(layer.weight)
+    assert noise(nn.Sequential(layer, layer), 1.0) == 2
+
+
+@pytest.mark.parametrize("scion", [lambda model: noise(model, 1.0), internal])
+def test_scions_that_cannot_be(scion):
+    with pytest.raises(MismatchError, match="0 is a transposed convolution"):
+        scion(nn.Sequential(nn.ConvTranspose2d(3, 4, 2)))
+    with pytest.raises(MismatchError, match="0: its weight is computed anew"):
+        scion(nn.Sequential(weight_norm(nn.Conv2d(3, 4, 2))))
