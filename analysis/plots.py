@@ -144,28 +144,15 @@ def informations(network: Network) -> pd.Series:
 @styled
 def coefficients(run: Run) -> Figure:
     """The coefficient of every layer over epochs, from the first layer (dark) to the last (light), and their mean."""
-    grids = coefficient_grids(run)
-    columns = min(2, len(grids))
-    rows = math.ceil(len(grids) / columns)
-    figure, panels = pyplot.subplots(
-        rows, columns, figsize=(WIDTH, 0.6 + 2.2 * rows), squeeze=False, sharex=True, sharey=True
-    )
-    colours = matplotlib.colormaps["cividis"]
-    for panel, (network, grid) in zip(panels.flat, grids, strict=False):
+    grids, shades = coefficient_grids(run), matplotlib.colormaps["cividis"]
+    figure, panels = panels_for(run, grids, columns=2, height=2.2, ylabel="coefficient")
+    for panel, (_, grid) in zip(panels.flat, grids, strict=False):
         for k, (_, layer) in enumerate(grid.iterrows()):
-            draw_course(
-                panel,
-                grid.columns,
-                layer,
-                {"color": colours(k / max(1, len(grid) - 1)), "linewidth": 0.7, "alpha": 0.7},
-            )
+            draw_course(panel, grid.columns, layer, {"color": shades(k / len(grid)), "linewidth": 0.7, "alpha": 0.7})
         mean = {"color": COLOURS[1], "linewidth": 2, "label": "mean over layers"}
         draw_course(panel, grid.columns, grid.mean(), mean)
-        panel.set_title(f"network {network.number}")
-    label_grid(panels, len(grids), "coefficient")
-    figure.suptitle(f"{run.label}: share of its own weights that each layer keeps", fontsize=10)
-    shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(1, max(2, len(grids[0][1]))), colours)
-    figure.colorbar(shades, ax=panels, label="layer, from the input", ticks=matplotlib.ticker.MaxNLocator(integer=True))
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(1, max(2, len(grids[0][1]))), shades)
+    figure.colorbar(scale, ax=panels, label="layer, from the input", ticks=matplotlib.ticker.MaxNLocator(integer=True))
     return finish(figure, panels.flat[: len(grids)])
 
 
@@ -175,28 +162,18 @@ def coefficients_map(run: Run) -> Figure:
     grids = coefficient_grids(run)
     layers = list(grids[0][1].index)
     reach = max(float(np.nanmax(np.abs(grid.to_numpy() - 0.5))) for _, grid in grids)
-    columns = min(2 if len(grids) <= 4 else 4, len(grids))
-    rows = math.ceil(len(grids) / columns)
-    height = max(1.6, min(0.13 * len(layers) + 0.5, TALLEST / rows))
-    figure, panels = pyplot.subplots(
-        rows, columns, figsize=(WIDTH, 1 + rows * height), squeeze=False, sharex=True, sharey=True
-    )
+    columns = 2 if len(grids) <= 4 else 4
+    height = max(1.6, min(0.13 * len(layers) + 0.5, TALLEST / math.ceil(len(grids) / columns)))
+    figure, panels = panels_for(run, grids, columns, height, ylabel="layer")
     every = math.ceil(len(layers) / (height / 0.12))  # as many names can be read beside it
+    look = {"cmap": "PuOr", "vmin": 0.5 - (reach or 0.5), "vmax": 0.5 + (reach or 0.5)}
     for panel, (network, grid) in zip(panels.flat, grids, strict=False):
-        image = panel.imshow(
-            grid,
-            cmap="PuOr",
-            vmin=0.5 - (reach or 0.5),
-            vmax=0.5 + (reach or 0.5),
-            aspect="auto",
-            interpolation="nearest",
-            extent=(grid.columns[0] - 0.5, grid.columns[-1] + 0.5, len(layers) - 0.5, -0.5),
-        )
-        panel.set_title(f"network {network.number}" + (": 0.5 everywhere" if reach == 0 else ""))
+        extent = (grid.columns[0] - 0.5, grid.columns[-1] + 0.5, len(layers) - 0.5, -0.5)
+        image = panel.imshow(grid, aspect="auto", interpolation="nearest", extent=extent, **look)
+        if reach == 0:
+            panel.set_title(f"network {network.number}: 0.5 everywhere")
         panel.set_yticks(range(0, len(layers), every), layers[::every], fontsize=6)
         panel.grid(False)
-    label_grid(panels, len(grids), "layer")
-    figure.suptitle(f"{run.label}: share of its own weights that each layer keeps", fontsize=10)
     pad = 0.15 / figure.get_figheight()  # a share of the height, which depends on the number of layers
     figure.colorbar(image, ax=panels, label="coefficient", location="bottom", aspect=50, shrink=0.6, pad=pad)
     return finish(figure, panels.flat[: len(grids)], legend=False)
@@ -212,15 +189,25 @@ def coefficient_grids(run: Run) -> list[tuple[Network, pd.DataFrame]]:
     return list(zip(networks, [grid.reindex(index=layers, columns=epochs) for grid in grids], strict=True))
 
 
-def label_grid(panels: np.ndarray, used: int, ylabel: str) -> None:
-    for panel in panels.flat[used:]:
-        panel.set_axis_off()
-    for k, panel in enumerate(panels.flat[:used]):
-        if k + panels.shape[1] >= used:  # nothing below it
+def panels_for(
+    run: Run, grids: Sequence[tuple[Network, pd.DataFrame]], columns: int, height: float, ylabel: str
+) -> tuple[Figure, np.ndarray]:
+    """A panel of this height for each network, in rows of so many, under the run's name."""
+    columns = min(columns, len(grids))
+    rows = math.ceil(len(grids) / columns)
+    size = (WIDTH, 0.8 + rows * height)
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
+    figure.suptitle(f"{run.label}: share of its own weights that each layer keeps", fontsize=10)
+    for k, panel in enumerate(panels.flat):
+        if k >= len(grids):
+            panel.set_axis_off()
+            continue
+        panel.set_title(f"network {grids[k][0].number}")
+        panel.set_ylabel(ylabel if k % columns == 0 else "")
+        if k + columns >= len(grids):  # nothing below it
             panel.set_xlabel("epoch")
             panel.tick_params(labelbottom=True)
-    for panel in panels[:, 0]:
-        panel.set_ylabel(ylabel)
+    return figure, panels
 
 
 # ---- Filters
@@ -313,7 +300,8 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
     shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     size = min(WIDTH, 2.6 + 0.42 * len(classes))
     figure, panel = pyplot.subplots(figsize=(size + 0.6, size))
-    image = panel.imshow(shares, cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
+    scale = matplotlib.colors.PowerNorm(0.5, 0, 100)  # a root, so that rare confusions are seen beside the diagonal
+    image = panel.imshow(shares, cmap="cividis", norm=scale)
     every = math.ceil(len(classes) / 50)
     names = [name if len(name) <= 14 else name[:13] + "…" for name in map(str, classes)][::every]
     small = 8 if len(classes) <= 20 else 5
@@ -321,7 +309,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
     panel.set_yticks(range(0, len(classes), every), names, fontsize=small)
     if len(classes) <= 20:
         for row, column in np.argwhere(matrix):
-            colour = "black" if shares[row, column] > 50 else "white"
+            colour = "black" if shares[row, column] > 35 else "white"
             text = f"{shares[row, column]:.0f}"
             panel.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     panel.set(title=title, xlabel="predicted class", ylabel="class")

@@ -10,17 +10,19 @@ that a run can be looked at while it is alive.
 import io
 import json
 import math
+import os
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import tabulate
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 from filter_grafting.checkpoint import load
@@ -28,12 +30,14 @@ from filter_grafting.errors import CheckpointError, GraftingError
 from filter_grafting.information import invalid_filters, norms_by_layer
 from filter_grafting.membership import Status, networks_of, observe, printable
 from filter_grafting.membership import read_run as read_record
+from training.process import explain
 
 THRESHOLDS = (0.1, 0.01)  # of the L1 norm, below which a filter is invalid
 SECONDS = ["train_seconds", "test_seconds", "wait_seconds", "graft_seconds"]
 METRICS = ["epoch", "test_accuracy", "best", *SECONDS]
 COEFFICIENTS = ["epoch", "layer", "coefficient"]
 GRAFTING_SETTINGS = {"num", "a", "c", "level", "method", "scion", "criterion", "difflr"}  # which a baseline lacks
+tabulate.MIN_PADDING = 0  # columns no wider than need be
 Counts = list[tuple[int, int]]  # (invalid, total) at each threshold
 
 
@@ -83,6 +87,8 @@ class Run:
 
     @property
     def method(self) -> str:
+        if "ensemble" in self.record:
+            return f"ensemble of {len(self.record['ensemble'].get('members', ()))}"
         return method(self.settings, len(self.networks))
 
     @property
@@ -100,6 +106,8 @@ def method(settings: dict[str, Any], num: int) -> str:
         words.append(f"{scion} scions")
     if num > 1 and settings.get("level") == "filter":
         words.append("filter level")
+    if num > 1 and settings.get("criterion") == "l1":
+        words.append("by L1 norm")
     for coefficient, default in (("a", 0.4), ("c", 500)) if num > 1 and name == "grafting" else ():
         if isinstance(settings.get(coefficient), int | float) and settings[coefficient] != default:
             words.append(f"{coefficient} {settings[coefficient]:g}")
@@ -243,8 +251,9 @@ def _read_filters(run: Run, network: Network, checkpoints: Iterable[Path]) -> No
             continue
         network.norms = torch.cat([torch.as_tensor(layer) for layer in norms.values()]).double().numpy()
         network.counted_in = path.stem.rstrip("0123456789") if path.stem.isalnum() else path.name
-        settings = contents.get("settings")
-        run.settings = (settings if isinstance(settings, dict) else {}) | run.settings
+        settings = contents["settings"] if isinstance(contents.get("settings"), dict) else {}
+        data = {"data": contents["data"]} if isinstance(contents.get("data"), str) else {}  # the images' checksum
+        run.settings = settings | data | run.settings
         return
     run.errors.append(f"no checkpoint of network {network.number} can be read")
 
@@ -350,5 +359,29 @@ def table(frame: pd.DataFrame, style: str = "markdown", right: Iterable[str] = (
     align = ["right" if column in set(right) else "left" for column in frame]
     options = {"headers": list(frame), "colalign": align, "disable_numparse": True, "showindex": False}
     if style == "latex":
-        return tabulate(frame.map(printable).values.tolist(), tablefmt="latex_booktabs", **options)
+        return tabulate.tabulate(frame.map(printable).values.tolist(), tablefmt="latex_booktabs", **options)
     return frame.map(cell).to_markdown(index=False, colalign=align, disable_numparse=True)
+
+
+def program(main: Callable[[], int]) -> int:
+    """Runs a program of this folder: what a user can mend is one sentence on stderr and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that knows no "±" is no reason to fail
+    try:
+        status = main()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (GraftingError, OSError) as error:
+        is_plain = isinstance(error, GraftingError) or not error.filename
+        sentence = str(error) if is_plain else f"{error.filename}: {error.strerror}"
+    except (RuntimeError, MemoryError) as error:
+        sentence, is_known = explain(error)  # as of a GPU that is full
+        if not is_known:
+            raise
+    print(printable(sentence, 1000), file=sys.stderr)
+    return 1
