@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,14 +80,14 @@ class Signals:
 
 
 def join_ring(
-    args: argparse.Namespace, signals: Signals, shared: Sequence[str], may_raise: Sequence[str] = (), **names: str
+    args: argparse.Namespace, signals: Signals, shared: Sequence[str], may_raise: Sequence[str] = (), **options: Any
 ) -> FileRing:
     """This network's place in the ring that its flags name.
 
     Args:
         shared: the flags that all networks of the ring must have in common.
         may_raise: those of them that a resumed run may raise.
-        names: of checkpoints and their state dict, if these are not the CIFAR script's.
+        options: further ones of FileRing.
     """
     # What the library has to say, as whom it waits for, belongs into the log.
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
@@ -101,9 +102,9 @@ def join_ring(
         timeout=60 * args.timeout,
         keep=math.inf if args.keep_all else 0,
         start_command=lambda network: shlex.join(command(network)),
-        details={"command": command(), "cwd": os.getcwd()},
+        details={"command": command(), "cwd": os.getcwd(), **options.pop("details", {})},
         check=signals.check,
-        **names,
+        **options,
     )
 
 
@@ -158,7 +159,7 @@ def pick_device(name: str | None, gpu: int | None = None) -> torch.device:
 
     Args:
         name: "cuda", "cpu", or None: cuda where there is a GPU.
-        gpu: which GPU; None: the first.
+        gpu: which GPU; None: the first, or this rank's of those that torchrun has started on this machine.
 
     Raises:
         UsageError: if there is no such device, or a GPU that this torch cannot use.
@@ -168,9 +169,11 @@ def pick_device(name: str | None, gpu: int | None = None) -> torch.device:
     problem = _problem_of_cuda()
     if problem:
         raise UsageError(f"argument --device: no GPU can be used here ({problem}); --device cpu trains on the CPU")
-    count = torch.cuda.device_count()
+    count, flag = torch.cuda.device_count(), "--gpu"
+    if gpu is None and world()[1] > 1:
+        gpu, flag = int(os.environ.get("LOCAL_RANK") or 0), "--nproc_per_node of torchrun"
     if gpu is not None and gpu >= count:
-        raise UsageError(f"argument --gpu: got {gpu}, expected 0 to {count - 1} (see CUDA_VISIBLE_DEVICES)")
+        raise UsageError(f"argument {flag}: asks for GPU {gpu}, expected 0 to {count - 1} (see CUDA_VISIBLE_DEVICES)")
     device = torch.device("cuda", gpu or 0)
     torch.cuda.set_device(device)  # first of all: else memory, streams and messages would be of GPU 0
     major, minor = torch.cuda.get_device_capability(device)

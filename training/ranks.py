@@ -1,6 +1,5 @@
 """One network trained by several processes, as torchrun starts them: a GPU each, one batch in equal parts."""
 
-import os
 import warnings
 from datetime import timedelta
 from types import TracebackType
@@ -71,8 +70,3 @@ class Ranks:
     ) -> None:
         if self.size > 1 and error is None:  # else the others are to see the connection break
             dist.destroy_process_group()
-
-
-def own_gpu(gpu: int | None) -> int | None:
-    """Which GPU of this machine: that of --gpu, or of this rank."""
-    return gpu if gpu is not None or world()[1] == 1 else int(os.environ.get("LOCAL_RANK") or 0)

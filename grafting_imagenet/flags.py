@@ -1,0 +1,131 @@
+"""The flags of grafting.py, and which of them go together. No torch here: --help and a wrong flag answer at once."""
+
+import argparse
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from training.flags import (
+    Parser,
+    add_machine_flags,
+    add_recipe_flags,
+    add_ring_flags,
+    check_common,
+    number,
+    one_of,
+    path,
+    run_name,
+    world,
+)
+
+DESCRIPTION = """\
+Trains one network of a ring on ImageNet, or any folder of images, grafting its neighbour's weights.
+
+A ring of two ResNet-18s, one GPU each (grafting.sh starts all networks of a ring):
+
+    python grafting.py --data imagenet -a resnet18 --s two --num 2 --i 1 --gpu 0 >1.out &
+    python grafting.py --data imagenet -a resnet18 --s two --num 2 --i 2 --gpu 1 >2.out &
+
+Several GPUs for one network:
+
+    torchrun --standalone --nproc_per_node=4 grafting.py --data imagenet -a resnet50 --save_dir two --networks 2 --i 1
+"""
+
+
+def names() -> list[str]:
+    """The classification models of the installed torchvision, out of its source: to import it takes seconds."""
+    spec = find_spec("torchvision")
+    files = sorted(Path(spec.origin).with_name("models").glob("*.py")) if spec else []
+    found = (re.findall(r"^@register_model\(\)\n(?:@.*\n)*def (\w+)", file.read_text(), re.MULTILINE) for file in files)
+    return sorted(name for each in found for name in each)
+
+
+def parser() -> Parser:
+    parser, known = Parser(description=DESCRIPTION), names()
+    group = parser.add_argument_group("training")
+    flag = group.add_argument
+    folder = "folder with train/<class>/ and val/<class>/ images (and test/<class>/: then val/ chooses the best epoch)"
+    flag("--data", metavar="DIR", type=path, default=Path("imagenet"), help=folder)
+    own = "or package.module:function, which is called with num_classes (timm.models:resnet18)"
+    models = f"a model of torchvision: {', '.join(known)}; {own}"
+    flag("-a", "--arch", metavar="NAME", type=one_of(known), default="resnet18", help=models)
+    workers = "processes that decode images, for each process that trains (default: its share of the cores)"
+    flag("-j", "--workers", metavar="W", type=number(int, 0), help=workers)
+    flag("--epochs", metavar="E", type=number(int, 1), default=90, help="epochs to train")
+    start = "the first epoch's number (default: 0, or the one after --resume PATH's)"
+    flag("--start-epoch", metavar="E", type=number(int, 0), help=start)
+    batch = "images per step, in total over the GPUs of this network"
+    flag("-b", "--batch-size", metavar="B", type=number(int, 1), default=256, help=batch)
+    rate = "learning rate at the start"
+    flag("--lr", "--learning-rate", metavar="LR", type=number(float, 0, low_open=True), default=0.1, help=rate)
+    steps = "x0.1 every 30 epochs instead of a cosine from the first rate to 0, per step"
+    flag("--steplr", action="store_true", help=steps)
+    flag("--momentum", metavar="M", type=number(float, 0, 1, high_open=True), default=0.9, help="of SGD")
+    flag("--wd", "--weight-decay", metavar="W", type=number(float, 0), default=1e-4, help="weight decay")
+    add_recipe_flags(group)
+    size = "side of a training and test image (default: 224; inception_v3: 299; with -e: what the file records)"
+    flag("--image_size", metavar="PIXELS", type=number(int, 32), help=size)
+    flag("--pretrained", action="store_true", help="start from torchvision's weights")
+    flag("--skip_bad", action="store_true", help="leave out images that cannot be read, and name them")
+    lines = "print a line every K batches; 0 prints one line an epoch"
+    flag("-p", "--print-freq", metavar="K", type=number(int, 0), default=10, help=lines)
+    flag("--gpu", metavar="G", type=number(int, 0), help="the GPU to use (default: the first)")
+    only = "print the accuracy of --resume PATH or --pretrained on the images to test on, and exit"
+    flag("-e", "--evaluate", action="store_true", help=only)
+    add_ring_flags(parser, "the run's folder under checkpoint/, shared by its networks (default: a name of settings)")
+    resume = (
+        "a checkpoint to start from, or the word auto, which may be left out: continue this network's run, if it has "
+        "begun, from its newest good checkpoint; with both (--resume PATH --resume auto) a network without one starts "
+        "from PATH"
+    )
+    parser.add_argument("--resume", metavar="PATH", nargs="?", const="auto", action="append", help=resume)
+    add_machine_flags(parser)
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, checked; a wrong one ends the program with one line and exit status 2.
+
+    `resume` becomes whether to continue the run, `start_from` the checkpoint to start from, if one was given.
+    """
+    flags = parser()
+    args = flags.parse_args(argv)
+    check_common(flags, args)
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)) if world()[1] > 1 else cores
+    name = str(args.s or default_name(flags, args)).removeprefix("checkpoint/")
+    args.s = Path("checkpoint") / name
+    given = args.resume or []
+    args.start_from = next((path(word) for word in reversed(given) if word != "auto"), None)
+    args.resume = "auto" in given
+    if args.start_from and args.start_from.resolve().parent == args.s.resolve() and not args.evaluate:
+        args.start_from, args.resume = None, True  # a checkpoint of this very run: it means "go on"
+    check(flags, args)
+    return args
+
+
+def check(flags: Parser, args: argparse.Namespace) -> None:
+    """Refuses flags that make no sense together."""
+    ranks = world()[1]
+    if args.batch_size % ranks:
+        flags.error(f"argument -b: got {args.batch_size}, expected a multiple of {ranks}, the number of ranks")
+    if args.gpu is not None and args.device == "cpu":
+        flags.error("argument --gpu: needs --device cuda")
+    if args.gpu is not None and ranks > 1:
+        flags.error("argument --gpu: torchrun's processes have a GPU each; CUDA_VISIBLE_DEVICES says which")
+    if args.pretrained and ":" in args.arch:
+        flags.error(f"argument --pretrained: torchvision has no weights of -a {args.arch}")
+    if args.pretrained and args.start_from:
+        flags.error("argument --pretrained: does not go with --resume PATH, which has weights of its own")
+    if args.evaluate and not (args.start_from or args.pretrained):
+        flags.error("argument -e: expected --resume PATH or --pretrained, to say what is evaluated")
+
+
+def default_name(flags: Parser, args: argparse.Namespace) -> str:
+    """grafting_imagenet_resnet18, with the settings that differ from the defaults appended."""
+    shown = {"epochs": "epochs", "batch_size": "batch", "lr": "lr", "steplr": "steplr", "momentum": "momentum"}
+    shown |= {"wd": "wd", "nesterov": "nesterov", "label_smoothing": "smoothing", "warmup": "warmup"}
+    shown |= {"pretrained": "pretrained", "criterion": "", "num": "num", "a": "a", "c": "c", "seed": "seed"}
+    return run_name(flags, args, f"imagenet_{args.arch.replace(':', '.')}", shown | {"amp": "amp"})
