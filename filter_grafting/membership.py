@@ -320,7 +320,7 @@ class Membership:
         pattern = re.compile(re.escape(before) + "(0|[1-9][0-9]{0,17})" + re.escape(after))
         try:
             names = os.listdir(self.directory)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise write_error(self.directory, error, "list") from error
@@ -333,7 +333,9 @@ class Membership:
 
     def _remove_leftovers(self) -> None:
         """Deletes what an earlier process of this network left half-written when it was killed."""
-        kinds = self._path("*", self.network).name, f"*[a-z]{self.network}.*", "run.json"
+        kinds = [self._path("*", self.network).name, f"*[a-z]{self.network}.*"]
+        if self._lock is not None:  # where there are no locks, another network may be writing it now
+            kinds.append("run.json")
         for kind in kinds:
             for path in self.directory.glob(f".{kind}.*{TEMPORARY}"):
                 with suppress(OSError):  # it only takes space
@@ -359,6 +361,9 @@ class Membership:
                 self._claim()
                 self._remove_leftovers()
                 self._record(self._agreed(given, may_raise, is_part))
+                if self._lock is None:  # others may have recorded theirs at this moment: whoever was last has won
+                    time.sleep(1.0)
+                    self._record(self._agreed(given, may_raise, is_part))
                 self._introduce()
         except BaseException:
             self._take_back()
@@ -407,10 +412,10 @@ class Membership:
 
     def _already_run(self, trace: Path) -> AlreadyRunError:
         status = observe(self.directory, [self.network])[0]
-        at = f" ({status.state}, epoch {status.epoch})" if status.epoch is not None else ""
+        at = "" if status.epoch is None else f", epoch {status.epoch}"
         return AlreadyRunError(
-            f"network {self.network} has already run in {self.directory}{at}: there is {trace.name}; resume it "
-            "(resume=True), or start anew in another directory"
+            f"network {self.network} has already run in {self.directory} ({status.state}{at}): there is "
+            f"{trace.name}; resume it (resume=True), or start anew in another directory"
         )
 
     def _introduce(self) -> None:
@@ -541,7 +546,9 @@ class Membership:
             write_atomically(path, before)
 
     def _restore_run(self, before: bytes | None) -> None:
-        if not self._others() and (before is not None or not self._has_begun()):
+        others = [read_status(self.directory, network) for network in networks_of(self.directory)]
+        has_joined = any(status.get("run") == self.run for status in others if status.get("network") != self.network)
+        if not (has_joined if before is None else self._others()):
             self._restore(self.directory / "run.json", before)
 
     def _release(self) -> None:

@@ -302,12 +302,9 @@ def test_a_file_that_cannot_be_read_just_now_is_told_from_a_bad_one(path, tmp_pa
         with pytest.raises(UnreadableError, match=rf"/{name} cannot be read: it is not a regular file"):
             load(tmp_path / name)
 
-    def fail(*arguments, **options):
-        raise error
-
     for error, reason in (MemoryError(), "it is too large for the memory"), (OSError(5, "I/O error"), "I/O error"):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_read", fail)
+            patch.setattr(checkpoint, "_read", lambda path, error=error: (_ for _ in ()).throw(error))
             with pytest.raises(UnreadableError, match=rf"ckpt1_3\.t7 cannot be read: {reason}"):
                 load(path)
     with pytest.raises(FileNotFoundError):

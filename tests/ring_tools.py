@@ -1,0 +1,89 @@
+"""Tools of the tests of rings: a clock that runs ahead, neighbours on paper, and processes that hold a place."""
+
+import heapq
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from filter_grafting.checkpoint import write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {"model": "resnet20", "epochs": 8, "a": 0.4}
+
+# Takes a place, says so, and holds it until it is killed or whoever started it ends.
+HOLD = """
+import json, sys
+from filter_grafting import FileRing, GraftingError
+directory, network, networks, settings = sys.argv[1:]
+try:
+    ring = FileRing(directory, int(network), int(networks), settings=json.loads(settings), resume=True)
+except GraftingError as error:
+    print(type(error).__name__, error, flush=True)
+else:
+    print("joined", ring.run, flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(directory: Path, network: int, networks: int = 2, settings: dict = SETTINGS) -> subprocess.Popen[str]:
+    """Starts a process that holds a network's place; the first line that it prints says whether it could."""
+    command = [sys.executable, "-c", HOLD, str(directory), str(network), str(networks), json.dumps(settings)]
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def write_status(directory: Path, network: int, **fields: object) -> None:
+    """The status file of a network that is only on paper, on a host whose locks say nothing here."""
+    status = {
+        "network": network,
+        "num": 2,
+        "state": "training",
+        "detail": "",
+        "epoch": 6,
+        "host": "elsewhere",
+        "pid": 1,
+    }
+    write_atomically(
+        directory / f"network{network}.json", json.dumps(status | {"time": 0, "beat": 0} | fields).encode()
+    )
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()} if directory.exists() else {}
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.02)
+
+
+class Clock:
+    """Stands in for the module `time`: a wait of hours takes no time, and things happen at chosen moments of it."""
+
+    def __init__(self) -> None:
+        self.now, self.plan, self.asleep = 5000.0, [], 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += max(0.5, seconds) + self.asleep
+        self.asleep = 0.0
+        while self.plan and self.plan[0][0] <= self.now:
+            heapq.heappop(self.plan)[2]()
+
+    def after(self, seconds: float, action: Callable[[], object]) -> None:
+        heapq.heappush(self.plan, (self.now + seconds, len(self.plan), action))
+
+    def every(self, seconds: float, action: Callable[[], object], until: float) -> None:
+        for count in range(1, int(until / seconds) + 1):
+            self.after(count * seconds, action)
