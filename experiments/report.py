@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
-from analysis.runs import THRESHOLDS, cell, mean_and_deviation, table
+from analysis.runs import THRESHOLDS, cell, mean_and_deviation, program, table
 from experiments import plots
 from experiments.results import (
     Cell,
@@ -33,7 +33,6 @@ from experiments.results import (
 )
 from experiments.tables import PRESETS, REFERENCE, TABLES
 from filter_grafting.checkpoint import write_atomically
-from filter_grafting.errors import WriteError
 from filter_grafting.membership import duration
 from training.flags import Parser
 
@@ -66,20 +65,14 @@ def main() -> int:
     for name in args.tables:
         if name not in (*TABLES, "all"):
             parser.error(f"argument TABLE: got {name!r}, expected {', '.join(TABLES)}, or all")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that knows no "±" is no reason to fail
     directory = args.results / args.preset
     results, damages = read_results(directory, args.preset)
     chosen = TABLES if not args.tables or "all" in args.tables else args.tables
     cells = {name: found for name in chosen if (found := cells_of(name, args.preset, results))}
     out = args.out or directory
-    try:
-        (out / "plots").mkdir(parents=True, exist_ok=True)
-        text = report(cells, args.preset, damages, out / "plots")
-        write_atomically(out / "report.md", text.encode())
-    except (OSError, WriteError) as error:
-        print(f"the report cannot be written: {error}", file=sys.stderr)
-        return 1
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    text = report(cells, args.preset, damages, out / "plots")
+    write_atomically(out / "report.md", text.encode())
     print(text, end="", flush=True)
     print(f"written to {out / 'report.md'}", file=sys.stderr)
     return int(bool(damages) and not any(len(one.results) for _, _, one in everything(cells)))
@@ -307,9 +300,14 @@ def small_print(cells: Cells) -> list[str]:
 
 
 def settings_of(results: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """What a run's seeds were trained with, but the seed; both where they differ."""
-    keys = dict.fromkeys(key for settings in results for key in settings if key != "seed")
-    return {key: " / ".join(dict.fromkeys(str(settings.get(key, "–")) for settings in results)) for key in keys}
+    """What a run's seeds were trained with, but the seed; all values where they differ."""
+    found: dict[str, dict[str, None]] = {}
+    for settings in results:
+        without = {"seed", "step_epochs"} if settings.get("cos") else {"seed"}  # a cosine has no steps
+        for key, value in settings.items():
+            if key not in without:
+                found.setdefault(key, {})[str(value)] = None
+    return {key: " / ".join(values) for key, values in found.items()}
 
 
 def flags(settings: dict[str, str]) -> str:
@@ -328,4 +326,4 @@ def extent(counts: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(main))

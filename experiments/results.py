@@ -139,7 +139,7 @@ def of_networks(run: Any) -> dict[str, Any]:
         "cost": float(len(epochs)),  # epochs of training, over all networks
         # By the median, which leaves out the few epochs in which the machine had paused.
         "seconds": max(len(network.metrics) * network.seconds_per_epoch for network in networks),
-        "precision": run.record.get("precision") or ("bfloat16" if settings.get("amp") else "float32"),
+        "precision": "bfloat16" if settings.get("amp") else "float32",
         "is_grafting": len(networks) > 1 and not is_scion and not is_average,
     }
     for place, threshold in enumerate(THRESHOLDS):

@@ -27,7 +27,6 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -40,7 +39,7 @@ from filter_grafting.checkpoint import write_atomically
 from filter_grafting.errors import GraftingError
 from filter_grafting.membership import Status, duration, observe, read_status
 from training.flags import Parser, number, path
-from training.process import Signals, amp_dtype
+from training.process import Signals
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS_PER_GPU = 4  # on CIFAR; one on ImageNet
@@ -179,15 +178,21 @@ class Job:
         try:
             self.save.mkdir(parents=True, exist_ok=True)
             with FileLock(self.save / "queue.lock", timeout=0):
-                with suppress(FileNotFoundError, ValueError):
-                    read_result(self.results, self.run)
-                return self.train(threads, signals) or self.collect()
-        except OtherCommand as error:
-            return f"{self.results}: {error}; move it and {self.save} elsewhere"
+                return self.refusal() or self.train(threads, signals) or self.collect()
         except Timeout:
             return "another queue is at work on it"
         except (OSError, ValueError, KeyError, GraftingError) as error:
             return f"{type(error).__name__}: {error}"
+
+    def refusal(self) -> str:
+        """Results of another command are not written over."""
+        try:
+            read_result(self.results, self.run)
+        except OtherCommand as error:
+            return f"{self.results}: {error}; move it and {self.save} elsewhere"
+        except ValueError:  # none, or damaged
+            pass
+        return ""
 
     def train(self, threads: int, signals: Signals) -> str:
         """Starts the networks that neither are done nor live on from a killed queue, and waits for all of them."""
@@ -274,20 +279,12 @@ class Job:
                     counts[f"{which}invalid"] = {f"{t:g}": n for t, (n, _) in zip(THRESHOLDS, pairs, strict=True)}
                 record["filters"].append(counts)
                 record |= {"settings": contents["settings"], "data": contents.get("data", "")}
-                record["precision"] = precision(contents["settings"])
                 # Coefficients are the most of it, and a plot needs those of one seed.
                 names = [f"metrics{i}.csv"] + [f"coefficients{i}.csv"] * (self.run.networks > 1 and self.run.seed == 0)
                 for name in names:
                     write_atomically(self.results / name, (self.save / name).read_bytes())
         write_atomically(self.results / "result.json", (json.dumps(record, indent=1) + "\n").encode())
         return ""
-
-
-def precision(settings: dict[str, Any]) -> str:
-    """What a network was trained in: --amp is bfloat16 where the hardware has it, as the scripts decide."""
-    device = settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, _ = amp_dtype(bool(settings.get("amp")), torch.device(device))
-    return str(dtype or torch.float32).removeprefix("torch.")
 
 
 def hardware() -> str:
@@ -423,7 +420,7 @@ def main() -> int:
     slots = args.jobs or (NETWORKS_PER_GPU * len(gpus) if gpus else cores)
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done; {slots} networks at once", flush=True)
     signals = Signals()
-    signals.finishes_batch = True  # they end the networks, and these the queue; a second one ends it at once
+    signals.finish_batch()  # they end the networks, and these the queue; a second one ends it at once
     work(missing, slots, max(1, cores // slots), gpus, signals)
     if signals.received:
         print(f"stopped by {signal.Signals(signals.received).name}; the same command goes on", file=sys.stderr)

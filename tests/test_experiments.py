@@ -1,85 +1,97 @@
-"""The queue of experiments: what it runs, that every table comes to its report, and that kills change nothing."""
+"""The queue of experiments: what it runs and in which order, and that failures, kills and signals change nothing."""
 
-import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
-from finished import write_ensemble, write_run
+from filelock import FileLock
 from imagenet import make_class_folders
-from processes import NURSERY, ROOT, environment, read_table, until
 
-from experiments import jobs, report, tables
+from experiments import report, tables
 from experiments import run as queue
+from experiments.results import read_result, read_results
+from grafting_cifar.flags import parse as parse_cifar
+from grafting_imagenet.flags import parse as parse_imagenet
+
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = SimpleNamespace(received=None)  # no signal comes
+
+
+def until(condition, what):
+    end = time.monotonic() + 300
+    while not (found := condition()):
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.05)
+    return found
+
 
 # ---- The tables
 
 
-def test_every_row_has_its_run():
-    for preset in tables.PRESETS:
-        runs = {run.name for run in tables.runs(tables.NAMES, preset, 1)}
-        for table in tables.tables(preset).values():
-            labels = [row.label for row in table.rows]
-            assert len(set(labels)) == len(labels)
-            for row in table.rows:
-                assert row.baseline is None or row.baseline in labels[: labels.index(row.label)]
-                assert {cell.run for cell in row.cells.values()} <= runs
+@pytest.mark.parametrize("preset", tables.PRESETS)
+def test_every_row_has_its_run_and_its_baseline_above_it(preset):
+    runs = {run.name for run in tables.runs(tables.TABLES, preset, 1)}
+    for name in tables.TABLES:
+        seen = set()
+        for row in tables.rows(name, preset):
+            assert (row.dataset, row.label) not in seen and row.run in runs
+            assert row.baseline is None or (row.dataset, row.baseline) in seen
+            seen.add((row.dataset, row.label))
 
 
-def test_runs_of_several_tables_are_run_once_and_ensembles_after_their_members():
-    runs = tables.runs(tables.NAMES, "paper", 3)
-    places = {(run.name, run.seed): place for place, run in enumerate(runs)}
-    assert len(places) == len(runs)
-    ensembles = [run for run in runs if run.members]
-    assert {len(run.members) for run in ensembles} == {2, 6}
-    for run in ensembles:
-        assert all(places[member] < places[run.name, run.seed] for member in run.members)
-    of_six = [run for run in ensembles if run.name == "cifar10_mobilenetv2_num1_ensemble6"]
-    assert len({member for run in of_six for member in run.members}) == 3 * 6  # no two share a network
+def test_runs_of_several_tables_are_run_once_and_no_two_ensembles_share_a_network():
+    runs = tables.runs(tables.TABLES, "paper", 3)
+    assert len({(run.name, run.seed) for run in runs}) == len(runs)
+    assert {len(run.members) for run in runs if run.members} == {2, 6}
+    of_six = [run for run in runs if run.name == "cifar10_mobilenetv2_num1_ensemble6"]
+    assert len({member for run in of_six for member in run.members}) == 3 * 6
+    assert {member for run in of_six for member in run.members} <= {(run.name, run.seed) for run in runs}
 
 
-def test_published_figures_stand_beside_the_published_settings_only():
-    rows = {row.label: row for row in tables.tables("paper")["main"].rows}
-    assert rows["ResNet-32, grafting (dlr)"].cells["CIFAR-100"].paper == 71.28
-    assert {cell.paper for row in tables.tables("small")["main"].rows for cell in row.cells.values()} == {None}
+def test_published_figures_stand_beside_the_schedule_that_they_belong_to():
+    def published(table, preset="paper"):
+        rows = tables.rows(table, preset)
+        return {(row.dataset, row.run): row.paper for row in rows if row.paper is not None}
+
+    assert published("main")["CIFAR-100", "cifar100_resnet32_num2_difflr_cos"] == 71.28
+    for table in ("filters", "leaky", "level", "criterion", "scions"):  # measured on steps at equal rates
+        assert published(table) and not [run for _, run in published(table) if "cos" in run or "difflr" in run]
+    assert published("imagenet")["ImageNet", "imagenet_resnet50_num1_steplr"] == "75.92 / 92.81"
+    assert published("criterion")["CIFAR-10", "cifar10_mobilenetv2_num2_l1"] == 92.94
+    assert not published("main", "small")
 
 
 @pytest.mark.parametrize("preset", tables.PRESETS)
 def test_the_scripts_take_every_command_line(preset):
-    from grafting_cifar.grafting import parse as parse_cifar
-    from grafting_imagenet.grafting import parse as parse_imagenet
-
-    for run in tables.runs(tables.NAMES, preset, 1):
-        if run.flags:
+    for run in tables.runs(tables.TABLES, preset, 1):
+        if not run.members:
             parse = parse_imagenet if run.script == "grafting_imagenet" else parse_cifar
-            args = parse([*run.flags, "--data", "glyphs", "--device", "cpu", "--s", "somewhere"])
-            assert (args.networks, args.seed, args.epochs) == (run.networks, run.seed, run.epochs)
+            args = parse([*run.flags, "--data", "somewhere", "--device", "cpu", "--s", "somewhere"])
+            assert (args.num, args.seed, args.epochs) == (run.networks, run.seed, run.epochs)
+
+
+def test_the_results_at_hand_are_those_of_the_tables():
+    frame, damages = read_results(ROOT / "results" / "small", "small")
+    folders = list((ROOT / "results" / "small").glob("*/seed*"))
+    assert not damages and len(frame) == len(folders) >= 54
 
 
 # ---- Flags
-
-
-def test_a_folder_of_ten_classes_is_not_for_cifar100(tmp_path, capsys):
-    for k in range(10):
-        (tmp_path / "train" / str(k)).mkdir(parents=True)
-    args = queue.parse(["main", "--data", str(tmp_path)])
-    found, lacking = queue.jobs_of(args)
-    assert {job.run.data for job in found} == {"cifar10"} and lacking == {"cifar100"}
-    assert all(job.command[job.command.index("--data") + 1] == str(tmp_path) for job in found)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["mane"], "got 'mane', expected main, fair,"),
-        (["main", "--data", "cifar7=."], "expected DIR, cifar10=DIR"),
-        (["main", "--data", "nowhere"], "there is no folder nowhere"),
+        (["main", "--data", "cifar7=."], "there is no folder"),
         (["main", "--data", ".", "/"], "got two folders for the same images"),
         (["imagenet", "--preset", "small"], "small runs nothing of imagenet"),
         (["main", "--only", "cifar10_resnet32_num3"], "cifar10_resnet32_num3 is none of these tables' runs"),
@@ -92,24 +104,39 @@ def test_wrong_flags(arguments, words, capsys):
     assert end.value.code == 2 and words in error and error.count("\n") == 1
 
 
-def test_dry_run_names_every_network_and_slurm_every_run(tmp_path, monkeypatch, capsys):
-    def printed(*flags):
-        monkeypatch.setattr(sys, "argv", ["run.py", "main", "--seeds", "2", "--results", str(tmp_path), *flags])
-        assert queue.main() == 0
-        return capsys.readouterr().out
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Calls main() with flags, folders of the test's own, and no signals of its own; returns status, output, errors."""
 
-    lines = printed("--dry-run").splitlines()
-    assert len(lines) == 4 * 2 * 2 * (1 + 2 + 1 + 2) == len(set(lines))
-    script = printed("--slurm")
-    assert "#SBATCH --array=0-63\n" in script
+    def call(*flags):
+        folders = ["--work", f"{tmp_path}/work", "--results", f"{tmp_path}/results"]
+        monkeypatch.setattr(sys, "argv", ["run.py", *flags, *(folders if "--work" not in flags else [])])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        return queue.main(), *capsys.readouterr()
+
+    return call
+
+
+def test_a_folder_of_ten_classes_is_not_for_cifar100(tmp_path, call):
+    for k in range(10):
+        (tmp_path / "images" / "train" / str(k)).mkdir(parents=True)
+    status, output, errors = call("main", "--data", f"{tmp_path}/images", "--seeds", "1", "--dry-run")
+    assert status == 0 and "cifar100" not in output and f"--data {tmp_path}/images --s" in output
+    assert errors == "left out, as no images were given: the runs on cifar100 (as in --data cifar100=DIR)\n"
+    assert call("imagenet")[0] == 2  # nothing is left
+
+
+def test_dry_run_names_every_network_and_slurm_every_run(call):
+    lines = call("main", "--seeds", "2", "--dry-run")[1].splitlines()
+    assert len(lines) == 5 * 2 * 2 * (1 + 2 + 1 + 2) == len(set(lines))
+    script = call("main", "--seeds", "2", "--slurm")[1]
+    assert "#SBATCH --array=0-79\n" in script and script.count("/seed1\n") == 40
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
-    assert script.count("/seed1\n") == 32
 
 
-def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run.py", "main", "--slurm", "--results", str(tmp_path / "$HOME's")])
+def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, call, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "some python"))
-    assert queue.main() == 0
+    script = call("main", "--slurm", "--work", "work", "--results", str(tmp_path / "$HOME's"))[1]
     for name, does in (
         ("some python", 'echo "$@" >said; trap "exit 143" TERM; touch running; while :; do sleep 0.01; done'),
         ("scontrol", 'echo "$@" >requeued'),
@@ -117,339 +144,269 @@ def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, monkeypatch, c
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "4", "SLURM_JOB_ID": "7"}
-    task = subprocess.Popen(["bash", "-c", capsys.readouterr().out], env=variables, cwd=tmp_path)
-    until((tmp_path / "running").exists)
-    task.send_signal(signal.SIGUSR1)
+    task = subprocess.Popen(["bash", "-c", script], env=variables, cwd=tmp_path)
+    until((tmp_path / "running").exists, "the queue")
+    os.kill(task.pid, signal.SIGUSR1)
     assert task.wait() == 143
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     said = (tmp_path / "said").read_text()
-    assert f"--results {tmp_path}/$HOME's" in said and said.endswith("--only cifar100_resnet32_num1/seed1\n")
+    assert f"--results {tmp_path}/$HOME's" in said and said.endswith("--only cifar10_resnet32_num2/seed1\n")
 
 
-# ---- The queue
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_started(tmp_path, call):
+    (tmp_path / "results").touch()
+    status, _, errors = call("main", "--preset", "smoke")
+    assert status == 2
+    assert errors == f"{tmp_path}/results cannot be written: File exists; nothing was started\n"
 
 
-class Exited:
-    """A process that has run until `when` was true, and left nothing."""
-
-    def __init__(self, status=0, when=lambda: True):
-        self.returncode, self.when = status, when
-
-    def poll(self):
-        return self.returncode if self.when() else None
-
-    def terminate(self):
-        pass
+# ---- The order
 
 
-def make_jobs(folder, *flags):
-    arguments = ["--preset", "smoke", "--seeds", "1", "--work", f"{folder}/work", "--results", f"{folder}/results"]
-    return queue.jobs_of(queue.parse([*arguments, *flags]))[0]
+def make_jobs(folder, *flags, seeds=1):
+    folders = ["--work", f"{folder}/work", "--results", f"{folder}/results", "--seeds", str(seeds)]
+    args = queue.parse(["--preset", "smoke", *folders, *flags])
+    return [queue.Job(run, args, queue.data_flags(run, args.data)) for run in args.runs]
 
 
-def finish(job, recipe=None):
-    """Leaves results of a command, by default the job's own."""
-    results, (name, seed) = job.results.parents[2], (job.run.name, job.run.seed)
-    if job.is_ensemble:
-        write_ensemble(results, name, seed, job.run.member_names, 80.0, [79.0, 79.0], preset=job.preset)
-    else:
-        write_run(results, name, seed, [[70.0, 80.0]] * job.run.networks, preset=job.preset)
-    path = job.results / "result.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"command": recipe or job.run.recipe}))
+@pytest.fixture
+def simulate(monkeypatch):
+    """Runs jobs whose networks do nothing; returns which were at work together, at each begin."""
+
+    def simulate(jobs, slots, gpus=(), outcome=lambda job: ""):
+        alive, together = [], []
+
+        def execute(job, *_):
+            alive.append(job)
+            together.append(list(alive))
+            time.sleep(0.02)
+            alive.remove(job)
+            return outcome(job)
+
+        monkeypatch.setattr(queue.Job, "execute", execute)
+        monkeypatch.setattr(queue, "POLL_SECONDS", 0.01)
+        queue.work(jobs, slots, 1, list(gpus), QUIET)
+        return together
+
+    return simulate
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"command": 1}', '{"command": "python'])
-def test_a_damaged_record_is_run_again_and_stops_nothing(tmp_path, text):
-    job = make_jobs(tmp_path, "main")[0]
-    finish(job)
-    assert queue.unfinished([job]) == []
-    (job.results / "result.json").write_text(text)
-    assert queue.unfinished([job]) == [job]
+def test_the_cheapest_run_first_and_ensembles_after_their_networks(tmp_path, simulate):
+    jobs = make_jobs(tmp_path, "fair", "level")
+    order = [together[-1].run for together in simulate(jobs, 1)]
+    places = {(run.name, run.seed): place for place, run in enumerate(order)}
+    costs = [run.cost for run in order if not run.members]
+    assert len(places) == len(jobs) and costs == sorted(costs)
+    ensembles = [run for run in order if run.members]
+    assert len(ensembles) == 2
+    assert all(places[member] < places[run.name, run.seed] for run in ensembles for member in run.members)
 
 
-def test_what_the_report_counts_as_damaged_the_queue_runs_again(tmp_path):
-    job = make_jobs(tmp_path, "main")[1]
-    finish(job)
-    (job.results / "metrics2.csv").unlink()
-    assert queue.unfinished([job]) == [job]
+def test_as_many_networks_at_once_as_there_are_slots_and_a_larger_ring_alone(tmp_path, simulate):
+    together = simulate(make_jobs(tmp_path, "networks"), 3)
+    sizes = [[len(job.numbers) for job in jobs] for jobs in together]
+    assert all(sum(size) <= 3 or len(size) == 1 for size in sizes)
+    assert max(map(sum, sizes)) == 8 and max(map(len, sizes)) > 1
 
 
-def test_results_of_another_command_are_neither_taken_nor_overwritten(tmp_path, monkeypatch):
-    found = make_jobs(tmp_path, "main")
-    finish(found[0])
-    finish(found[1], found[1].run.recipe.replace("--epochs 2", "--epochs 3"))
-    monkeypatch.setattr(jobs.Job, "start", lambda *_: pytest.fail("it was started"))
-    assert queue.unfinished(found[:2]) == found[1:2]
-    queue.work(found[1:2], 5, 1, [], queue.Progress(1), SimpleNamespace(check=lambda: None))
-    assert f"{found[1].results} holds results of python" in found[1].failure
-    assert "--epochs 3" in (found[1].results / "result.json").read_text()
-
-
-def test_nothing_to_run_is_no_success(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run.py", "imagenet", "--results", str(tmp_path)])
-    assert queue.main() == 2
-    assert "--data imagenet=DIR" in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_written_is_said_before_anything_is_started(tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    flags = ["--preset", "smoke", "--work", f"{tmp_path}/work", "--results", f"{tmp_path}/file"]
-    monkeypatch.setattr(sys, "argv", ["run.py", "main", *flags])
-    assert queue.main() == 2
-    assert capsys.readouterr().err == f"{tmp_path}/file cannot be written: File exists; nothing was started\n"
-
-
-def test_networks_of_imagenet_have_a_gpu_each(tmp_path, monkeypatch):
+def test_networks_of_imagenet_have_a_gpu_each_and_others_the_least_used(tmp_path, simulate):
     (tmp_path / "images").mkdir()
-    found = make_jobs(tmp_path, "main", "imagenet", "--data", f"imagenet={tmp_path / 'images'}")
-    alive, together = [], []
-
-    def begin(job, *_):
-        alive.append(job)
-        together.append([other.run.data for other in alive for _ in range(other.run.networks)])
-
-    def has_ended(job):
-        alive.remove(job)
-        return True
-
-    for name, does in (("begin", begin), ("has_ended", has_ended), ("collect", lambda _: None)):
-        monkeypatch.setattr(jobs.Job, name, does)
-    queue.work(found, 8, 1, ["0", "1"], queue.Progress(1), SimpleNamespace(check=lambda: None))
-    assert {data: max(found.count(data) for found in together) for data in ("glyphs", "imagenet")} == {
-        "glyphs": 6,
-        "imagenet": 2,
-    }
+    jobs = make_jobs(tmp_path, "main", "imagenet", "--data", f"imagenet={tmp_path}/images")
+    together = simulate(jobs, 8, ["3", "5"])
+    for at_work in together:
+        of_imagenet = [gpu for job in at_work if job.run.data == "imagenet" for gpu in job.gpus]
+        assert len(of_imagenet) == len(set(of_imagenet))
+    assert {gpu for job in jobs for gpu in job.gpus} == {"3", "5"}
+    assert all(len({*job.gpus}) == len(job.numbers) for job in jobs)
 
 
-def test_networks_are_spread_over_the_gpus(tmp_path, monkeypatch):
-    started = []
-
-    def start(*_, env, **others):
-        started.append(env["CUDA_VISIBLE_DEVICES"])
-        return Exited(when=lambda: len(started) == 6)
-
-    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
-    found, silent = make_jobs(tmp_path, "main"), SimpleNamespace(check=lambda: None)
-    queue.work(found, 6, 1, ["3", "5", "8"], queue.Progress(1), silent)
-    assert started == ["3", "5", "8", "3", "5", "8"]
-    assert all("results cannot be collected" in job.failure for job in found)
-
-
-def test_a_run_belongs_to_one_queue_at_a_time(tmp_path, monkeypatch):
-    (mine, *_), (others, *_) = make_jobs(tmp_path, "main"), make_jobs(tmp_path, "main")
-    others.claim()
-    monkeypatch.setattr(jobs.Job, "start", lambda *_: pytest.fail("it was started"))
-    queue.work([mine], 5, 1, [], queue.Progress(1), SimpleNamespace(check=lambda: None))
-    assert mine.failure == "another queue is at work on it"
-
-
-def test_a_file_system_without_locks_is_no_reason_to_fail(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(jobs.fcntl, "flock", refuse)
-    make_jobs(tmp_path, "main")[0].claim()
-
-
-def test_an_ensembles_networks_are_trained_again_if_their_weights_are_gone(tmp_path):
-    found = make_jobs(tmp_path, "fair")
-    for job in found:
-        if not job.is_ensemble:
-            finish(job)
-    first, second = (job for job in found if job.is_ensemble)
-    finish(second)
-    there, gone = (job for job in found if (job.run.name, job.run.seed) in first.run.members)
-    there.directory.mkdir(parents=True)
-    (there.directory / "final1.t7").touch()
-    assert queue.unfinished(found) == [gone, first]
-
-
-def test_only_trains_an_ensembles_networks_again_too(tmp_path, monkeypatch, capsys):
-    jobs_of_all = make_jobs(tmp_path, "fair")
-    for job in jobs_of_all:
-        if not job.is_ensemble:
-            finish(job)
-    flags = ["--preset", "smoke", "--seeds", "1", "--work", f"{tmp_path}/work", "--results", f"{tmp_path}/results"]
-    monkeypatch.setattr(sys, "argv", ["run.py", "fair", *flags, "--only", "glyphs_resnet20_num1", "--dry-run"])
-    assert queue.main() == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == [f"glyphs_resnet20_num1/seed{seed}" for seed in (0, 100)]
-
-
-def test_a_network_that_is_done_but_has_lost_its_weights_is_started(tmp_path, monkeypatch):
-    started = []
-    popen = lambda command, **_: started.append(command[-1]) or Exited()  # noqa: E731
-    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
-    job = make_jobs(tmp_path, "main")[1]
-    seen = [SimpleNamespace(number=i, alive=False, state="done") for i in (1, 2)]
-    monkeypatch.setattr(jobs.Job, "observe", lambda _: seen)
-    job.directory.mkdir(parents=True)
-    (job.directory / "final1.t7").touch()
-    job.start(1, [])
-    assert started == ["2"]
-
-
-def test_small_runs_fill_up_what_a_ring_leaves_and_do_not_keep_it_waiting(tmp_path, monkeypatch):
-    """On two cores: a network, then a ring of two; another network fits in beside the first, a longer one does not."""
-    single, ring, other = make_jobs(tmp_path, "main")[:3]
-    assert [job.run.networks for job in (single, ring, other)] == [1, 2, 1]
-
-    def order(epochs):
-        began, left = [], {str(single): 2, str(ring): 2, str(other): 2}
-
-        def has_ended(job):
-            left[str(job)] -= 1
-            return not left[str(job)]
-
-        for name, does in (
-            ("begin", lambda job, *_: began.append(job)), ("has_ended", has_ended), ("collect", lambda _: None),
-            ("epochs_left", lambda _: 2),
-        ):  # fmt: skip
-            monkeypatch.setattr(jobs.Job, name, does)
-        monkeypatch.setattr(other, "run", other.run._replace(epochs=epochs))
-        queue.work([single, ring, other], 2, 1, [], queue.Progress(1), SimpleNamespace(check=lambda: None))
-        return began
-
-    assert order(2) == [single, other, ring]
-    assert order(3) == [single, ring, other]
+def test_a_failed_run_does_not_end_the_others(tmp_path, simulate, capsys):
+    jobs = make_jobs(tmp_path, "main")
+    simulate(jobs, 2, outcome=lambda job: "a reason" if job is jobs[1] else "")
+    assert [job.failure for job in jobs] == ["", "a reason", "", ""]
+    assert f"{jobs[1].run}: failed: a reason\n" in capsys.readouterr().out
 
 
 def test_the_time_left_is_that_of_the_epochs_left(tmp_path, monkeypatch, capsys):
     clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(queue, "time", clock)
-    job, ended = make_jobs(tmp_path, "main")[0], [10]  # ten epochs by an earlier queue
-    monkeypatch.setattr(jobs.Job, "progress", lambda _: (ended[0], "a line"))
-    show = queue.Progress(100)
+    job, share = make_jobs(tmp_path, "main")[0], [0.1]  # by an earlier queue
+    monkeypatch.setattr(queue.Job, "share", lambda _: share[0])
+    show = queue.Progress([job])
     show([job], [])
-    clock.now, ended[0] = 220.0, 16
+    clock.now, share[0] = 220.0, 0.2
     show([job], [])
-    assert capsys.readouterr().out.splitlines()[-1] == "1 running, 0 waiting, about 28 min left"  # 84 epochs of 20 s
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("1 running, 0 waiting, about 16 min left: ") and last.endswith("seed0 20 %")  # 8 times 120 s
 
 
-def test_a_network_that_an_earlier_queue_had_just_started_goes_on(tmp_path, monkeypatch):
+# ---- What is missing
+
+
+def finish(job, command=None):
+    """Leaves results, by default of the job's own command; only such as tell whether it was run."""
+    job.results.mkdir(parents=True)
+    record = {"command": command or job.run.command, "hardware": "", "versions": {}, "networks": job.run.networks}
+    if job.run.members:
+        record["ensemble"] = {"members": job.run.member_names, "networks": [1], "ensemble": 1, "weight_average": 1}
+    else:
+        counts = {"0.1": 0, "0.01": 0}
+        filters = {"total": 9, "shortcut_total": 0, "invalid": counts, "shortcut_invalid": counts}
+        record |= {"settings": {"epochs": 1}, "filters": [filters] * job.run.networks}
+        columns = ["epoch", "test_accuracy", "best", "train_seconds", "test_seconds", "wait_seconds", "graft_seconds"]
+        for i in job.numbers:
+            pd.DataFrame([[0] * len(columns)], columns=columns).to_csv(job.results / f"metrics{i}.csv", index=False)
+    (job.results / "result.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"command": 1}', '{"command": "python'])
+def test_what_the_report_counts_as_damaged_the_queue_runs_again(tmp_path, text):
+    jobs = make_jobs(tmp_path, "main")[:2]
+    for job in jobs:
+        finish(job)
+    assert queue.unfinished(jobs) == []
+    (jobs[0].results / "result.json").write_text(text)
+    (jobs[1].results / "metrics2.csv").unlink()
+    assert queue.unfinished(jobs) == jobs
+
+
+def test_results_of_another_command_are_neither_taken_nor_overwritten(tmp_path, monkeypatch):
     job = make_jobs(tmp_path, "main")[0]
-    job.processes[1] = Exited(1)
-    seen = [SimpleNamespace(number=1, alive=True, state="training")]
-    monkeypatch.setattr(jobs.Job, "observe", lambda _: seen)
-    assert not job.has_ended() and not job.failure
-    seen[0] = SimpleNamespace(number=1, alive=False, state="done")
-    assert job.has_ended() and not job.failure
+    finish(job, job.run.command.replace("--epochs 2", "--epochs 3"))
+    monkeypatch.setattr(queue.Job, "start", lambda *_: pytest.fail("it was started"))
+    assert queue.unfinished([job]) == [job]
+    assert "--epochs 3" in (failure := job.execute(1, QUIET)) and failure.endswith(f"move it and {job.save} elsewhere")
 
 
-def test_a_network_is_not_left_to_wait_for_one_of_an_earlier_queue_that_has_died(tmp_path, monkeypatch):
-    job = make_jobs(tmp_path, "main")[1]
-    job.processes[2] = Exited(when=lambda: False)
-    died = SimpleNamespace(number=1, alive=False, state="died", pid=None)
-    monkeypatch.setattr(jobs.Job, "observe", lambda _: [died])
-    monkeypatch.setattr(Exited, "terminate", lambda self: setattr(self, "when", lambda: True))
-    assert job.has_ended()
-    assert job.failure.startswith("network 1: ")
+def test_a_run_belongs_to_one_queue_at_a_time(tmp_path, monkeypatch):
+    job = make_jobs(tmp_path, "main")[0]
+    job.save.mkdir(parents=True)
+    monkeypatch.setattr(queue.Job, "start", lambda *_: pytest.fail("it was started"))
+    with FileLock(job.save / "queue.lock"):
+        assert job.execute(1, QUIET) == "another queue is at work on it"
+
+
+def test_an_ensembles_networks_are_trained_again_if_their_weights_are_gone(tmp_path, call):
+    jobs = make_jobs(tmp_path, "fair")
+    for job in jobs:
+        if not job.run.members:
+            finish(job)
+    first, second = (job for job in jobs if job.run.members)
+    finish(second)
+    there, gone = (job for job in jobs if (job.run.name, job.run.seed) in first.run.members)
+    there.save.mkdir(parents=True)
+    there.final(1).touch()
+    assert queue.unfinished(jobs) == [gone, first]
+    lines = call("fair", "--preset", "smoke", "--seeds", "1", "--only", gone.run.name, "--dry-run")[1].splitlines()
+    assert [line.partition(":")[0] for line in lines] == [str(gone.run)]
 
 
 # ---- Real runs
 
 
-class Forked:
-    """A subprocess.Popen that starts the project's scripts from the tests' nursery, within milliseconds."""
+class Queue:
+    """experiments/run.py as a process, on the smallest table."""
 
-    def __init__(self, command, stdout, env, **others):
-        start = {"script": command[1], "arguments": command[2:], "append": True, "plan": []}
-        self.pid = NURSERY.ask({"start": {**start, "log": stdout.name, "errors": f"{stdout.name}.errors"}})
-        self.returncode = None
+    def __init__(self, folder, *flags):
+        self.folder = folder
+        command = [sys.executable, ROOT / "experiments" / "run.py", *(flags or ["main"]), "--preset", "smoke"]
+        command += ["--seeds", "1", "--work", folder / "work", "--results", folder / "results"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.process = subprocess.Popen(command, env=environment, **pipes)
 
-    def poll(self):
-        if self.returncode is None:
-            self.returncode = NURSERY.ask({"poll": self.pid})
-        return self.returncode
+    def finish(self):
+        output, _ = self.process.communicate()
+        return self.process.returncode, output
 
-    def terminate(self):
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGTERM)
+    def networks(self, run):
+        """Status files of a run's networks."""
+        paths = (self.folder / "work" / "smoke" / run / "seed0").glob("network*.json")
+        return [json.loads(path.read_text()) for path in paths]
 
-    def wait(self):
-        until(lambda: self.poll() is not None)
+
+RING, SINGLE, COSINE = (f"glyphs_resnet20_{flags}" for flags in ("num2", "num1", "num1_cos"))
+
+
+def figures(folder, name):
+    """What a run has left, but for times."""
+    (run,) = [run for run in tables.runs(["main"], "smoke", 1) if run.name == name]
+    networks = read_result(folder / "results" / "smoke" / str(run), run)["result"].networks
+    return [(network.metrics.filter(regex="^(?!.*seconds)").to_csv(), network.invalid) for network in networks]
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """All tables, run without a disturbance."""
-    folder = tmp_path_factory.mktemp("smoke")
-    images = make_class_folders(folder / "images")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "subprocess", SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL))
-        patch.setattr(signal, "signal", lambda *_: None)  # in the tests' own process
-        flags = ["--data", f"imagenet={images}", "--work", f"{folder}/work", "--results", f"{folder}/results"]
-        patch.setattr(sys, "argv", ["run.py", "all", "--preset", "smoke", "--seeds", "1", *flags])
-        assert queue.main() == 0
-    return folder / "results"
+def undisturbed(tmp_path_factory):
+    """A ring, run without a disturbance."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    status, output = Queue(folder, "main", "--only", RING).finish()
+    assert status == 0 and f"{RING}/seed0: done\n1 runs done, 0 failed" in output, output
+    return folder
 
 
-def test_every_table_comes_to_a_full_report(smoke, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["report.py", "--preset", "smoke", "--results", str(smoke)])
-    assert report.main() == 0
-    text = (smoke / "smoke" / "report.md").read_text()
-    assert "not run" not in text
-    for table in tables.tables("smoke").values():
-        assert table.title in text
-    assert len(list((smoke / "smoke" / "plots").glob("*.png"))) > len(tables.NAMES)
-
-
-def figures(folder: Path) -> dict[str, object]:
-    """What a run has left, but for times."""
+def test_a_finished_queue_has_nothing_to_do_and_leaves_what_a_report_needs(undisturbed):
+    status, output = Queue(undisturbed, "main", "--only", RING).finish()
+    assert status == 0 and output.startswith("1 runs, 1 of them done; ")
+    folder = undisturbed / "results" / "smoke" / RING / "seed0"
     record = json.loads((folder / "result.json").read_text())
-    rows = {
-        path.name: [{key: value for key, value in row.items() if "seconds" not in key} for row in read_table(path)]
-        for path in sorted(folder.glob("*.csv"))
-    }
-    return {key: record[key] for key in ("name", "seed", "command", "settings", "filters")} | rows
+    assert record["settings"]["num"] == 2 and record["settings"]["amp"] is False
+    assert record["filters"][1]["total"] == 688 and (folder / "coefficients2.csv").exists()
 
 
-def test_killed_and_started_again_it_ends_with_the_same_figures(smoke, tmp_path):
-    work, results = tmp_path / "work", tmp_path / "results"
-    command = [sys.executable, ROOT / "experiments" / "run.py", "main", "--preset", "smoke", "--seeds", "1"]
-    command += ["--work", work, "--results", results]
-    ring = work / "smoke" / "glyphs_resnet20_num2" / "seed0"
-
-    def start():
-        return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
+def test_killed_and_started_again_it_ends_with_the_same_figures(undisturbed, tmp_path):
     def signal_networks(number):
-        for path in ring.glob("network*.json"):
+        for status in first.networks(RING):
             with suppress(ProcessLookupError):  # it has ended by itself
-                os.kill(json.loads(path.read_text())["pid"], number)
+                os.kill(status["pid"], number)
 
-    first = start()
-    until(lambda: list(ring.glob("ckpt*_0.t7")))
-    first.kill()  # the queue alone: its networks live on
+    first = Queue(tmp_path, "main", "--only", RING)
+    until(lambda: len(list((tmp_path / "work/smoke" / RING / "seed0").glob("ckpt*_0.t7"))) == 2, "the first epoch")
+    first.process.kill()  # the queue alone: its networks live on
     signal_networks(signal.SIGSTOP)  # for as long as the next queue takes to start
-    first.wait()
-    second = start()
-    assert "4 runs, " in second.stdout.readline()
-    assert any("glyphs_resnet20_num2/seed0: epoch " in line for line in second.stdout)  # it has taken them over
-    second.kill()
-    second.wait()
-    signal_networks(signal.SIGKILL)
-    third = start()
-    output, _ = third.communicate()
-    assert third.returncode == 0, output
-    names = sorted(path.name for path in (results / "smoke").iterdir())
-    assert names == [f"glyphs_resnet20_num{which}" for which in ("1", "1_cos", "2", "2_difflr_cos")]
-    for name in names:
-        assert figures(results / "smoke" / name / "seed0") == figures(smoke / "smoke" / name / "seed0")
+    first.process.wait()
+    second = Queue(tmp_path, "main", "--only", RING)
+    try:
+        assert "1 runs, 0 of them done" in second.process.stdout.readline()
+        assert "1 running, 0 waiting" in second.process.stdout.readline()  # it has taken them over
+    finally:
+        second.process.kill()
+        second.process.wait()
+        signal_networks(signal.SIGKILL)
+    status, output = Queue(tmp_path, "main", "--only", RING).finish()
+    assert status == 0, output
+    assert figures(tmp_path, RING) == figures(undisturbed, RING)
 
 
-def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path):
-    work = tmp_path / "work"
-    broken = work / "smoke" / "glyphs_resnet20_num1" / "seed0"
+def test_a_signal_ends_the_networks_and_says_how_to_go_on(tmp_path):
+    started = Queue(tmp_path, "main", "--only", RING)
+    until(lambda: len(started.networks(RING)) == 2, "the networks")
+    started.process.send_signal(signal.SIGINT)
+    status, output = started.finish()
+    assert status == 130 and output.endswith("stopped by SIGINT; the same command goes on\n"), output
+    for one in started.networks(RING):
+        with pytest.raises(ProcessLookupError):
+            os.kill(one["pid"], 0)
+    assert not (tmp_path / "results/smoke" / RING).exists()
+
+
+def test_a_failed_run_is_reported_with_its_sentence_and_the_others_go_on(tmp_path):
+    broken = tmp_path / "work" / "smoke" / SINGLE / "seed0"
     broken.mkdir(parents=True)
     (broken / "run.json").write_text("{}")
-    names = ["glyphs_resnet20_num1", "glyphs_resnet20_num2"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "run.py", "main", "--preset", "smoke", "--seeds", "1", "--only", *names,
-         "--work", work, "--results", tmp_path / "results"],
-        env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "glyphs_resnet20_num1/seed0 failed: network 1 ended with exit status 1: " in done.stderr
-    assert "1 runs done, 1 failed" in done.stdout
-    assert (tmp_path / "results" / "smoke" / "glyphs_resnet20_num2" / "seed0" / "result.json").exists()
+    status, output = Queue(tmp_path, "main", "--only", SINGLE, COSINE).finish()
+    assert status == 1 and f"{SINGLE}/seed0 failed: network 1 ended with exit status 1: " in output
+    assert "1 runs done, 1 failed" in output
+    assert (tmp_path / "results/smoke" / COSINE / "seed0" / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_every_table_comes_to_a_full_report(tmp_path, monkeypatch, capsys):
+    images = make_class_folders(tmp_path / "images")
+    status, output = Queue(tmp_path, "all", "--data", f"imagenet={images}").finish()
+    assert status == 0, output
+    monkeypatch.setattr(sys, "argv", ["report.py", "--preset", "smoke", "--results", f"{tmp_path}/results"])
+    assert report.main() == 0
+    text = (tmp_path / "results" / "smoke" / "report.md").read_text()
+    assert "not run" not in text and "Damaged" not in text
+    assert all(f"## {table.title}" in text for table in tables.TABLES.values())
+    assert len(list((tmp_path / "results/smoke/plots").glob("*.png"))) > len(tables.TABLES)

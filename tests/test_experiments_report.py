@@ -1,5 +1,6 @@
 """The experiments' report: its figures, what it says of missing and damaged results, and its plots."""
 
+import json
 import math
 import sys
 
@@ -254,7 +255,8 @@ def test_runs_on_different_images_or_of_different_precision_are_told(tmp_path, r
     assert f"**{GRAFTED} was computed in bfloat16, its baseline in float32.**" in text
     assert "not all trained on the same images" not in text
     change(tmp_path / "small" / TWO / "seed1", data="34cd")
-    change(tmp_path / "small" / TWO / "seed0", precision="float32")
+    settings = json.loads((tmp_path / "small" / TWO / "seed0" / "result.json").read_text())["settings"]
+    change(tmp_path / "small" / TWO / "seed0", settings=settings | {"amp": False})
     text = run_report(PAIR)[1]
     assert "was computed in bfloat16 and float32, its baseline in float32" in text
     assert "not all trained on the same images" in text
