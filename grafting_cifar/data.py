@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from filter_grafting.checkpoint import save
 from filter_grafting.membership import printable
 from grafting_cifar import glyphs
-from training.images import DataError, Images, checksum, class_folders, rgb, suffixes
+from training.images import DataError, Images, checksum, class_folders, normalised, reading, rgb, suffixes
 
 __all__ = ["Batches", "DataError", "Images", "Split", "checksum", "load", "select"]
 SIZE = 32  # pixels; every source is brought to it
@@ -42,7 +42,6 @@ STD = (0.2023, 0.1994, 0.2010)
 # Images: many fill a GPU, few stay in the caches of a CPU (250 are 1.3 times as fast there).
 TEST_BATCH = {"cuda": 1000, "cpu": 250}
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "data"
-STANDARD = {10: CIFAR10, 100: CIFAR100}
 LOCK_MINUTES = 120  # to wait for another process that decodes
 
 
@@ -63,16 +62,14 @@ def load(source: str | Path, cifar: int = 10) -> Images:
     be written, in memory where nothing can); a later one maps it into memory, which processes on one machine share. Of
     processes that start together one decodes and the others wait for it. Raises DataError where the user has to act.
     """
-    if cifar not in STANDARD:
-        raise ValueError(f"cifar must be 10 or 100, not {cifar}")
     folder = Path(os.path.abspath(os.path.expanduser(source)))
     try:
         if str(source) == "glyphs":
-            images = _cached(DEFAULT_FOLDER, "glyphs", lambda: glyphs.VERSION, _draw_glyphs)
+            images = _cached(DEFAULT_FOLDER, "glyphs", glyphs.VERSION, _draw_glyphs)
         elif (folder / "train").is_dir():
             images = _load_class_folders(folder)
         else:
-            images = _load_standard(folder, cifar)
+            images = _load_standard(folder, {10: CIFAR10, 100: CIFAR100}[cifar])
     except OSError as error:
         place = printable(error.filename or folder)
         raise DataError(
@@ -148,7 +145,8 @@ class Batches:
         flips = torch.rand(self.samples, generator=generator, device=device) < 0.5
         for rows, dy, dx, flip in self._batches(order, *offsets, flips):
             # index_select copies whole images; images[rows] would copy byte by byte on the CPU.
-            yield normalise(crop_and_flip(self.images.index_select(0, rows), dy, dx, flip)), self.labels[rows]
+            images = crop_and_flip(self.images.index_select(0, rows), dy, dx, flip)
+            yield normalise(images), self.labels[rows]
 
     def _batches(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return zip(*(tensor.split(self.batch_size) for tensor in tensors), strict=True)
@@ -170,18 +168,7 @@ def crop_and_flip(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor) -> Tenso
     return windows[flip.long(), torch.arange(n, device=images.device), dy, dx]
 
 
-def normalise(images: Tensor) -> Tensor:
-    """(images / 255 - mean) / std: uint8 (n, h, w, 3) to float32 (n, 3, h, w) in channels_last format."""
-    n, h, w, _ = images.shape
-    scale, shift = _scale_and_shift(h * w, images.device)
-    return images.reshape(n, -1).float().mul_(scale).add_(shift).view(images.shape).permute(0, 3, 1, 2)
-
-
-@functools.cache
-def _scale_and_shift(pixels: int, device: torch.device) -> tuple[Tensor, ...]:
-    # Repeated for every pixel, so that an image is one long row: on the CPU many times faster than rows of 3.
-    mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
-    return tuple(x.float().repeat(pixels).to(device) for x in (1 / (255 * std), -mean / std))
+normalise = functools.partial(normalised, mean=MEAN, std=STD)
 
 
 def _say(sentence: str) -> None:
@@ -191,72 +178,60 @@ def _say(sentence: str) -> None:
 # ---- The cache: a file that is named by the state of what it was made from, appears whole and never changes.
 
 
-def _cached(folder: Path, name: str, state: Callable[[], str | None], make: Callable[[], Images]) -> Images:
-    """What make() returns, from a cache where there is one of this state (None: not known before make() has run)."""
+def _cached(folder: Path, name: str, state: str, make: Callable[[], Images]) -> Images:
+    """What make() returns, from a cache where there is one of this state."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "filter_grafting")
     places = (folder / ".grafting_cache", user / hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest())
-
-    def read() -> Images | None:
-        paths = [place / f"{name}-{state()}.pt" for place in places]
-        return next(filter(None, map(_read_cache, paths)), None)
-
-    if images := read():
+    paths = [place / f"{name}-{state}.pt" for place in places]
+    if images := _read_cache(paths):
         return images
-    for place in places:
+    for path in paths:
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            lock = _lock(place, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = _lock(path.with_name(f"{name}.lock"))
         except OSError:  # read-only, full, or a file system without locks
             continue
-        with lock:  # if it was held by another process, that one has made the cache
-            return read() or _write_cache(place, name, state, make())
+        with lock:  # if another process held it, that one has made the cache
+            return _read_cache(paths) or _write_cache(path, name, make())
     return make()._replace(notes=[f"the images are kept in memory: neither {places[0]} nor {places[1]} can be written"])
 
 
-def _lock(place: Path, name: str) -> contextlib.AbstractContextManager:
-    lock = filelock.FileLock(place / f"{name}.lock")
+def _lock(path: Path) -> contextlib.AbstractContextManager:
+    lock = filelock.FileLock(path)
     with contextlib.suppress(filelock.Timeout):
         return lock.acquire(timeout=5)
+    _say(f"Waiting for another process, which prepares the images in {path.parent} ...")
     try:
-        _say(f"Waiting for another process, which prepares the images in {place} ...")
         return lock.acquire(timeout=60 * LOCK_MINUTES)
     except filelock.Timeout as error:
-        reason = f"waited {LOCK_MINUTES} minutes for another process, which holds {lock.lock_file}"
-        raise DataError(f"{reason}: see whether it is stuck, end it if so, and start again") from error
+        waited = f"waited {LOCK_MINUTES} minutes for another process, which holds {path}"
+        raise DataError(f"{waited}: see whether it is stuck, end it if so, and start again") from error
 
 
-def _read_cache(path: Path) -> Images | None:
-    """The cache, mapped into memory, so that writing to it changes no file; None where it is missing or damaged."""
+def _read_cache(paths: list[Path]) -> Images | None:
+    """The first whole cache, mapped into memory: writing to the images changes no file."""
+    for path in paths:
+        with contextlib.suppress(Exception):  # any exception can come out of a missing or damaged file
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if not damaged:
+                cached = torch.load(path, mmap=True, weights_only=True)
+                splits = [split and Split(*split) for split in cached["splits"]]
+                return Images(*splits, cached["classes"], [])
+    return None
+
+
+def _write_cache(path: Path, name: str, images: Images) -> Images:
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                return None
-        cached = torch.load(path, mmap=True, weights_only=True)
-        return Images(*(cached[name] and Split(*cached[name]) for name in Images._fields[:3]), cached["classes"], [])
-    except Exception:  # any exception can come out of a damaged header
-        return None
-
-
-def _write_cache(place: Path, name: str, state: Callable[[], str | None], images: Images) -> Images:
-    path = place / f"{name}-{state()}.pt"
-    cached = {split: part and tuple(part) for split, part in zip(Images._fields[:3], images, strict=False)}
-    try:
-        for entry in list(place.iterdir()):  # the lock is ours: of an earlier state, or left by a killed process
+        for entry in list(path.parent.iterdir()):  # the lock is ours: of an earlier state, or left by a killed process
             if f"{name}-" in entry.name:
                 entry.unlink()
-        save(path, {**cached, "classes": images.classes})
+        save(path, {"splits": [split and tuple(split) for split in images[:3]], "classes": images.classes})
     except OSError as error:
-        return images._replace(notes=[f"the images are kept in memory, and prepared again at the next start: {error}"])
-    return _read_cache(path) or images
-
-
-def _fingerprint(folder: Path, paths: Iterable[str]) -> str:
-    """Of the names, sizes and times of last change of these files."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(paths):
-        status = os.stat(path)
-        digest.update(os.fsencode(f"{os.path.relpath(path, folder)}\0{status.st_size}\0{status.st_mtime_ns}\0"))
-    return digest.hexdigest()
+        reason = getattr(error.__cause__, "strerror", None) or error
+        note = f"the images could not be cached in {path.parent} ({reason}): they are prepared again at the next start"
+        return images._replace(notes=[note])
+    return _read_cache([path]) or images
 
 
 # ---- The sources
@@ -270,8 +245,11 @@ def _draw_glyphs() -> Images:
 
 def _load_class_folders(folder: Path) -> Images:
     listed = class_folders(folder)
-    state = _fingerprint(folder, (path for split in listed[:3] if split for path in split.paths))
-    images = _cached(folder, "images", lambda: state, lambda: _decode(folder, listed))
+    state = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for split in listed[:3] if split for path in split.paths):
+        status = os.stat(path)
+        state.update(os.fsencode(f"{os.path.relpath(path, folder)}\0{status.st_size}\0{status.st_mtime_ns}\0"))
+    images = _cached(folder, "images", state.hexdigest(), lambda: _decode(folder, listed))
     return images._replace(notes=listed.notes + images.notes)
 
 
@@ -286,8 +264,7 @@ def _decode(folder: Path, listed: Images) -> Images:
         return len(chunk)
 
     _say(f"Decoding the {len(paths):,} images of {folder}, once ...")
-    suffixes()  # registers decoders, which threads must not do at once
-    chunks = [range(start, min(start + 64, len(paths))) for start in range(0, len(paths), 64)]
+    chunks = [range(len(paths))[start : start + 64] for start in range(0, len(paths), 64)]
     # Threads, since Pillow decodes and resizes without the interpreter's lock. disable=None: no bar in a log.
     with ThreadPoolExecutor() as pool, tqdm(total=len(paths), unit="image", leave=False, disable=None) as bar:
         for done in pool.map(decode, chunks):
@@ -298,45 +275,37 @@ def _decode(folder: Path, listed: Images) -> Images:
 
 def read_image(path: str | Path) -> np.ndarray:
     """uint8 (32, 32, 3), resized with antialiasing."""
-    try:
-        with Image.open(path) as image:
-            image.draft(None, (2 * SIZE, 2 * SIZE))  # lets a large JPEG be decoded at a fraction of its size
-            image = rgb(image)
-            if image.size != (SIZE, SIZE):
-                image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-            return np.asarray(image)
-    except Exception as error:  # Pillow's decoders answer a broken file with nearly every exception there is
-        raise DataError(f"{printable(path)} cannot be read as an image ({error}): replace or remove it") from error
+    with reading(path), Image.open(path) as image:
+        image.draft(None, (2 * SIZE, 2 * SIZE))  # lets a large JPEG be decoded at a fraction of its size
+        image = rgb(image)
+        if image.size != (SIZE, SIZE):
+            image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        return np.asarray(image)
 
 
-def _load_standard(folder: Path, cifar: int) -> Images:
-    folder = _standard_folder(folder, cifar)
-    files = folder / STANDARD[cifar].base_folder
-
-    def state() -> str | None:
-        return _fingerprint(folder, map(str, files.iterdir())) if files.is_dir() else None
-
-    return _cached(folder, f"cifar{cifar}", state, lambda: _read_standard(folder, STANDARD[cifar]))
-
-
-def _standard_folder(folder: Path, cifar: int) -> Path:
-    """The folder that holds the standard files or may get them; DataError where another one must be meant."""
-    files = STANDARD[cifar].base_folder
+def _load_standard(folder: Path, dataset: type[CIFAR10]) -> Images:
+    files = dataset.base_folder
+    wanted = f"one for the {dataset.__name__} files (an empty one gets the download), or the word glyphs"
     if folder.name == files and folder.is_dir():
-        return folder.parent
-    if not folder.is_dir() and folder != DEFAULT_FOLDER:
+        folder = folder.parent
+    elif not folder.is_dir() and folder != DEFAULT_FOLDER:
         problem = "is not a folder" if folder.exists() else "does not exist"
-        wanted = f"one for the CIFAR-{cifar} files (an empty one gets the download), or the word glyphs"
         raise DataError(f"{folder} {problem}: give one with train/<class>/ and test/<class>/, {wanted}")
-    # Images up to two folders deep are class folders laid out in another way. Those that lie deeper belong to other
-    # data sets, beside which the standard files may well be put. Only the first are looked at: there may be millions.
-    paths = itertools.chain.from_iterable(itertools.islice(folder.glob(depth), 1000) for depth in ("*", "*/*", "*/*/*"))
-    stray = next((path for path in paths if path.suffix.lower() in suffixes()), None)
-    if stray and not any(folder.glob("cifar-*")):
-        found = f"{folder} has images, such as {stray.relative_to(folder)}, but no train/"
-        wanted = f"for CIFAR-{cifar}, give an empty folder or the one that holds {files}/"
-        raise DataError(f"{found}: put images into train/<class>/ and test/<class>/; {wanted}")
-    return folder
+    elif (stray := _stray_image(folder)) and not any(folder.glob("cifar-*")):
+        problem = f"has images, such as {stray}, but no train/"
+        raise DataError(f"{folder} {problem}: put images into train/<class>/ and test/<class>/, or give {wanted}")
+    # torchvision compares the files with their published checksums: they cannot be in any other state.
+    return _cached(folder, dataset.__name__.lower(), dataset.tgz_md5, lambda: _read_standard(folder, dataset))
+
+
+def _stray_image(folder: Path) -> str | None:
+    """An image up to two folders deep, as class folders laid out in another way have them.
+
+    Those that lie deeper belong to other data sets, beside which the standard files may well be put.
+    """
+    # Only the first files are looked at: there may be millions.
+    paths = (path for depth in ("*", "*/*", "*/*/*") for path in itertools.islice(folder.glob(depth), 1000))
+    return next((printable(path.relative_to(folder)) for path in paths if path.suffix.lower() in suffixes()), None)
 
 
 def _read_standard(folder: Path, dataset: type[CIFAR10]) -> Images:

@@ -10,14 +10,18 @@ out, from the number of ranks that share the network's batches.
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import math
+import os
 import random
+import resource
 import shutil
 import signal
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import context, forkserver, popen_forkserver, resource_tracker
 from pathlib import Path
@@ -25,12 +29,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from filter_grafting.membership import printable
-from training.images import DataError, Files, Images, checksum, class_folders, rgb
+from training.images import DataError, Files, Images, checksum, class_folders, normalised, reading, rgb
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -59,22 +63,16 @@ def read_image(path: str) -> Tensor:
     Raises:
         DataError: if the file cannot be read as an image; the sentence names it.
     """
-    try:
+    with reading(path), warnings.catch_warnings():
         data = np.fromfile(path, dtype=np.uint8)
         if not len(data):
             raise ValueError("it is empty")
         if decode_jpeg is not None and data[:3].tolist() == [0xFF, 0xD8, 0xFF]:
             with suppress(RuntimeError):  # Pillow has the last word, and better words for what is wrong
                 return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata, of large images
-            with Image.open(io.BytesIO(data)) as image:
-                return torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)
-    except Exception as error:  # Pillow's decoders answer a broken file with nearly every exception there is
-        reason = error.strerror or error if isinstance(error, OSError) else error
-        if isinstance(error, UnidentifiedImageError):
-            reason = "its contents are of no known format, or damaged from the start"
-        raise DataError(f"{printable(path)} cannot be read as an image ({printable(reason)})") from error
+        warnings.simplefilter("ignore")  # of damaged metadata, of large images
+        with Image.open(io.BytesIO(data)) as image:
+            return torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)
 
 
 def random_window(height: int, width: int, draw: random.Random) -> tuple[int, int, int, int]:
@@ -115,19 +113,7 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0]
 
 
-def normalise(images: Tensor) -> Tensor:
-    """(images / 255 - mean) / std: uint8 (n, h, w, 3) to float32 (n, 3, h, w) in channels_last memory format."""
-    n, height, width, _ = images.shape
-    scale, shift = _scale_and_shift(width, images.device)
-    rows = images.reshape(n, height, 3 * width)
-    return rows.float().mul_(scale).add_(shift).view(images.shape).permute(0, 3, 1, 2)
-
-
-@functools.lru_cache
-def _scale_and_shift(width: int, device: torch.device) -> tuple[Tensor, ...]:
-    # For a whole row of pixels: on the CPU that is several times faster than three channels at a time.
-    mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
-    return tuple(x.float().repeat(width).to(device) for x in (1 / (255 * std), -mean / std))
+normalise = functools.partial(normalised, mean=MEAN, std=STD)
 
 
 # ---- Batches
@@ -144,10 +130,10 @@ class Batches:
         skip_bad: what cannot be read is named once and kept in `bad`, instead of ending the epoch. In training, the
             image that follows in the epoch's order takes its place, so that batches keep their sizes, and all ranks
             the same; in validation it is left out.
-        rank, world_size: of the processes that train this network. In training the last batch is cut to a
-            multiple of world_size, so that all ranks have equally many images in every step; one image a rank
-            would be a batch without statistics for batch norm, and is left out. In validation
-            every image comes once, on one of the ranks; a rank may have a batch less than another, or none.
+        rank, world_size: of the processes that train this network. In training the last batch is cut to a multiple of
+            world_size, so that all ranks have equally many images in every step; one image a rank would be a batch
+            without statistics for batch norm, and is left out. In validation every image comes once, on one of the
+            ranks; a rank may have a batch less than another, or none.
 
     Raises:
         DataError: if these do not go together.
@@ -172,34 +158,19 @@ class Batches:
         if train and len(files) < world_size:
             raise DataError(f"{len(files)} training images cannot be shared by {world_size} processes")
         self.device = torch.device(device)
-        self.samples = len(files)  # over all ranks
+        self.samples = end = len(files)  # over all ranks
         self.bad: list[str] = []  # what cannot be read: a sentence each
         self._train, self._skip_bad = train, skip_bad
-        end = self.samples
         if train:
             end -= end % world_size
             if end > batch_size and end % batch_size == world_size < batch_size:
                 end -= world_size
-        # This rank's places in the epoch's order; the k-th batch_size of them are its part of batch k.
+        # This rank's places in the epoch's order; the k-th part of them is its part of batch k.
         places = torch.arange(rank, max(rank, end), world_size)
         parts = places.split(batch_size // world_size) if len(places) else ()
-        self._requests = _Requests(files, parts, train)
-        self._decoder = _Decoder(image_size, train)
-        workers = min(workers, len(parts))
-        # What is in flight: DataLoader keeps two batches a worker.
-        self._shared_memory = 2 * workers * (batch_size // world_size) * 3 * image_size**2
-        if workers:
-            with _explaining(self._shared_memory):
-                _start_fork_server()  # imports torch while this process goes on
-        self._loader = DataLoader(
-            self._decoder,
-            batch_sampler=self._requests,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.device.type == "cuda",  # so that the host need not wait for the copies
-            multiprocessing_context=_Context() if workers else None,
-            generator=torch.Generator(),  # or it would draw from the network's
-        )
+        self._requests = Requests(files, parts, train)
+        self._decoder = Decoder(batch_size // world_size, image_size, train)
+        self._loader = start_workers(self._decoder, self._requests, min(workers, len(parts)), self.device)
 
     def __len__(self) -> int:
         """Batches per epoch, of this rank."""
@@ -216,29 +187,28 @@ class Batches:
         """
         self._requests.seed = seed
         for places, (images, labels, errors) in zip(self._requests.parts, self._loaded(), strict=True):
-            bad = [row for row, error in enumerate(errors) if error]
-            for row in bad:
+            for row in errors:
                 self._note_bad(errors[row])
                 if self._train:
                     images[row], labels[row] = self._replacement(int(places[row]))
-            if bad and not self._train:
-                good = [row for row, error in enumerate(errors) if not error]
-                images, labels = images[good], labels[good]
-            if len(labels):
-                labels = labels.to(self.device, non_blocking=True)
-                yield normalise(images.to(self.device, non_blocking=True)), labels
+            if errors and not self._train:
+                good = [row for row in range(len(labels)) if row not in errors]
+                images, labels = images[good], [labels[row] for row in good]
+            if labels:
+                images = normalise(images.to(self.device, non_blocking=True))
+                yield images, torch.tensor(labels).to(self.device, non_blocking=True)
 
-    def _loaded(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-        with _explaining(self._shared_memory):
+    def _loaded(self) -> Iterator[Batch]:
+        with explaining(self._loader.num_workers * self._decoder.shared_bytes):
             yield from self._loader
 
     def _replacement(self, place: int) -> tuple[Tensor, int]:
         """The next image in the epoch's order that can be read, and its label: whoever asks gets the same."""
-        for request in self._requests.after(place):
-            image, label, error = self._decoder[request]
-            if not error:
-                return image, label
-            self._note_bad(error)
+        for path, label, draw in self._requests.after(place):
+            try:
+                return self._decoder.decode(path, draw), label
+            except DataError as error:
+                self._note_bad(str(error))
         raise DataError(f"none of the {self.samples} training images can be read")
 
     def _note_bad(self, sentence: str) -> None:
@@ -254,12 +224,13 @@ class Batches:
 
 
 Request = tuple[str, int, str]  # path, label, and the text that the crop and the flip are drawn from
+Batch = tuple[Tensor, list[int], dict[int, str]]  # uint8 (b, size, size, 3), labels, what is wrong with which file
 
 
-class _Requests:
+class Requests:
     """What the workers get to do, a batch at a time. They are told paths, so that they need no copy of the list."""
 
-    def __init__(self, files: Files, parts: tuple[Tensor, ...], train: bool) -> None:
+    def __init__(self, files: Files, parts: Sequence[Tensor], train: bool) -> None:
         self.files, self.parts, self.train = files, parts, train
         self.seed = 0
 
@@ -282,43 +253,68 @@ class _Requests:
         return self.files.paths[row], int(self.files.labels[row]), f"{self.seed}/{place}"
 
 
-class _Decoder(Dataset):
-    """Makes of a request what the network sees: uint8 (size, size, 3), the label, and what is wrong with the file."""
+class Decoder(Dataset):
+    """Makes of a batch of requests what the network sees.
 
-    def __init__(self, size: int, train: bool) -> None:
+    A worker writes into three buffers of shared memory by turns, since new memory for every batch costs 5 % of the
+    time. That is enough of them: DataLoader sends a worker its batch k + 3 to do when its batch k + 1 is fetched, and
+    by then `Batches.epoch` has made normalised images of batch k.
+    """
+
+    def __init__(self, batch_size: int, size: int, train: bool) -> None:
         self.size, self.train = size, train
+        self.shape = (batch_size, size, size, 3)
+        self.buffers: deque[Tensor] = deque()
+        self.shared_bytes = 3 * math.prod(self.shape)
 
-    def __getitem__(self, request: Request) -> tuple[Tensor, int, str]:
-        path, label, draw = request
-        try:
-            image = read_image(path)
-        except DataError as error:  # as a value: what is raised comes out of a DataLoader with the worker's stack
-            return torch.zeros((self.size, self.size, 3), dtype=torch.uint8), label, str(error)
+    def __getitems__(self, requests: list[Request]) -> Batch:
+        if len(self.buffers) < 3:
+            buffer = torch.empty(self.shape, dtype=torch.uint8)
+            self.buffers.append(buffer.share_memory_() if get_worker_info() else buffer)
+        self.buffers.rotate()
+        images, errors = self.buffers[0][: len(requests)], {}
+        for row, (path, _, draw) in enumerate(requests):
+            try:
+                images[row] = self.decode(path, draw)
+            except DataError as error:  # what is raised comes out of a DataLoader with the worker's stack
+                errors[row] = str(error)
+        return images, [label for _, label, _ in requests], errors
+
+    def decode(self, path: str, draw: str) -> Tensor:
+        """uint8 (size, size, 3)."""
+        image = read_image(path)
         image = augment(image, self.size, random.Random(draw)) if self.train else central(image, self.size)
-        return image.permute(1, 2, 0), label, ""
+        return image.permute(1, 2, 0)
 
 
 # ---- Workers
 
 
-class _Popen(popen_forkserver.Popen):
-    def terminate(self) -> None:
-        self.kill()  # by those who no longer need the worker: it does not listen to SIGTERM
+def start_workers(decoder: Decoder, requests: Requests, workers: int, device: torch.device) -> DataLoader:
+    if workers:
+        with explaining(workers * decoder.shared_bytes):
+            left = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
+            if 0 <= left < 6 * workers + 10:  # as much as they take; half-started workers would drown the sentence
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            start_fork_server()  # imports torch while this process goes on
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than there are cores; at length
+    return DataLoader(
+        decoder,
+        batch_sampler=requests,
+        collate_fn=as_it_is,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",  # so that the host need not wait for the copies
+        multiprocessing_context=ForkServer() if workers else None,
+        generator=torch.Generator(),  # or it would draw from the one that the network draws from
+    )
 
 
-class _Process(context.ForkServerProcess):
-    @staticmethod
-    def _Popen(process: context.ForkServerProcess) -> _Popen:
-        return _Popen(process)
+def as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
-class _Context(context.ForkServerContext):
-    """Workers from a fork server inherit no threads, locks, CUDA memory or sockets of the main process."""
-
-    Process = _Process
-
-
-def _start_fork_server() -> None:
+def start_fork_server() -> None:
     """Ctrl-C and SIGTERM for the whole process group are the main process's to answer, when its batch is done.
 
     What is blocked here stays so in the server and in the workers that it forks, from their first moment. They end
@@ -333,25 +329,38 @@ def _start_fork_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class Popen(popen_forkserver.Popen):
+    def terminate(self) -> None:
+        self.kill()  # whoever no longer needs a worker asks so, and it does not listen to SIGTERM
+
+
+class Worker(context.ForkServerProcess):
+    _Popen = Popen
+
+
+class ForkServer(context.ForkServerContext):
+    """Workers that inherit no threads, locks, CUDA memory or sockets of the main process."""
+
+    Process = Worker
+
+
 @contextmanager
-def _explaining(shared_memory: int) -> Iterator[None]:
-    """Failures of the workers and of the ways to them, in a sentence. shared_memory: bytes that their batches take."""
+def explaining(shared_bytes: int) -> Iterator[None]:
+    """What goes wrong with the workers, in one sentence. shared_bytes: of the shared memory that they take."""
     try:
         yield
     except (EOFError, OSError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise DataError(
-            f"images cannot be loaded ({printable(reason)}): {_advice(str(error), shared_memory)}"
-        ) from error
+        reason = printable((str(error).strip() or type(error).__name__).splitlines()[-1])
+        raise DataError(f"images cannot be loaded ({reason}): {advice(str(error), shared_bytes)}") from error
 
 
-def _advice(error: str, shared_memory: int) -> str:
+def advice(error: str, shared_bytes: int) -> str:
     if "Too many open files" in error or "ancdata" in error:
         return "raise the limit of open files (ulimit -n 4096), or give fewer --workers"
     if "AF_UNIX path too long" in error:
         return "the name of the folder for temporary files is too long: set TMPDIR=/tmp"
     place = Path("/dev/shm")  # where Linux keeps the memory that processes share; a container may have little
-    if place.is_dir() and (free := shutil.disk_usage(place).free) < shared_memory:
-        sizes = f"{free / 2**20:.0f} MiB are free, and up to {shared_memory / 2**20:.0f} MiB are needed"
+    if place.is_dir() and (free := shutil.disk_usage(place).free) < shared_bytes:
+        sizes = f"{free / 2**20:.0f} MiB are free, and up to {shared_bytes / 2**20:.0f} MiB are needed"
         return f"in {place} {sizes}: make it larger (docker run --shm-size=8g), or give fewer --workers"
     return "if memory is short, fewer --workers or a smaller batch help"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import make_dataset
 
@@ -28,10 +29,10 @@ class DataError(GraftingError):
 
 
 class Images(NamedTuple):
-    """What a source of images holds. A split is whatever the script loads: pixels, or the files that have them."""
+    """What a source of images holds. A split is what the script loads: pixels and labels, or files and labels."""
 
     train: Any
-    val: Any  # to choose the best epoch on; None where the images do not come with any
+    val: Any  # to choose the best epoch on; None where the images come without
     test: Any  # to report
     classes: list[str]
     notes: list[str]  # sentences for the log, as of files that were left out
@@ -49,33 +50,33 @@ class Files:
 
 
 def class_folders(folder: str | Path) -> Images:
-    """Lists the images of a folder; no file is opened. Sub-folders of a class count, hidden and system folders do not.
+    """Lists the images of a folder, in sub-folders of a class too; no file is opened. Hidden and system folders,
+    hidden files and those that Pillow does not decode are left out, and counted in a note.
 
     A split counts if it has class folders. With both val/ and test/, val/ is to choose the best epoch on, and test/ to
-    be reported; with one of them, that one is reported. A label is the rank of its class in sorted order.
+    be reported; with one of them, that one is reported.
 
     Raises:
         DataError: if the folder is laid out in another way, cannot be read, or its splits have other classes.
     """
     folder = Path(os.path.abspath(os.path.expanduser(folder)))
-    if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
-        raise DataError(f"{printable(folder)} {problem}: give one that holds train/<class>/ and test/<class>/")
     try:
-        classes = {split: _classes(folder / split) for split in ("train", "val", "test")}
+        if not folder.is_dir():
+            problem = "is not a folder" if folder.exists() else "does not exist"
+            raise DataError(f"{printable(folder)} {problem}: give one that holds train/<class>/ and test/<class>/")
+        classes = {split: names for split in ("train", "val", "test") if (names := _classes(folder / split))}
         _check(folder, classes)
-        splits, left_out = {}, []
-        for split in filter(classes.get, classes):
-            splits[split] = _list(folder / split, classes[split], left_out)
+        left_out: list[str] = []
+        files = {split: _list(folder / split, names, left_out) for split, names in classes.items()}
     except OSError as error:
         place = printable(error.filename or folder)
         raise DataError(f"{place} cannot be read ({error.strerror}): mend it, or give another folder") from error
     notes = []
     if left_out:
         example = printable(os.path.relpath(min(left_out), folder))
-        notes = [f"left out of {printable(folder)}, as no images or hidden: {len(left_out):,} files, such as {example}"]
-    test = splits.get("test", splits.get("val"))
-    return Images(splits["train"], splits.get("val") if "test" in splits else None, test, classes["train"], notes)
+        notes = [f"left out of {printable(folder)}, as no images or hidden: {len(left_out):,}, such as {example}"]
+    val = files.get("val") if "test" in files else None
+    return Images(files["train"], val, files.get("test", files.get("val")), classes["train"], notes)
 
 
 def _classes(place: Path) -> list[str]:
@@ -86,21 +87,18 @@ def _classes(place: Path) -> list[str]:
 
 
 def _check(folder: Path, classes: dict[str, list[str]]) -> None:
-    there = [split for split in classes if classes[split]]
-    if not classes["train"]:
-        place = f"{printable(folder / 'train')} {'has' if (folder / 'train').is_dir() else 'is not there, or has'}"
-        raise DataError(f"{place} no class folders: put the images of each class into train/<class>/")
-    if there == ["train"]:
-        place = f"{printable(folder)} has train/<class>/, but neither test/<class>/ nor val/<class>/"
-        raise DataError(f"{place}: put the images to test on into test/<class>/")
-    for split in there[1:]:
-        only = {
-            name: sorted(set(classes[name]) - set(classes[other]))
-            for name, other in (("train", split), (split, "train"))
-        }
+    place = printable(folder)
+    if "train" not in classes:
+        raise DataError(f"{place} has no class folders in train/: put the images of each class into train/<class>/")
+    if len(classes) == 1:
+        missing = "but neither test/ nor val/ with class folders"
+        raise DataError(f"{place} has train/<class>/, {missing}: put the images to test on into test/<class>/")
+    for split in list(classes)[1:]:
+        train, other = set(classes["train"]), set(classes[split])
+        only = {"train": sorted(train - other), split: sorted(other - train)}
         differences = [f"only {name}/ has {_first_few(names)}" for name, names in only.items() if names]
         if differences:
-            rule = f"train/ and {split}/ of {printable(folder)} must have the same class folders"
+            rule = f"train/ and {split}/ of {place} must have the same class folders"
             raise DataError(f"{rule}, but {' and '.join(differences)}: add or remove what differs")
 
 
@@ -110,29 +108,26 @@ def _first_few(names: list[str], most: int = 3) -> str:
 
 
 def _list(place: Path, classes: list[str], left_out: list[str]) -> Files:
-    """The images of a split; adds to left_out what it passes over."""
-    with os.scandir(place) as entries:
-        left_out += [entry.path for entry in entries if entry.name not in classes]
-    with ThreadPoolExecutor(16) as pool:  # on a network's disk every folder takes its time
-        listed = list(pool.map(lambda name: _list_class(place, name, left_out), classes))
-    for name, paths in zip(classes, listed, strict=True):
-        if not paths:
-            raise DataError(f"{printable(place / name)} has no image: put some there, or remove this class everywhere")
-    counts = torch.tensor([len(paths) for paths in listed])
-    labels = torch.arange(len(classes)).repeat_interleave(counts)
-    return Files([path for paths in listed for path in paths], labels)
+    """The images of a split; what is passed over is added to left_out."""
 
-
-def _list_class(place: Path, name: str, left_out: list[str]) -> list[str]:
     def is_image(path: str) -> bool:
-        good = os.path.splitext(path)[1].lower() in suffixes()
-        good = good and not any(map(_is_hidden, path[len(str(place)) + 1 :].split(os.sep)))
-        if not good:
+        hidden = any(map(_is_hidden, path[len(str(place)) :].split(os.sep)))
+        if hidden or os.path.splitext(path)[1].lower() not in suffixes():
             left_out.append(path)
-        return good
+            return False
+        return True
 
-    os.scandir(place / name).close()  # raises where the folder may not be read; torchvision would pass over it
-    return sorted(path for path, _ in make_dataset(place, {name: 0}, is_valid_file=is_image, allow_empty=True))
+    ranks = {name: rank for rank, name in enumerate(classes)}
+    with os.scandir(place) as entries:
+        left_out += [entry.path for entry in entries if entry.name not in ranks]
+    for name in classes:
+        os.scandir(place / name).close()  # raises where the folder may not be read; torchvision would pass over it
+    samples = make_dataset(str(place), ranks, is_valid_file=is_image, allow_empty=True)
+    samples.sort(key=lambda sample: (sample[1], sample[0]))
+    if empty := sorted(set(range(len(classes))) - {rank for _, rank in samples}):
+        place = printable(place / classes[empty[0]])
+        raise DataError(f"{place} has no image: put some there, or remove this class everywhere")
+    return Files([path for path, _ in samples], torch.tensor([rank for _, rank in samples]))
 
 
 def _is_hidden(name: str) -> bool:
@@ -144,8 +139,20 @@ def suffixes() -> frozenset[str]:
     """Of the files that Pillow decodes: .bmp, .jfif, .jpg, .png and many more."""
     # Decoders registered first are tried first on every file: with the usual ones in front, that takes half the time.
     Image.preinit()
-    formats = Image.OPEN.keys() - STUBS
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+    extensions = Image.registered_extensions()
+    return frozenset(suffix for suffix, name in extensions.items() if name in Image.OPEN.keys() - STUBS)
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong with the image in a file, as a DataError that names the file."""
+    try:
+        yield
+    except Exception as error:  # Pillow's decoders answer a broken file with nearly every exception there is
+        reason = printable(getattr(error, "strerror", None) or error)
+        if isinstance(error, UnidentifiedImageError):
+            reason = "its contents are of no known format, or damaged from the start"
+        raise DataError(f"{printable(path)} cannot be read as an image ({reason})") from error
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -157,6 +164,24 @@ def rgb(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:  # of a palette: dropped at once, it would draw a warning
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+Three = tuple[float, float, float]
+
+
+def normalised(images: Tensor, mean: Three, std: Three) -> Tensor:
+    """(images / 255 - mean) / std: uint8 (n, h, w, 3) to float32 (n, 3, h, w) in channels_last memory format."""
+    n, h, w, _ = images.shape
+    # In rows of many pixels, on the CPU several times faster than three channels at a time; a small image is one row.
+    row = w * h if h <= 32 else w
+    scale, shift = _scale_and_shift(mean, std, row, images.device)
+    return images.reshape(-1, 3 * row).float().mul_(scale).add_(shift).view(n, h, w, 3).permute(0, 3, 1, 2)
+
+
+@cache
+def _scale_and_shift(mean: Three, std: Three, pixels: int, device: torch.device) -> tuple[Tensor, ...]:
+    means, stds = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    return tuple(x.float().repeat(pixels).to(device) for x in (1 / (255 * stds), -means / stds))
 
 
 def checksum(labels: Tensor) -> str:
