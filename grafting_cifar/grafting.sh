@@ -1,9 +1,9 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Trains networks that graft one another on CIFAR, one process each. The first two run as they stand:
 #
 #   ./grafting.sh demo
 #   ./grafting.sh --model mobilenetv2 --cifar 100 --num 4 --cos --difflr
-#   ./grafting.sh status DIR
-#   ./grafting.sh stop DIR
-#   ./grafting.sh --resume FLAGS
-exec bash "$(dirname -- "${BASH_SOURCE[0]}")/../common/launch.sh" grafting_cifar log "$@"
+#   ./grafting.sh status | stop | resume DIR
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit
+python=$(sh "$here/../training/venv.sh") || exit
+exec "$python" "$here/../training/launch.py" grafting_cifar "$@"

@@ -1,12 +1,12 @@
-#!/usr/bin/env bash
-# Sets itself up (see common/environment.sh), then lints and tests; arguments go to pytest:
+#!/bin/sh
+# Sets itself up (see training/venv.sh), then checks the style and runs the tests; arguments go to pytest:
+#
 #   tests/run.sh
 #   tests/run.sh -m slow -k launcher
-set -euo pipefail
-source "$(dirname -- "${BASH_SOURCE[0]}")/../common/environment.sh"
-
-cd -- "$root"
-thorough=yes environment requirements.txt tests/requirements.txt
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # many small processes share the cores
+set -eu
+cd -- "$(dirname -- "$0")/.."
+python=$(sh training/venv.sh requirements.txt tests/requirements.txt)
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # many small processes share the cores
 "$python" -m ruff check
+"$python" -m ruff format --check
 exec "$python" -m pytest -n 2 "$@"
