@@ -438,12 +438,11 @@ class Grafting:
         warmup: int = 0,
         checkpoint: Mapping[str, Stateful] | None = None,
     ) -> None:
-        if every < 1 or warmup < 0:
-            raise ValueError(f"every, warmup: got {every} and {warmup}, expected at least 1 and 0")
+        for name, value, low in ("every", every, 1), ("warmup", warmup, 0):
+            if value < low:
+                raise ValueError(f"{name}: got {value}, expected at least {low}")
         if checkpoint and not isinstance(exchange, FileRing):
-            raise ValueError(
-                f"checkpoint: a {type(exchange).__name__} keeps no checkpoints; save these states yourself"
-            )
+            raise ValueError(f"checkpoint: a {type(exchange).__name__} keeps none; save these states yourself")
         check_arguments(a, c, level, layers)
         self.model = model
         self.exchange = exchange

@@ -147,7 +147,8 @@ def advice(key: str) -> str:
 
 def blendable(model: nn.Module, own: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Tensor]:
     """The entries to blend: all floating-point and complex ones. Raises if that is not possible or has no meaning."""
-    memory = {storage(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    tensors = [*model.parameters(), *model.buffers()]
+    memory = {storage(tensor) for tensor in tensors if not is_lazy(tensor) and tensor.layout == torch.strided}
     entries = {}
     for key, entry in own.items():
         for side, value in (("the network", entry), ("its neighbour", other[key])):
@@ -160,7 +161,7 @@ def blendable(model: nn.Module, own: Mapping[str, Any], other: Mapping[str, Any]
                 raise MismatchError(f"{key}: a mask or state of a parametrization has no mean of two{advice(key)}")
             continue
         if storage(entry) not in memory:
-            raise MismatchError(f"{key}: the state dict holds a copy of the model's memory (FSDP1?){advice(key)}")
+            raise MismatchError(f"{key}: the state dict holds a copy, not the model's own (FSDP1?){advice(key)}")
         entries[key] = entry
     return entries
 

@@ -1,0 +1,258 @@
+"""Rings of networks: all in one process at once, and round by round in a training loop."""
+
+import copy
+import itertools
+import threading
+
+import pytest
+import torch
+from naive import assert_blended, assert_untouched, chain, coefficients_of, looped_graft, mixture, randomised, snapshot
+from torch import nn
+
+from filter_grafting import FileRing, Grafting, GraftingError, MismatchError, graft, graft_ring
+
+
+def ring_of(networks):
+    return [randomised(mixture(), seed) for seed in range(1, networks + 1)]
+
+
+def same(model, other):
+    return all(torch.equal(entry, other.state_dict()[key]) for key, entry in model.state_dict().items())
+
+
+# graft_ring
+
+
+@pytest.mark.parametrize("networks", [2, 3, 5])
+def test_a_ring_is_blended_all_at_once(networks):
+    models = ring_of(networks)
+    before = [snapshot(model) for model in models]
+    expected = [looped_graft(model, before[k - 1], c=5) for k, model in enumerate(models)]
+    assert [coefficients_of(found) for found in graft_ring(models, c=5)] == [shares for shares, _ in expected]
+    for model, (_, blended) in zip(models, expected, strict=True):
+        assert_blended(model, blended)
+
+
+def test_a_loop_over_the_networks_is_not_the_method():
+    models, looped = ring_of(3), ring_of(3)
+    graft_ring(models)
+    for k in range(3):
+        graft(looped[k], looped[k - 1].state_dict())
+    assert same(models[0], looped[0]) and not same(models[1], looped[1]) and not same(models[2], looped[2])
+
+
+def floats(model):
+    return [entry for entry in model.state_dict().values() if entry.is_floating_point()]
+
+
+def test_two_networks_become_equal_and_three_do_not():
+    for networks in 2, 3:
+        models = ring_of(networks)
+        graft_ring(models)
+        for one, other in itertools.combinations(models, 2):
+            alike = [torch.allclose(a, b, atol=1e-6) for a, b in zip(floats(one), floats(other), strict=True)]
+            assert all(alike) if networks == 2 else not all(alike)
+
+
+def test_a_ring_at_filter_level():
+    models = [randomised(chain(), seed) for seed in (1, 2, 3)]
+    expected = copy.deepcopy(models)
+    states = [snapshot(model) for model in models]
+    found = graft_ring(models, level="filter")
+    for k, model in enumerate(expected):
+        layers = graft(model, states[k - 1], level="filter")
+        assert all(torch.equal(layers[name].coefficient, found[k][name].coefficient) for name in layers)
+        assert same(model, models[k])
+
+
+def test_where_one_network_cannot_be_grafted_all_are_untouched():
+    models = ring_of(3)
+    models[1][0].bias.data[0] = torch.nan
+    before = [snapshot(model) for model in models]
+    with pytest.raises(MismatchError, match=r"^0\.bias: the network holds"):
+        graft_ring(models)
+    for model, state in zip(models, before, strict=True):
+        assert_untouched(model, state)
+
+
+@pytest.mark.parametrize("pick", [lambda m: [], lambda m: [m], lambda m: [m] * 2, lambda m: [m, mixture(), m]])
+def test_a_ring_needs_networks_of_their_own(pick):
+    with pytest.raises(ValueError, match=r"models: got \d, expected at least two, each a model of its own"):
+        graft_ring(pick(mixture()))
+
+
+# Grafting
+
+
+class Memory:
+    """An exchange between the threads of one process."""
+
+    def __init__(self, networks):
+        self.barrier, self.states = threading.Barrier(networks, timeout=60), {}
+
+    def place(self, network):
+        return Place(self, network)
+
+
+class Place:
+    def __init__(self, memory, network):
+        self.memory, self.network, self.rounds = memory, network, []
+
+    def swap(self, state, round):
+        self.memory.states[self.network, round] = {key: entry.clone() for key, entry in state.items()}
+        self.rounds.append(round)
+        self.memory.barrier.wait()
+        return self.memory.states[(self.network - 1) % self.memory.barrier.parties, round]
+
+
+def trained(model, epoch):
+    """A stand-in for an epoch of training: every weight changes, in each network and epoch another way."""
+    with torch.no_grad():
+        for entry in floats(model):
+            entry.add_(torch.sin(entry * (7 + epoch)))
+
+
+def in_threads(*functions):
+    errors = []
+
+    def guarded(function):
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def expected_after(models, epochs, grafted=lambda epoch: True, **options):
+    models = copy.deepcopy(models)
+    for epoch in range(epochs):
+        for model in models:
+            trained(model, epoch)
+        if epoch + 1 < epochs and grafted(epoch):
+            graft_ring(models, **options)
+    return models
+
+
+def loop(grafting, model, epochs):
+    for epoch in range(grafting.round, epochs):
+        trained(model, epoch)
+        if epoch + 1 < epochs:
+            grafting.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "rounds"),
+    [({}, [0, 1, 2, 3, 4]), ({"every": 2}, [1, 3]), ({"warmup": 3}, [3, 4]), ({"every": 3, "warmup": 2}, [2])],
+)
+def test_a_loop_grafts_every_so_many_rounds_after_a_warm_up(options, rounds):
+    models = ring_of(3)
+    expected = expected_after(models, 6, lambda epoch: epoch in rounds, a=0.6, c=3, exclude=("14.*",))
+    memory = Memory(3)
+    places = [memory.place(network) for network in range(3)]
+    steppers = [
+        Grafting(model, place, 0.6, 3, exclude=("14.*",), **options)
+        for model, place in zip(models, places, strict=True)
+    ]
+    in_threads(*(lambda s=stepper: loop(s, s.model, 6) for stepper in steppers))
+    assert all(place.rounds == rounds for place in places)
+    assert all(same(model, other) for model, other in zip(models, expected, strict=True))
+    assert [stepper.round for stepper in steppers] == [5] * 3
+
+
+def test_step_tells_what_it_found_and_its_state_is_the_next_round():
+    model, place = randomised(mixture(), 1), Memory(1).place(0)
+    stepper = Grafting(model, place, every=2)
+    assert stepper.step() is None
+    assert stepper.state_dict() == {"round": 1}
+    assert coefficients_of(stepper.step()) == dict.fromkeys(coefficients_of(graft(model, model.state_dict())), 0.5)
+    later = Grafting(model, place, every=2)
+    later.load_state_dict(stepper.state_dict())
+    assert later.round == 2 and later.step() is None and later.round == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every: got 0, expected at least 1"),
+        ({"warmup": -1}, "warmup: got -1, expected at least 0"),
+        ({"a": 2}, "a: got 2"),
+        ({"level": "layers"}, "level: got 'layers'"),
+        ({"checkpoint": {"optimizer": torch.optim.SGD(chain().parameters())}}, "checkpoint: a Place keeps none"),
+    ],
+)
+def test_bad_arguments_are_refused_before_training(options, message):
+    with pytest.raises(ValueError, match=message):
+        Grafting(chain(), Memory(1).place(0), **options)
+
+
+def test_a_round_that_failed_is_not_counted():
+    model = randomised(mixture(), 1)
+    before = snapshot(model)
+
+    class Broken:
+        def swap(self, state, round):
+            raise GraftingError("no neighbour")
+
+    stepper = Grafting(model, Broken())
+    with pytest.raises(GraftingError, match="no neighbour"):
+        stepper.step()
+    assert stepper.round == 0
+    assert_untouched(model, before)
+
+
+# Grafting through files
+
+
+def run_network(directory, network, epochs, resume=False, until=None):
+    """Trains with momentum up to an epoch; returns the model. `until`: the epoch within which it is killed."""
+    model = randomised(mixture(), network)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    with FileRing(directory, network, 2, resume=resume) as ring:
+        stepper = Grafting(model, ring, checkpoint={"optimizer": optimizer, "schedule": schedule})
+        for epoch in range(stepper.round, epochs):
+            if epoch == until:
+                break
+            optimizer.zero_grad()
+            sum((parameter**2).sum() * (epoch + 2) for parameter in model.parameters()).backward()
+            optimizer.step()
+            schedule.step()
+            if epoch + 1 < epochs:
+                stepper.step()
+    return model, optimizer
+
+
+def test_a_resumed_network_first_grafts_and_ends_with_the_same_weights(tmp_path):
+    results = {}
+
+    def run(name, network, *arguments):
+        results[name, network] = run_network(tmp_path / name, network, 4, *arguments)
+
+    in_threads(*(lambda k=k: run("undisturbed", k) for k in (1, 2)))
+    in_threads(*(lambda k=k: run("broken", k, False, 2) for k in (1, 2)))
+    in_threads(*(lambda k=k: run("broken", k, True) for k in (1, 2)))
+    for network in 1, 2:
+        (model, optimizer), (expected, other) = results["broken", network], results["undisturbed", network]
+        assert same(model, expected)
+        assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"] == 0.01 * 0.5**4
+        momenta, expected = ([x["momentum_buffer"] for x in o.state.values()] for o in (optimizer, other))
+        assert momenta and all(map(torch.equal, momenta, expected))
+
+
+def test_a_checkpoint_without_the_state_that_is_asked_for_is_named(tmp_path):
+    with FileRing(tmp_path / "run", 1, 1) as ring:
+        ring.publish(0, mixture().state_dict(), {"optimizer": {}})
+    model = mixture()
+    before = snapshot(model)
+    optimizer = torch.optim.SGD(nn.ParameterList(model.parameters()), 0.1)
+    with FileRing(tmp_path / "run", 1, 1, resume=True) as ring, pytest.raises(GraftingError) as error:
+        Grafting(model, ring, checkpoint={"optimizer": optimizer, "ema": optimizer})
+    assert str(error.value).startswith(f"checkpoint: {tmp_path / 'run' / 'ckpt0_0.t7'} holds no state of 'ema'")
+    assert_untouched(model, before)
