@@ -4,7 +4,6 @@ itself knows nothing of them.
 A moment is an event, named by a regular expression, and how often it must have come: `("after rename best1.t7", 1)`.
 """
 
-import builtins
 import os
 import re
 import resource
@@ -16,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common.records
-import common.run
-import filter_grafting.exchange
+import filter_grafting.grafting
+from filter_grafting import membership, rings
+from training import loop, records
 
 
 def at(event: str, count: int, action: str, *arguments: Any) -> None:
@@ -40,7 +39,8 @@ def at(event: str, count: int, action: str, *arguments: Any) -> None:
 def quicken() -> None:
     """Seconds become tenths: a test need not wait for what is said after 10 s."""
     for name in "BEAT_SECONDS", "FIRST_MESSAGE_SECONDS", "MESSAGE_SECONDS":
-        setattr(filter_grafting.exchange, name, getattr(filter_grafting.exchange, name) / 20)
+        setattr(rings, name, getattr(rings, name) / 20)
+    membership.BEAT_SECONDS /= 20
 
 
 def become_nobody() -> None:
@@ -54,9 +54,14 @@ def limit_file_size(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def _limit_growth(path: str, size: int) -> None:
-    """From now on no file can be longer than this one is, and a few bytes."""
-    limit_file_size(os.path.getsize(path) + size)
+def raise_in(place: str, error: str, words: str) -> None:
+    """Makes a function of `training.loop` fail as torch would."""
+    kind = getattr(sys.modules["builtins"], error)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise kind(words)
+
+    setattr(loop, place, fail)
 
 
 def _fill(path: str) -> None:
@@ -79,15 +84,14 @@ def _remove(folder: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def _signal(number: int) -> None:
+    os.kill(os.getpid(), number)
 
 
 ACTIONS: dict[str, Callable[..., Any]] = {
-    "kill": _kill,
-    "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "kill": lambda: _signal(signal.SIGKILL),
+    "signal": _signal,
     "fill": _fill,
-    "limit": _limit_growth,
     "remove": _remove,
     "truncate": _truncate,
     "sleep": time.sleep,
@@ -116,51 +120,25 @@ def _around(function: Callable, name: Callable[..., str | None]) -> Callable:
     return told
 
 
+def _line(text: str) -> str | None:
+    found = re.match(r"Network:\d+    epoch:(\d+) ", text)
+    return f"line {found[1]}" if found else None
+
+
 def _install() -> None:
     os.replace = _around(os.replace, lambda source, target: f"rename {Path(target).name}")
     os.unlink = _around(os.unlink, lambda path, *_: f"delete {Path(path).name}")
     os.fsync = _around(os.fsync, lambda descriptor: f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
-    exchange, run, records = filter_grafting.exchange, common.run, common.records
-    exchange.load = _around(exchange.load, lambda path: f"load {Path(path).name}")
-    run.train_one_epoch = _around(run.train_one_epoch, lambda *_: "train")
-    run.evaluate = _around(run.evaluate, lambda *_: "test")
-    run.blend = _around(run.blend, lambda *_: "blend")
-    records.Table.append = _around(records.Table.append, lambda table, rows: f"rows {table.path.name}")
-    records.Log.epoch = _around(records.Log.epoch, lambda log, epoch, fields: f"line {epoch}")
-
+    rings.load = _around(rings.load, lambda path: f"load {Path(path).name}")
+    loop.train_one_epoch = _around(loop.train_one_epoch, lambda *_: "train")
+    loop.evaluate = _around(loop.evaluate, lambda *_: "test")
+    filter_grafting.grafting.graft = _around(filter_grafting.grafting.graft, lambda *_: "graft")
+    records.say = _around(records.say, _line)
     sleep = time.sleep
 
     def told_sleep(seconds: float) -> None:
-        if sys._getframe(1).f_code is exchange.Ring.wait.__code__:
+        if sys._getframe(1).f_code is rings.FileRing.wait.__code__:
             _tell("wait")
         sleep(seconds)
 
     time.sleep = told_sleep
-
-
-def tear_row(name: str, count: int) -> None:
-    """Kills the process when half of what is appended to a table for the count-th time is written."""
-    left, write = count, os.write
-
-    def torn(descriptor: int, data: bytes) -> int:
-        nonlocal left
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/{name}"):
-            left -= 1
-            if left == 0:
-                write(descriptor, data[: len(data) // 2])
-                _kill()
-        return write(descriptor, data)
-
-    os.write = torn
-
-
-def tear_line(epoch: int) -> None:
-    """Kills the process when half of an epoch's line is in the log."""
-
-    def torn(*values: Any, **options: Any) -> None:
-        if f"    epoch:{epoch} " in str(values[0]):
-            os.write(1, str(values[0]).encode()[:40])
-            _kill()
-        builtins.print(*values, **options)
-
-    common.records.print = torn

@@ -31,9 +31,9 @@ def make_class_folders(folder: Path) -> Path:
                     return folder
     from grafting_cifar import data
 
-    train, test, _ = data.load("glyphs")
+    images = data.load("glyphs")
     for (split, name), place in places.items():
-        glyphs = train if split == "train" else test
+        glyphs = images.train if split == "train" else images.test
         for row in (glyphs.labels == CLASSES.index(name)).nonzero()[: COUNTS[split], 0].tolist():
             Image.fromarray(glyphs.images[row].numpy()).save(place / f"{row}.png")
     return folder
@@ -49,8 +49,21 @@ class ImageRun(Run):
     ):
         super().__init__(directory, data, networks, epochs)
         self.ranks = ranks
-        self.flags = ["--data", str(data), "-a", "tiny", "-b", "12", "-j", "0", "--image_size", "32", "--lr", "0.02",
-                      "--device", "cpu", "-p", "0", *flags]  # fmt: skip
+        self.flags = [
+            "--data",
+            str(data),
+            "-a",
+            "ranks:tiny",
+            "-b",
+            "12",
+            "-j",
+            "0",
+            "--image_size",
+            "32",
+            "--lr",
+            "0.02",
+        ]
+        self.flags += ["--device", "cpu", "-p", "0", *flags]
 
     def start(self, network: int, *flags: str, ranks: int | None = None, **options: Any) -> Process:
         """Starts one network; its process is torchrun's, or that of the network itself if it has one rank."""

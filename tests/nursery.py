@@ -25,12 +25,9 @@ import torch._dynamo
 import torch.distributed.run
 import torchvision.models
 
-import common.run
-import grafting_cifar.data
-import grafting_cifar.models.mobilenetv2
+import grafting_cifar.grafting
 import grafting_cifar.models.resnet
-import grafting_cifar.models.vgg
-import grafting_imagenet.data
+import grafting_imagenet.grafting
 
 PR_SET_PDEATHSIG = 1
 

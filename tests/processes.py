@@ -44,10 +44,9 @@ class _Nursery:
     def ask(self, request: dict[str, Any]) -> Any:
         with self.lock:
             if self.server is None:
-                self.server = subprocess.Popen(
-                    [sys.executable, Path(__file__).with_name("nursery.py")],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
-                )  # fmt: skip
+                command = [sys.executable, Path(__file__).with_name("nursery.py")]
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+                self.server = subprocess.Popen(command, env=environment(), **pipes)
                 atexit.register(self.server.communicate)  # its end: it reads nothing more
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()
@@ -193,25 +192,23 @@ class Run:
 
     def outcome(self, network: int) -> dict[str, Any]:
         """All that a network has left which must not depend on what it went through."""
-        checkpoints = {
-            name: torch.load(path, weights_only=True)
-            for name, path in (
-                ("final", self.directory / f"final{network}{self.suffix}"),
-                ("best", self.directory / f"best{network}{self.suffix}"),
-                ("last", self.checkpoint(network, self.epochs - 1)),
-            )
-        }
-        for contents in checkpoints.values():
-            contents.pop("run", None)  # the random name of the run
-            contents["settings"].pop("epochs")  # may have been raised since it was written
-            contents["metrics"] = _timeless(contents.get("metrics", {}))
+        last = torch.load(self.checkpoint(network, self.epochs - 1), weights_only=True)
+        contents = {"last": last | last["extra"]}
+        for kind in ("best", "final"):
+            contents[kind] = torch.load(self.directory / f"{kind}{network}{self.suffix}", weights_only=True)
+        for each in contents.values():
+            for key in ("run", "extra", "command"):  # of these, the first is random, and the last says how it resumed
+                each.pop(key, None)
+            each["settings"].pop("epochs")  # may have been raised since it was written
+            each["row"] = _timeless(each.get("row", {}))
         tables = {
             name: [_timeless(row) for row in read_table(self.directory / f"{name}{network}.csv")]
             for name in (("metrics", "coefficients") if self.networks > 1 else ("metrics",))
         }
         lines = [line for line in self.log(network).splitlines() if line.startswith(f"Network:{network}    epoch:")]
-        log = [re.sub(r"(train|test|wait|graft):[\d.]+s", "", line) for line in lines]
-        return {"checkpoints": checkpoints, "tables": tables, "log": log}
+        # A line may come twice, if its network was killed after it had printed it.
+        log = list(dict.fromkeys(re.sub(r"(train|test|wait|graft):[\d.]+s", "", line) for line in lines))
+        return {"checkpoints": contents, "tables": tables, "log": log}
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -244,7 +241,7 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
 
 
 def assert_same_runs(run: Run, undisturbed: Run) -> None:
-    """Every network has ended as in a run that nothing disturbed; logs and tables have no gap and no repeated row."""
+    """Every network has ended as in a run that nothing disturbed; logs have no gap, tables no repeated row either."""
     for network in range(1, run.networks + 1):
         outcome = run.outcome(network)
         epochs = [str(epoch) for epoch in range(run.epochs)]
