@@ -13,7 +13,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis.plots import BLACK, COLOURS, FEW, WIDTH, coefficients_map, draw_course, finish, pyplot, styled
+from analysis.plots import (
+    BLACK,
+    COLOURS,
+    FEW,
+    WIDTH,
+    coefficients_map,
+    draw_course,
+    finish,
+    pyplot,
+    styled,
+    whole_ticks,
+)
 from analysis.runs import THRESHOLDS, Run
 from experiments.results import Cell, Cells, Gain, gain
 from experiments.tables import TABLES
@@ -127,7 +138,7 @@ def invalid_filters(cells: Cells, title: str) -> Figure:
 
 def information(cells: Cells, title: str) -> Figure:
     """The sum of the layers' entropies over epochs."""
-    return courses(cells, {"Information": "information"}, "sum of layer entropies (nats)", title)
+    return courses(cells, {"Sum of the layers' entropies": "information"}, "information (nats)", title)
 
 
 @styled
@@ -146,6 +157,7 @@ def courses(cells: Cells, columns: dict[str, str], ylabel: str, title: str) -> F
         beside[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7)
     for top, bottom, heading in zip(panels[0], panels[-1], columns, strict=True):
         top.set_title(heading)
+        whole_ticks(bottom)
         bottom.set_xlabel("epochs (% of the run's own)" if heading == QUARTER else "epoch")
     figure.supxlabel("Lines: mean over networks and seeds. Bands: lowest to highest seed.", fontsize=7, color="dimgrey")
     figure.suptitle(title, fontsize=10)

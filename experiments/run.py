@@ -36,8 +36,8 @@ from analysis.runs import THRESHOLDS, count_invalid, read_checkpoint
 from experiments.results import OtherCommand, read_result
 from experiments.tables import PRESETS, SEEDS, TABLES, Run, runs
 from filter_grafting.checkpoint import write_atomically
-from filter_grafting.errors import GraftingError
 from filter_grafting.membership import Status, duration, observe, read_status
+from training import launch
 from training.flags import Parser, number, path
 from training.process import Signals
 
@@ -170,19 +170,19 @@ class Job:
     def share(self) -> float:
         """How much of its training is done."""
         statuses = [read_status(self.save, i) for i in self.numbers]
-        epochs = [self.run.epochs if one.get("state") == "done" else int(one.get("epoch") or 0) for one in statuses]
-        return min(1.0, sum(epochs) / max(1, len(epochs) * self.run.epochs))
+        shares = [
+            1 if one.get("state") == "done" else (one.get("epoch") or 0) / (self.run.epochs or 1) for one in statuses
+        ]
+        return min(1.0, sum(shares) / len(shares))
 
     def execute(self, threads: int, signals: Signals) -> str:
         """Trains what is missing and leaves the results; in a thread of its own. A sentence if it failed."""
+        self.save.mkdir(parents=True, exist_ok=True)
         try:
-            self.save.mkdir(parents=True, exist_ok=True)
             with FileLock(self.save / "queue.lock", timeout=0):
                 return self.refusal() or self.train(threads, signals) or self.collect()
         except Timeout:
             return "another queue is at work on it"
-        except (OSError, ValueError, KeyError, GraftingError) as error:
-            return f"{type(error).__name__}: {error}"
 
     def refusal(self) -> str:
         """Results of another command are not written over."""
@@ -225,17 +225,10 @@ class Job:
     def start(self, i: int, threads: int, gpu: list[str]) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         environment |= {"CUDA_VISIBLE_DEVICES": gpu[0]} if gpu else {}
-        with open(
-            self.save / f"{i}.log", "ab"
-        ) as log:  # a session of its own: Ctrl-C is for the queue, which passes it on
-            return subprocess.Popen(
-                self.command_of(i),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+        # In a session of its own: Ctrl-C is for the queue, which passes it on.
+        options = {"stdin": subprocess.DEVNULL, "env": environment, "start_new_session": True}
+        with open(self.save / f"{i}.log", "ab") as log:
+            return subprocess.Popen(self.command_of(i), stdout=log, stderr=log, **options)
 
     def reason(self, i: int, processes: dict[int, subprocess.Popen]) -> str:
         """Why a process of ours has failed, with its last words."""
@@ -279,10 +272,11 @@ class Job:
                     counts[f"{which}invalid"] = {f"{t:g}": n for t, (n, _) in zip(THRESHOLDS, pairs, strict=True)}
                 record["filters"].append(counts)
                 record |= {"settings": contents["settings"], "data": contents.get("data", "")}
-                # Coefficients are the most of it, and a plot needs those of one seed.
-                names = [f"metrics{i}.csv"] + [f"coefficients{i}.csv"] * (self.run.networks > 1 and self.run.seed == 0)
-                for name in names:
-                    write_atomically(self.results / name, (self.save / name).read_bytes())
+                copied = [self.save / f"metrics{i}.csv"]
+                if self.run.seed == 0:  # coefficients are the most of it, and a plot needs those of one seed
+                    copied += self.save.glob(f"coefficients{i}.csv")
+                for file in copied:
+                    write_atomically(self.results / file.name, file.read_bytes())
         write_atomically(self.results / "result.json", (json.dumps(record, indent=1) + "\n").encode())
         return ""
 
@@ -302,8 +296,10 @@ def versions() -> dict[str, str]:
     for name in ("torch", "torchvision"):
         with suppress(metadata.PackageNotFoundError):  # built from source, or not there
             found[name] = metadata.version(name)
-    describe = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found | ({"project": describe.stdout.strip()} if describe.stdout else {})
+    with suppress(OSError, subprocess.SubprocessError):  # no git, or no checkout
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        found["project"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return found
 
 
 # ---- The queue
@@ -323,7 +319,8 @@ def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], signals: Si
                 running[pool.submit(job.execute, threads, signals)] = job
             for future in wait(running, POLL_SECONDS, FIRST_COMPLETED).done:
                 job = running.pop(future)
-                job.failure = future.result()
+                error = future.exception()
+                job.failure = f"{type(error).__name__}: {error}" if error else future.result()
                 if not signals.received:
                     progress.say(f"{job.run}: {'failed: ' + job.failure if job.failure else 'done'}")
             progress(list(running.values()), waiting)
@@ -385,26 +382,30 @@ def slurm(args: argparse.Namespace, jobs: list[Job]) -> str:
     return SLURM.format(last=len(jobs) - 1, again=again, names="\n".join(f"  {job.run}" for job in jobs))
 
 
-def main() -> int:
-    args = parse()
-    chosen = [run for run in args.runs if not args.only or not {run.name, str(run)}.isdisjoint(args.only)]
+def plan(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:
+    """(all jobs that were asked for, those of them that are to be run); says which lack images."""
+    chosen = {run for run in args.runs if not args.only or not {run.name, str(run)}.isdisjoint(args.only)}
     images = {run: data_flags(run, args.data) for run in args.runs}
     jobs = [Job(run, args, images[run]) for run in args.runs if images[run] is not None]
-    missing = [job for job in unfinished(jobs) if job.run in chosen]
-    jobs = [job for job in jobs if job.run in chosen]
     if lacking := sorted({run.data for run in chosen if images[run] is None}):
         example = f"--data {lacking[0]}=DIR"
         print(f"left out, as no images were given: the runs on {', '.join(lacking)} (as in {example})", file=sys.stderr)
+    return [job for job in jobs if job.run in chosen], [job for job in unfinished(jobs) if job.run in chosen]
+
+
+def main() -> int:
+    args = parse()
+    jobs, missing = plan(args)
     if not jobs:
         return 2
     if args.slurm:
         single = [job for job in missing if not job.run.members]
-        print(slurm(args, single) if single else "no run is missing but ensembles: nothing for a job array", end="")
+        if not single:
+            print("no run is missing but ensembles: nothing for a job array", file=sys.stderr)
+        print(slurm(args, single) if single else "", end="")
         return 0
     if args.dry_run:
-        for job in missing:
-            for i in job.numbers:
-                print(f"{job.run}: {shlex.join(job.command_of(i))}")
+        print("".join(f"{job.run}: {shlex.join(job.command_of(i))}\n" for job in missing for i in job.numbers), end="")
         return 0
     for folder in args.work, args.results:  # before the hours that training takes
         try:
@@ -413,15 +414,12 @@ def main() -> int:
         except OSError as error:
             print(f"{folder} cannot be written: {error.strerror or error}; nothing was started", file=sys.stderr)
             return 2
-    gpus = [str(k) for k in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    if gpus and "CUDA_VISIBLE_DEVICES" in os.environ:
-        gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[: len(gpus)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    slots = args.jobs or (NETWORKS_PER_GPU * len(gpus) if gpus else cores)
+    gpus = launch.gpus(None)
+    slots = args.jobs or NETWORKS_PER_GPU * len(gpus) or launch.cores()
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done; {slots} networks at once", flush=True)
     signals = Signals()
     signals.finish_batch()  # they end the networks, and these the queue; a second one ends it at once
-    work(missing, slots, max(1, cores // slots), gpus, signals)
+    work(missing, slots, max(1, launch.cores() // slots), gpus, signals)
     if signals.received:
         print(f"stopped by {signal.Signals(signals.received).name}; the same command goes on", file=sys.stderr)
         return 128 + signals.received
