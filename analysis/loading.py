@@ -7,22 +7,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from analysis.runs import read_checkpoint
 from filter_grafting.errors import CheckpointError, GraftingError, MismatchError
-from filter_grafting.membership import printable
 from filter_grafting.states import State, load_plain_state, plain_names
 from grafting_cifar import data as cifar
 from grafting_cifar import models
 from grafting_imagenet import data as imagenet
+from grafting_imagenet import models as zoo
 from training.images import DataError, Images
 from training.models import own_model
 from training.process import amp_dtype
 
-AUXILIARY = ("inception_v3", "googlenet")  # models with heads that only training uses
-WORKERS = 2  # processes that decode images of any size
+WORKERS, FEW = 2, 500  # processes that decode images, where these are not few
 
 
 CPU = torch.device("cpu")
@@ -81,7 +79,7 @@ def load_trained(path: Path, name: str | None = None, device: torch.device = CPU
     size = 32 if is_cifar else int(settings.get("image_size") or 224)
     size = int(take("image_size", size, f"{size} pixels"))
     mean, std = (list(take(key, getattr(script, key.upper()), "the script's")) for key in ("mean", "std"))
-    model = build(name, len(classes), size, is_cifar, path)
+    model = build(name, len(classes), size, is_cifar, bool(settings.get("pretrained")), path)
     try:
         load_plain_state(model, State(state, str(path)))
     except MismatchError as error:
@@ -90,24 +88,14 @@ def load_trained(path: Path, name: str | None = None, device: torch.device = CPU
     return Trained(path, model, name, classes, size, mean, std, settings, contents, missing)
 
 
-def build(name: str, classes: int, image_size: int, is_cifar: bool, path: Path) -> nn.Module:
+def build(name: str, classes: int, image_size: int, is_cifar: bool, pretrained: bool, path: Path) -> nn.Module:
     """A model of grafting_cifar, of torchvision, or what package.module:function returns."""
     try:
         if ":" in name:
             return own_model(name, classes, image_size)
-        if is_cifar:
-            return models.build(name, classes)
-        options: dict[str, Any] = {"init_weights": False, "transform_input": False} if name in AUXILIARY else {}
-        if name.startswith("vit_"):
-            options = {"image_size": image_size}
-        elif name.startswith("maxvit"):
-            options = {"input_size": (image_size, image_size)}
-        return torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
-    except GraftingError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except (ValueError, RuntimeError, TypeError) as error:
-        reason = printable(" ".join(str(error).split()), 200)
-        raise CheckpointError(f"{path} cannot be built as {name} with {classes} classes: {reason}") from error
+        return models.build(name, classes) if is_cifar else zoo.build(name, classes, image_size, pretrained)
+    except (GraftingError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be built as {name} with {classes} classes: {error}") from error
 
 
 def image(trained: Trained, path: Path) -> Tensor:
@@ -140,7 +128,8 @@ def load_images(trained: Trained, source: str | Path | None = None) -> Images:
     has_names = "classes" in trained.contents
     if len(images.classes) != len(trained.classes) or (has_names and images.classes != trained.classes):
         there, here = (
-            f"{len(names)} classes ({', '.join(names[:3])}, …)" for names in (images.classes, trained.classes)
+            f"{len(names)} classes ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
+            for names in (images.classes, trained.classes)
         )
         raise DataError(f"{source} has {there}, {trained.path} has {here}: give the --data of its training")
     return images
@@ -155,7 +144,8 @@ def batches_of(trained: Trained, split: Any, device: torch.device, size: int | N
     """A split of the images as batches; with train, cropped and mirrored as in training."""
     if trained.is_cifar:
         return cifar.Batches(split, size or cifar.TEST_BATCH[device.type], device, augment=train)
-    return imagenet.Batches(split, size or 64, device, train=train, image_size=trained.image_size, workers=WORKERS)
+    workers = WORKERS if len(split) > FEW else 0
+    return imagenet.Batches(split, size or 64, device, train=train, image_size=trained.image_size, workers=workers)
 
 
 @torch.inference_mode()

@@ -58,12 +58,12 @@ class Network:
     @property
     def last(self) -> float:
         """Test accuracy after the last epoch, in %."""
-        return self.metrics["test_accuracy"].iloc[-1] if len(self.metrics) else math.nan
+        return float(self.metrics["test_accuracy"].iloc[-1]) if len(self.metrics) else math.nan
 
     @property
     def best(self) -> float:
         """Test accuracy of the best epoch, as the run has chosen it (by validation, if it had such images), in %."""
-        return self.metrics["best"].iloc[-1] if len(self.metrics) else math.nan
+        return float(self.metrics["best"].iloc[-1]) if len(self.metrics) else math.nan
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -267,9 +267,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = contents.get("net", contents.get("state_dict", contents))
     if isinstance(state, dict) and state and all(isinstance(entry, Tensor) for entry in state.values()):
         return state, contents
-    raise CheckpointError(
-        f"{path} holds no state dict: it has the keys {printable(', '.join(map(str, contents)), 100)}"
-    )
+    keys = printable(", ".join(map(str, contents)), 100)
+    raise CheckpointError(f"{path} holds no state dict: it has the keys {keys}; expected net or state_dict")
 
 
 def count_invalid(state: dict[str, Tensor], thresholds: Sequence[float]) -> list[Counts]:
