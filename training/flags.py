@@ -52,7 +52,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(word, known, 1)
+    nearest = difflib.get_close_matches(word, known, 1, 0.7)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 

@@ -1,0 +1,211 @@
+"""The command line of both scripts: flags that work, one line for those that do not, and torchrun's parser in front."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torchvision.models as zoo
+from processes import ROOT
+from torch.distributed.run import get_args_parser
+
+from grafting_cifar import flags as cifar
+from grafting_imagenet import flags as imagenet
+from training.flags import command, world
+
+SCRIPTS = {"cifar": cifar, "imagenet": imagenet}
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return SCRIPTS[request.param]
+
+
+def parse(module, line):
+    return module.parse(line.split())
+
+
+def refused(module, capsys, *flags):
+    """The one line in which parsing ends."""
+    with pytest.raises(SystemExit) as end:
+        module.parse(list(flags))
+    said = capsys.readouterr().err
+    assert (end.value.code, said.count("\n")) == (2, 1)
+    return said
+
+
+@pytest.mark.parametrize("folder", ["grafting_cifar", "grafting_imagenet"])
+@pytest.mark.parametrize("flags", [["--help"], ["--nonsense"], ["--num", "0"]], ids=str)
+def test_help_and_refusals_do_not_wait_for_torch(folder, flags, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise SystemExit('torchvision was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    script = ROOT / folder / "grafting.py"
+    result = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, env=environment)
+    assert result.returncode == (0 if flags == ["--help"] else 2), result.stderr
+    assert result.stderr.count("\n") == result.returncode // 2
+
+
+def test_every_flag_has_a_help_and_says_its_default(script):
+    for action in script.parser()._actions:
+        assert action.help
+    text = re.sub(r"\s+", " ", script.parser().format_help())
+    for words in ("(default: 2)", "(default: 500.0)", "(default: 60.0)", "(default: entropy)"):
+        assert words in text
+
+
+def test_the_published_lines_are_understood():
+    args = parse(cifar, "--s checkpoint/x --cifar 10 --model resnet32 --num 2 --i 2")
+    assert (args.s, args.model, args.num, args.i) == (Path("checkpoint/x"), "resnet32", 2, 2)
+    args = parse(imagenet, "--data d -a resnet50 -j 3 -b 64 --learning-rate 0.2 --weight-decay 1e-5 -p 5")
+    assert (args.arch, args.workers, args.batch_size, args.lr, args.wd) == ("resnet50", 3, 64, 0.2, 1e-5)
+
+
+@pytest.mark.parametrize("flag", ["--s=~/run", "--save_dir=~/run"])
+def test_a_tilde_is_expanded(script, flag):
+    assert script.parse([flag]).s == Path.home() / "run"
+
+
+def test_torchvisions_models_are_known_without_importing_it():
+    assert imagenet.names() == zoo.list_models(module=zoo)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "words"),
+    [
+        ("cifar", "--model resent20", "argument --model: got 'resent20'; did you mean resnet20?"),
+        ("cifar", "--modle resnet20", "unrecognized argument --modle; did you mean --model?"),
+        ("cifar", "--batchsize=8", "unrecognized argument --batchsize; did you mean --batch_size?"),
+        ("cifar", "--model nothing", "got 'nothing', expected one of resnet20, resnet32"),
+        ("imagenet", "-a resnet19", "got 'resnet19'; did you mean resnet18?"),
+        ("imagenet", "-a fasterrcnn_resnet50_fpn", "argument -a/--arch: got 'fasterrcnn_resnet50_fpn'"),
+        ("imagenet", "--worker 3", "unrecognized argument --worker; did you mean --workers?"),
+        ("imagenet", "-b 0", "argument -b/--batch-size: got '0', expected an integer at least 1"),
+        ("imagenet", "--lr nan", "argument --lr/--learning-rate: got 'nan', expected a number above 0"),
+        ("imagenet", "--momentum 1", "got '1', expected a number at least 0 and below 1"),
+        ("imagenet", "--a 1.5", "argument --a: got '1.5', expected a number at least 0 and at most 1"),
+        ("imagenet", "--image_size 8", "argument --image_size: got '8'"),
+        ("imagenet", "--i 3", "argument --i: got 3, expected 1 to 2 (--num)"),
+        ("imagenet", "--s=", "argument --s/--save_dir: got nothing, expected a path"),
+        ("imagenet", "--gpu 0 --device cpu", "argument --gpu: needs --device cuda"),
+        ("imagenet", "-e", "argument -e: expected --resume PATH or --pretrained"),
+        ("imagenet", "-e --resume auto", "argument -e: expected --resume PATH or --pretrained"),
+        ("imagenet", "--pretrained --resume x.tar", "--pretrained: does not go with --resume PATH"),
+        ("imagenet", "--pretrained -a timm:x", "--pretrained: torchvision has no weights of -a timm:x"),
+        # What makes no sense together
+        ("cifar", "--num 1 --difflr", "argument --difflr: without a meaning for --num 1"),
+        ("cifar", "--num 1 --a 0.2", "argument --a: without a meaning for --num 1"),
+        ("imagenet", "--num 1 --criterion l1", "argument --criterion: without a meaning for --num 1"),
+        ("cifar", "--data glyphs --cifar 100", "argument --cifar: --data glyphs has classes of its own"),
+        ("cifar", "--cos --step_epochs 3", "argument --cos: does not go with --step_epochs"),
+        ("imagenet", "--nesterov --momentum 0", "argument --nesterov: needs a --momentum above 0"),
+        ("cifar", "--warmup 5 --epochs 5", "argument --warmup: got 5, expected less than 5 (--epochs)"),
+        ("cifar", "--level filter", "--level: filter needs a chain of layers (--model vgg16), got --model resnet32"),
+        ("cifar", "--method ema", "--method: ema needs no neighbour: got --num 2, expected --num 1"),
+        ("cifar", "--method swa", "--method: swa needs no neighbour: got --num 2, expected --num 1"),
+        ("cifar", "--method papa --num 1", "papa needs a neighbour: got --num 1"),
+        ("cifar", "--scion noise", "--scion: noise needs no neighbour: got --num 2, expected --num 1"),
+        ("cifar", "--scion internal --num 1 --method ema", "--method: ema does not go with --scion"),
+        ("cifar", "--method average --level filter --model vgg16", "average does not go with --level"),
+        ("cifar", "--method average --a 0.2", "average does not go with --a"),
+        ("cifar", "--level filter --model vgg16 --c 5", "--level: filter does not go with --c"),
+    ],
+)
+def test_a_wrong_flag_ends_in_one_line(capsys, name, flags, words):
+    assert words in refused(SCRIPTS[name], capsys, *flags.split())
+
+
+def test_a_models_name_may_be_anyones_function(script):
+    flag = "--model" if script is cifar else "-a"
+    args = script.parse([flag, "package.module:function"])
+    assert args.s.name.endswith("_package.module.function")
+
+
+@pytest.mark.parametrize("flags", [["a.tar", "auto"], ["auto", "a.tar"], ["b.tar", "auto", "a.tar"]])
+def test_a_file_and_auto_go_together_in_any_order(flags):
+    args = imagenet.parse([word for flag in flags for word in ("--resume", flag)])
+    assert (str(args.start_from), args.resume) == ("a.tar", True)
+
+
+def test_workers_are_by_default_the_cores_of_the_process():
+    assert imagenet.parse([]).workers == len(os.sched_getaffinity(0))
+
+
+def test_the_standard_data_sets_have_a_directory_each_wherever_they_lie(tmp_path):
+    def directory(*flags):
+        return str(cifar.parse(["--data", *flags]).s)
+
+    standard, mine = str(tmp_path / "standard"), tmp_path / "mine"
+    (mine / "train").mkdir(parents=True)
+    assert directory(standard) == "checkpoint/grafting_cifar10_resnet32"
+    assert directory(standard, "--cifar", "100") == "checkpoint/grafting_cifar100_resnet32"
+    assert directory(str(mine), "--lr", "0.05") == "checkpoint/grafting_mine_resnet32_lr0.05"
+    assert directory("glyphs", "--method", "average") == "checkpoint/grafting_glyphs_resnet32_average"
+    assert directory("glyphs", "--num", "1") == "checkpoint/baseline_glyphs_resnet32"
+
+
+# torchrun, whose own parser reads the whole line first
+
+
+def is_ambiguous(option):
+    parser = get_args_parser()
+    with contextlib.redirect_stderr(None), contextlib.suppress(SystemExit):
+        parser.parse_args(["--standalone", "grafting.py", option, "1"])
+        return False
+    return True
+
+
+def test_every_flag_has_a_name_that_torchrun_leaves_alone(script):
+    assert is_ambiguous("--s") and is_ambiguous("--num")  # why these have a second one
+    for action in script.parser()._actions:
+        assert not all(map(is_ambiguous, action.option_strings)), action.option_strings
+
+
+def test_torchruns_line_means_what_the_other_one_does():
+    short = parse(imagenet, "--data d -a resnet18 --s x --num 3 --i 2")
+    assert vars(parse(imagenet, "--data d -a resnet18 --save_dir x --networks 3 --i 2")) == vars(short)
+
+
+# What the environment says
+
+
+def test_variables_that_another_job_has_left_do_not_count():
+    assert world({"RANK": "1"}) == world({"WORLD_SIZE": ""}) == world({"RANK": "3", "WORLD_SIZE": "1"}) == (0, 1)
+    assert world({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "here", "MASTER_PORT": "1"}) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "4"}, "the environment says WORLD_SIZE=4, but not RANK: start 4 processes with torchrun, or"),
+        ({"WORLD_SIZE": "4", "RANK": "0"}, "but not MASTER_ADDR"),
+        ({"WORLD_SIZE": "four"}, "the environment says WORLD_SIZE='four', which is no rank and number of ranks"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK='2' WORLD_SIZE='2', which is no rank"),
+    ],
+)
+def test_ranks_that_cannot_find_each_other_are_a_sentence(script, capsys, monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert words in refused(script, capsys)
+
+
+def test_ranks_are_for_the_imagenet_script(capsys, monkeypatch):
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "a CIFAR network trains in one process" in refused(cifar, capsys)
+    assert "argument -b: got 256, expected a multiple of 3" in refused(imagenet, capsys)
+
+
+def test_the_command_that_starts_another_network(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/grafting.py", "--i=1", "--num", "3", "--i", "2", "--lr", "0.1"])
+    assert command()[1:] == sys.argv
+    assert command(3)[1:] == ["/x/grafting.py", "--num", "3", "--lr", "0.1", "--i", "3", "--resume"]
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "/x/grafting.py"]
+    assert command()[1:7] == torchrun
