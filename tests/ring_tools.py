@@ -76,7 +76,7 @@ class Clock:
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        self.now += max(0.5, seconds) + self.asleep
+        self.now += max(1.0, seconds) + self.asleep
         self.asleep = 0.0
         while self.plan and self.plan[0][0] <= self.now:
             heapq.heappop(self.plan)[2]()
