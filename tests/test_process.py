@@ -40,7 +40,7 @@ def restored_handlers():
     ("error", "status", "words"),
     [
         (UsageError("no such GPU"), 2, "no such GPU"),
-        (NeighbourTimeout("nobody came"), 3, "nobody came (start that network again with --resume, then this one"),
+        (NeighbourTimeout("nobody came"), 3, "nobody came (--timeout says how long to wait)"),
         (RefusedError("no"), 1, "no"),
         (Diverged("the loss became nan"), 1, "the loss became nan (try a lower --lr"),
     ],
@@ -183,11 +183,8 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(monkeypatc
 )
 def test_a_gpu_that_torch_is_not_built_for_is_a_sentence(monkeypatch, capability, archs, works):
     GPU(monkeypatch, capability, archs=archs)
-    if works:
-        return pick_device(None)
-    with pytest.raises(
-        UsageError, match=rf"a GPU has capability {capability[0]}\.{capability[1]}, and torch .* is built"
-    ):
+    words = rf"a GPU has capability {capability[0]}\.{capability[1]}, and torch .* is built for"
+    with nullcontext() if works else pytest.raises(UsageError, match=words):
         pick_device(None)
 
 

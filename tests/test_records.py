@@ -1,196 +1,266 @@
+"""What a network tells of itself: its tables are whole and exact, its lines are the fixed ones."""
+
+import csv
 import os
+import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
-from common.records import Log, Table
-from filter_grafting.errors import WriteError
+from filter_grafting.checkpoint import load
+from filter_grafting.errors import GraftingError, WriteError
+from filter_grafting.grafting import Layer
+from training import records
+from training.loop import Diverged, Result
+from training.records import Progress, Records, Table, layer_rows, log_fields, say
 
 COLUMNS = ("epoch", "layer", "coefficient")
 
 
-@contextmanager
-def standard_output(target: Path | int, flags: int = os.O_APPEND) -> Iterator[None]:
-    """Standard output is a file, or an open descriptor, as for a process that a shell has started."""
-    saved, stdout = os.dup(1), sys.stdout
-    descriptor = target if isinstance(target, int) else os.open(target, os.O_WRONLY | os.O_CREAT | flags)
-    os.dup2(descriptor, 1)
-    os.close(descriptor)
-    try:
-        with open(1, "w", closefd=False) as sys.stdout:
-            yield
-    finally:
-        sys.stdout = stdout
-        os.dup2(saved, 1)
-        os.close(saved)
+def rows_of(path):
+    with open(path) as file:
+        return list(csv.reader(file))[1:]
 
 
 # Tables
 
 
-def test_rows_are_kept_up_to_an_epoch_and_added(tmp_path):
-    path = tmp_path / "coefficients1.csv"
+def test_rows_of_an_epoch_take_the_place_of_it_and_of_later_ones(tmp_path):
+    path = tmp_path / "table.csv"
     table = Table(path, COLUMNS)
-    assert table.start(0) == []
-    table.append([[0, "conv1", 0.5], [0, "a,b", 0.25]])
-    table.append([[1, "conv1", 0.5]])
+    table.write(0, [[0, "conv1", 0.5], [0, "a,b", 0.25]])
+    table.write(1, [[1, "conv1", 0.5]])
     assert path.read_text() == 'epoch,layer,coefficient\n0,conv1,0.5\n0,"a,b",0.25\n1,conv1,0.5\n'
-    assert Table(path, COLUMNS).start(1) == [
-        {"epoch": "0", "layer": "conv1", "coefficient": "0.5"}, {"epoch": "0", "layer": "a,b", "coefficient": "0.25"},
-    ]  # fmt: skip
-    assert path.read_text() == 'epoch,layer,coefficient\n0,conv1,0.5\n0,"a,b",0.25\n'
+    again = Table(path, COLUMNS)
+    again.write(1, [[1, "conv1", 0.7]])
+    assert rows_of(path) == [["0", "conv1", "0.5"], ["0", "a,b", "0.25"], ["1", "conv1", "0.7"]]
+    Table(path, COLUMNS).write(0, [])
+    assert rows_of(path) == []
 
 
-@pytest.mark.parametrize("rest", ["1,conv", '1,"conv1', "1,conv1,0.4", "1", "\0\0\0\0", "1,x,1,2\n", "x,y,z\n", ",,\n",
-                                  "99999999999999999999,a,1\n", "1,conv1,0.4\n0,lat", "\udcff"])  # fmt: skip
+def test_a_table_without_rows_is_no_file(tmp_path):
+    Table(tmp_path / "table.csv", COLUMNS).write(0, [])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rest", ["1,conv", '1,"conv1', "1", "\0\0\0\0", "1,x,1,2\n", "x,y,z\n", ",,\n", "\udcff"])
 def test_what_is_half_written_or_damaged_is_dropped(tmp_path, rest):
-    path = tmp_path / "coefficients1.csv"
-    whole = "epoch,layer,coefficient\n0,conv1,0.5\n"
-    path.write_bytes((whole + rest).encode(errors="surrogateescape"))
-    Table(path, COLUMNS).start(1)
-    assert path.read_text() == whole
-
-
-def test_a_field_that_is_too_long_for_csv_ends_what_is_read(tmp_path):
-    path = tmp_path / "metrics1.csv"
-    path.write_text("epoch,layer,coefficient\n0,a,1\n0,b," + "9" * 200_000 + "\n0,c,1\n")
-    Table(path, COLUMNS).start(1)
-    assert path.read_text() == "epoch,layer,coefficient\n0,a,1\n"
-
-
-def test_neither_links_nor_pipes_nor_folders_are_written_to(tmp_path):
-    outside = tmp_path / "outside"
-    outside.write_text("precious")
-    for make in (lambda path: path.symlink_to(outside), os.mkfifo, Path.mkdir):
-        path = tmp_path / make.__name__
-        table = Table(path, COLUMNS)
-        make(path)
-        try:
-            table.start(0)
-        except WriteError as error:
-            assert str(path) in str(error)
-        else:
-            assert path.is_file() and not path.is_symlink()
-    table = Table(tmp_path / "table.csv", COLUMNS)
-    table.start(0)
-    (tmp_path / "table.csv").unlink()
-    (tmp_path / "table.csv").symlink_to(outside)
-    with pytest.raises(WriteError, match=r"cannot write .*table\.csv"):
-        table.append([[0, "a", 1]])
-    assert outside.read_text() == "precious"
-
-
-def test_a_table_that_is_gone_is_a_sentence(tmp_path):
-    table = Table(tmp_path / "table.csv", COLUMNS)
-    table.start(0)
-    (tmp_path / "table.csv").unlink()
-    with pytest.raises(WriteError, match=r"cannot write .*table\.csv: No such file or directory; .* MB are free there"):
-        table.append([[0, "a", 1]])
-
-
-# Logs
-
-
-def test_an_epoch_has_one_line_whoever_comes_past_it(tmp_path):
-    path = tmp_path / "1.log"
-    for _ in range(2):
-        with standard_output(path):
-            log = Log(1, resumed=True)
-            log.say("Network 1 of 2")
-            for epoch in range(3):
-                log.epoch(epoch, "accuracy:50.000    best:50.000")
-    lines = [line for line in path.read_text().splitlines() if line.startswith("Network:1    epoch:")]
-    assert lines == [f"Network:1    epoch:{epoch}    accuracy:50.000    best:50.000" for epoch in range(3)]
-
-
-def test_the_lines_of_another_run_in_the_same_log_hide_none_of_a_new_one(tmp_path):
-    path = tmp_path / "all.log"
-    for resumed in (False, False, True):
-        with standard_output(path):
-            log = Log(1, resumed)
-            for epoch in range(2 + resumed):
-                log.epoch(epoch, "x")
-    assert path.read_text().splitlines() == [f"Network:1    epoch:{epoch}    x" for epoch in (0, 1, 0, 1, 2)]
-
-
-@pytest.mark.parametrize("rest", ["N", "Network:1    epo", "Network:1    epoch:1    accuracy:50.0", "Network 1 of"])
-@pytest.mark.parametrize("flags", [os.O_APPEND, 0])
-def test_a_half_written_last_line_of_its_own_is_cut_off(tmp_path, rest, flags):
-    path = tmp_path / "1.log"
-    whole = "Network:1    epoch:0    accuracy:50.000\n"
-    path.write_text(whole + rest)
-    with standard_output(path, flags):
-        if not flags:
-            os.lseek(1, 0, os.SEEK_END)  # a loop of a shell keeps the log open: while ! python ...; do :; done >1.log
-        log = Log(1, resumed=True)
-        log.epoch(0, "again")
-        log.epoch(1, "new")
-    assert path.read_text() == whole + "Network:1    epoch:1    new\n"
+    path = tmp_path / "table.csv"
+    path.write_bytes(("epoch,layer,coefficient\n0,conv1,0.5\n" + rest).encode(errors="surrogateescape"))
+    Table(path, COLUMNS).write(1, [[1, "conv1", 0.4]])
+    assert rows_of(path) == [["0", "conv1", "0.5"], ["1", "conv1", "0.4"]]
 
 
 def test_a_table_of_fewer_columns_is_continued_with_empty_ones(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("epoch,one\n0,5\n1,6\n2\n")
-    Table(path, ["epoch", "one", "two"]).start(9)
-    assert path.read_text() == "epoch,one,two\n0,5,\n1,6,\n"
+    Table(path, ["epoch", "one", "two"]).write(2, [[2, 7, 8]])
+    assert rows_of(path) == [["0", "5", ""], ["1", "6", ""], ["2", "7", "8"]]
 
 
-def test_a_last_line_of_someone_else_is_left_and_ended(tmp_path):
-    path = tmp_path / "1.log"
-    path.write_text("Network:1    epoch:0    x\nnohup: ignoring input")
-    with standard_output(path):
-        Log(1, resumed=True).epoch(1, "new")
-    assert path.read_text() == "Network:1    epoch:0    x\nnohup: ignoring input\nNetwork:1    epoch:1    new\n"
+def test_a_link_in_a_tables_place_is_not_written_to(tmp_path):
+    outside, path = tmp_path / "outside", tmp_path / "table.csv"
+    outside.write_text("precious")
+    path.symlink_to(outside)
+    Table(path, COLUMNS).write(0, [[0, "a", 1]])
+    assert outside.read_text() == "precious" and not path.is_symlink()
 
 
-def test_lines_of_other_networks_and_lookalikes_do_not_count(tmp_path):
-    path = tmp_path / "all.log"
-    path.write_text("Network:2    epoch:7    x\nNetwork:11    epoch:8    x\n Network:1    epoch:9    x\n")
-    with standard_output(path):
-        log = Log(1, resumed=True)
-        assert log.last_epoch == -1
-        log.epoch(0, "x")
-        assert log.last_epoch == 0
+# Epochs
 
 
-def test_a_log_is_not_touched_before_its_first_line(tmp_path):
-    path = tmp_path / "1.log"
-    path.write_text("Network:1    epo")
-    with standard_output(path):
-        Log(1, resumed=True)
-    assert path.read_text() == "Network:1    epo"
+@pytest.fixture
+def make_records(tmp_path):
+    def make(val=False, tensorboard=False):
+        ring = SimpleNamespace(
+            directory=tmp_path, network=1, networks=2, key="net", file=lambda kind: tmp_path / f"{kind}1.t7"
+        )
+        ring.update = lambda state, **fields: setattr(ring, "status", fields)
+        about = {"data": "0a", "model": "m", "classes": ["a", "b"], "mean": (0.5,), "std": (0.1,), "image_size": 32}
+        made = Records(ring, {"lr": 0.1}, about | {"command": ["x"]}, model(), ["a note"], tensorboard)
+        return made, ring
+
+    return make
 
 
-def test_epochs_before_a_resumed_one_are_recalled_in_a_file_only(tmp_path):
-    path = tmp_path / "1.log"
-    with standard_output(path, os.O_TRUNC):
-        log = Log(1, resumed=True)
-        for epoch in range(2):
-            log.recall(epoch, "x")
-        log.epoch(2, "x")
-    assert path.read_text().count("\n") == 3
-    read, write = os.pipe()
-    with standard_output(write):
-        log = Log(1, resumed=True)
-        log.recall(0, "x")
-        log.epoch(1, "x")
-    assert os.read(read, 1000) == b"Network:1    epoch:1    x\n"
-    os.close(read)
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 5, 3))
 
 
-def test_a_log_on_a_full_disk_is_a_sentence_once(tmp_path):
-    with standard_output(Path("/dev/full"), 0):
-        log = Log(1, resumed=True)
-        with pytest.raises(WriteError, match=r"^cannot write the log to standard output: No space left on device$"):
-            log.say("x")
-        log.say("to nowhere, since it cannot be written")
+def tell(told, epoch, accuracy, val=None, layers=(), loss=1.0):
+    train, test = Result(2.0, 30.0, None, 1.0), Result(loss, accuracy, None, 0.5)
+    val = None if val is None else Result(1.0, val, None, 0.25)
+    row = told.row(epoch, 0.1, train, test, val, model())
+    told.epoch(row, layers, {"0.weight": torch.full((1,), accuracy)})
+    return row
 
 
-def test_names_that_do_not_fit_the_encoding_are_written(tmp_path):
-    path = tmp_path / "1.log"
-    with standard_output(path):
-        Log(1, resumed=True).say("in /data/\udcff")
-    assert path.read_text() == "in /data/\\udcff\n"
+def test_the_line_of_an_epoch(make_records, capsys):
+    told, ring = make_records()
+    with told.timing("wait"):
+        pass
+    tell(told, 0, 55.05)
+    *head, line = capsys.readouterr().out.splitlines()
+    assert line == (
+        "Network:1    epoch:0    accuracy:55.050    best:55.050    loss:2.0000    lr:0.1    "
+        "train:1.00s    test:0.50s    wait:0.00s    graft:0.00s"
+    )
+    assert head[-2:] == ["settings: lr=0.1", "a note"]
+    assert ring.status == {"accuracy": 55.05, "best": 55.05}
+
+
+def test_further_fields_of_a_line():
+    row = {"test_accuracy": 50, "best": 50, "val_accuracy": 51, "test_top5": 90, "train_loss": 1, "lr": 0.1}
+    row |= dict.fromkeys((f"{phase}_seconds" for phase in records.PHASES), 0)
+    assert "best:50.000    val:51.000    accuracy@5:90.000    loss:1.0000" in log_fields(row)
+
+
+def test_the_best_epoch_is_chosen_on_the_validation_images_if_there_are_any(make_records, tmp_path):
+    told, _ = make_records()
+    for epoch, (accuracy, val) in enumerate([(50, 40), (70, 30), (60, 45), (90, 45)]):
+        tell(told, epoch, accuracy, val)
+    assert [float(row[6]) for row in rows_of(tmp_path / "metrics1.csv")] == [50, 50, 60, 60]
+    best = load(tmp_path / "best1.t7")
+    assert (best["epoch"], best["accuracy"], best["net"]["0.weight"].item()) == (2, 60, 60)
+
+
+def test_best_says_what_whoever_uses_it_needs_to_know(make_records, tmp_path):
+    told, _ = make_records()
+    tell(told, 0, 50)
+    told.save("final", tell(told, 1, 40), {"0.weight": torch.zeros(1)})
+    expected = {
+        "settings": {"lr": 0.1},
+        "data": "0a",
+        "model": "m",
+        "classes": ["a", "b"],
+        "mean": (0.5,),
+        "std": (0.1,),
+    }
+    expected |= {"image_size": 32, "command": ["x"], "best": 50}
+    for kind, epoch, accuracy in ("best", 0, 50), ("final", 1, 40):
+        contents = load(tmp_path / f"{kind}1.t7")
+        contents.pop("net")
+        assert contents == expected | {"epoch": epoch, "accuracy": accuracy}
+
+
+def test_a_resumed_network_tells_the_same_again_and_goes_on(make_records, tmp_path, capsys):
+    told, _ = make_records()
+    layers = layer_rows(0, {"conv": Layer(1.5, 1.25, 0.7)})
+    tell(told, 0, 50)
+    row = tell(told, 1, 60, layers=layers)
+    tell(told, 2, 70, layers=layer_rows(1, {"conv": Layer(1.5, 1.25, 0.6)}))
+    lines = capsys.readouterr().out.splitlines()
+    (tmp_path / "best1.t7").unlink()
+    again, _ = make_records()
+    again.resume(row, layers, {"0.weight": torch.zeros(1)})
+    assert (tmp_path / "best1.t7").exists()
+    assert [row[0] for row in rows_of(tmp_path / "metrics1.csv")] == ["0", "1"]
+    assert rows_of(tmp_path / "coefficients1.csv") == [["0", "conv", "1.500000", "1.250000", "0.7"]]
+    tell(again, 2, 55)
+    assert rows_of(tmp_path / "metrics1.csv")[2][6] == "60"
+    said = capsys.readouterr().out.splitlines()
+    assert "continuing after epoch 1" in said and lines[-2] in said
+
+
+def test_a_test_loss_that_is_no_number_is_published_nowhere(make_records, tmp_path):
+    told, _ = make_records()
+    with pytest.raises(Diverged, match="the test loss became nan"):
+        tell(told, 0, 50, loss=float("nan"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rows_information_is_the_sum_of_its_layers_entropies(make_records, tmp_path):
+    told, _ = make_records()
+    tell(told, 0, 50)
+    weight = model()[0].weight.detach().flatten().double()
+    counts = torch.histc(weight, 10, weight.min(), weight.max())
+    counts[-1] -= 1  # the maximum is in no bin
+    shares = counts[counts > 0] / len(weight)
+    information = float(rows_of(tmp_path / "metrics1.csv")[0][-1])
+    assert information == pytest.approx(-(shares * shares.log()).sum().item(), rel=1e-5)
+
+
+# TensorBoard
+
+
+def test_curves_and_coefficients_for_tensorboard(make_records, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    told, _ = make_records(tensorboard=True)
+    layers = [layer_rows(epoch, {name: Layer(1, 1, 0.5) for name in "ab"}) for epoch in range(2)]
+    tell(told, 0, 50)
+    tell(told, 1, 60, layers=layers[0])
+    tell(told, 2, 70, layers=layers[1])
+    sizes = {"scalars": 0, "histograms": 0, "images": 0}
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "network1"), sizes).Reload()
+    assert [event.value for event in events.Scalars("test_accuracy")] == [50, 60, 70]
+    assert [event.step for event in events.Histograms("coefficients")] == [0, 1]
+    image = events.Images("coefficients of each layer by epoch")[-1]
+    assert (image.width, image.height) == (2, 2)
+
+
+def test_a_missing_tensorboard_is_a_sentence(make_records, monkeypatch):
+    monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(GraftingError, match="the package tensorboard is missing: pip install tensorboard"):
+        make_records(tensorboard=True)
+
+
+# Lines and bars
+
+
+def test_a_log_on_a_full_disk_is_a_sentence_once(monkeypatch):
+    saved = os.dup(1)
+    try:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+        with open(1, "w", closefd=False) as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            with pytest.raises(WriteError, match=r"^cannot write the log to standard output: No space left on device$"):
+                say("x")
+            say("to nowhere, since it cannot be written")
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def follow(progress, batches=3):
+    totals = torch.tensor([4.0, 4.0, 1.0], dtype=torch.float64)  # loss, images, correct
+    for step, _ in enumerate(progress.follow([None] * batches), 1):
+        progress.report(totals, step * totals)
+
+
+def test_lines_of_progress_every_few_batches(capsys):
+    steps, checks = [], []
+    ring = SimpleNamespace(progress=steps.append)
+    follow(Progress(4, 3, lambda: checks.append(0), ring, every=2))
+    lines = capsys.readouterr().out.splitlines()
+    fields = r"    ".join(
+        [r"Time +[\d.]+ \( *[\d.]+\)", r"Data +[\d.]+ \( *[\d.]+\)", r"Loss 1.0000e\+00 \(1.0000e\+00\)"]
+    )
+    for line, step in zip(lines, (0, 2), strict=True):
+        assert re.fullmatch(rf"Epoch: \[4\]\[{step}/3\]    {fields}    Acc@1  25\.00 \( 25\.00\)", line)
+    assert steps == [0, 1, 2] and len(checks) == 3
+
+
+@pytest.mark.parametrize(("testing", "label"), [(False, "epoch 4:"), (True, "epoch 4 test:")])
+def test_a_bar_on_a_terminal(capsys, monkeypatch, testing, label):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    ring = SimpleNamespace(progress=lambda step: None)
+    follow(Progress(4, 3, lambda: None, ring, testing=testing))
+    out = capsys.readouterr().out
+    assert label in out and "loss 1.0000, accuracy 25.00" in out and "Epoch:" not in out
+    follow(Progress(4, 3, lambda: None, None))  # another process speaks for this network
+    assert capsys.readouterr().out == ""
+
+
+def test_values_are_fetched_at_most_once_a_second(monkeypatch):
+    fetched, clock = [], iter(i * 0.3 for i in range(1000))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(records.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(records.loop, "means", lambda totals: fetched.append(0) or Result(1, 1, None, 0))
+    progress = Progress(0, 40, lambda: None, SimpleNamespace(progress=lambda step: None))
+    began = next(clock)
+    follow(progress, 40)
+    assert 2 <= len(fetched) <= 2 + (next(clock) - began)

@@ -11,12 +11,11 @@ from typing import Any
 
 # What to do about an error, in words of flags; the library's own messages know of none.
 HINTS = {
-    "AlreadyRunError": "continue it with --resume, or start anew in another directory (--s)",
-    "SettingsError": "give the same flags, or another directory (--s); --epochs alone may be raised, by networks that "
-    "are done or stopped, and with neither a cosine nor averages over the epochs",
-    "WriteError": "mend that, then continue with --resume",
+    "AlreadyRunError": "--resume continues it, --s names another directory",
+    "SettingsError": "a resumed run may raise --epochs alone: while no other network is at work, and with neither --cos "
+    "nor averages over the epochs",
     "UnreadableError": "mend that, then continue with --resume",
-    "NeighbourTimeout": "start that network again with --resume, then this one (--timeout says how long to wait)",
+    "NeighbourTimeout": "--timeout says how long to wait",
     "Diverged": "try a lower --lr, or do without --amp if it was given",
     "memory": "the memory of the device is full: give a smaller batch, a smaller model, or another device",
     "busy": "the GPU is taken by another process: choose another one with CUDA_VISIBLE_DEVICES",

@@ -273,7 +273,7 @@ class Progress(loop.Progress):
             self.bar.update()
             if now - self.shown >= 1 or self.step == 0:  # the host waits for the device here, and in no other step
                 self.shown, so_far = now, loop.means(totals)
-                self.bar.set_postfix_str(f"loss {so_far.loss:.4f}, accuracy {so_far.accuracy:.2f}", refresh=False)
+                self.bar.set_postfix_str(f"loss {so_far.loss:.4f}, accuracy {so_far.accuracy:.2f}")
         elif self.ring and self.every and self.step % self.every == 0:
             say(self._line(now, loop.means(batch), loop.means(totals)))
         self.last = now

@@ -1,0 +1,239 @@
+"""One epoch of training and testing, rates and averages, computed again by another route."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from training import loop
+from training.loop import Diverged, evaluate, initial_rate, learning_rate, stream_seed, train_one_epoch
+from training.models import load_optimizer
+
+CPU = torch.device("cpu")
+
+
+class Batches:
+    """Images of a few numbers, in batches of which the last is smaller."""
+
+    def __init__(self, count=22, size=8, classes=7):
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(count, 3, 4, 4, generator=generator)
+        self.labels = torch.randint(classes, (count,), generator=generator)
+        self.size, self.seeds = size, []
+
+    def __len__(self):
+        return -(-len(self.labels) // self.size)
+
+    def epoch(self, seed):
+        self.seeds.append(seed)
+        return zip(self.images.split(self.size), self.labels.split(self.size), strict=True)
+
+
+def make_model(classes=7):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(20, classes))
+
+
+def make_optimizer(model, **options):
+    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, fused=True, **options)
+
+
+# One epoch
+
+
+def test_an_epoch_of_training_is_that_of_a_plain_loop():
+    batches, model = Batches(), make_model()
+    plain, rates = copy.deepcopy(model), []
+    optimizer = torch.optim.SGD(plain.parameters(), 1.0, momentum=0.9, weight_decay=5e-4)
+    losses, correct, correct5 = [], 0, 0
+    for step, (x, y) in enumerate(batches.epoch(0)):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - (2 + step / 3) / 4)
+        scores = plain(x)
+        loss = F.cross_entropy(scores, y, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses += [loss.item()] * len(y)
+        correct += (scores.argmax(1) == y).sum().item()
+        correct5 += sum(label in row.topk(5).indices for row, label in zip(scores, y, strict=True))
+
+    def rate(progress):
+        rates.append(progress)
+        return 0.1 * (1 - progress / 4)
+
+    def smoothed(outputs, labels):
+        return loop.cross_entropy(outputs, labels, smoothing=0.1)
+
+    options = {"seed": 5, "device": CPU, "epoch": 2, "loss_function": smoothed, "top5": True}
+    result = train_one_epoch(model.train(), batches, make_optimizer(model), rate, **options)
+    for key, entry in model.state_dict().items():
+        torch.testing.assert_close(entry, plain.state_dict()[key])
+    assert result[:3] == pytest.approx((sum(losses) / 22, 100 * correct / 22, 100 * correct5 / 22))
+    assert batches.seeds[-1] == 5 and rates[:3] == pytest.approx([2, 2 + 1 / 3, 2 + 2 / 3])
+
+
+def test_evaluation_counts_every_image_once_and_learns_nothing():
+    batches, model = Batches(), make_model()
+    before = copy.deepcopy(model.state_dict())
+    result = evaluate(model, batches, device=CPU, top5=True)
+    scores = model.eval()(batches.images)
+    hits = (scores.argsort(1, descending=True)[:, :5] == batches.labels[:, None]).any(1)
+    correct = (scores.argmax(1) == batches.labels).float().mean().item()
+    expected = F.cross_entropy(scores, batches.labels).item(), 100 * correct, 100 * hits.float().mean().item()
+    assert result[:3] == pytest.approx(expected)
+    assert evaluate(model, batches, device=CPU).top5 is None
+    assert all(torch.equal(entry, before[key]) for key, entry in model.state_dict().items())
+
+
+def test_fewer_than_five_classes_are_always_among_the_first_five():
+    assert evaluate(make_model(3), Batches(classes=3), device=CPU, top5=True).top5 == 100
+
+
+def test_the_loss_of_each_auxiliary_head_counts_by_its_weight():
+    scores, labels = torch.randn(3, 5, 4), torch.tensor([0, 3, 1, 1, 2])
+    one, two, three = (F.cross_entropy(each, labels) for each in scores)
+    torch.testing.assert_close(loop.cross_entropy((*scores,), labels, aux=0.3), one + 0.3 * two + 0.3 * three)
+    torch.testing.assert_close(loop.cross_entropy(scores[0], labels), one)
+
+
+def test_dropout_follows_from_the_seed_and_the_rank():
+    def weights(seed, rank):
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(48, 7, bias=False))
+        nn.init.ones_(model[2].weight)
+        options = {"seed": seed, "rank": rank, "device": CPU}
+        train_one_epoch(model.train(), Batches(), make_optimizer(model), lambda _: 0.1, **options)
+        return model[2].weight
+
+    assert torch.equal(weights(1, 0), weights(1, 0))
+    assert not torch.equal(weights(1, 0), weights(1, 1))
+    assert not torch.equal(weights(1, 0), weights(2, 0))
+
+
+def test_a_loss_that_is_no_number_is_said():
+    model = make_model()
+    with pytest.raises(Diverged, match=r"the training loss became nan at a learning rate of 1e\+30"):
+        train_one_epoch(model.train(), Batches(), make_optimizer(model), lambda _: 1e30, seed=0, device=CPU)
+
+
+# Rates and seeds
+
+
+def test_seeds_of_streams_differ():
+    seeds = {
+        stream_seed(*words) for words in ((0, 1, 0), (0, 2, 0), (1, 1, 0), (0, 1, 1), (0, 1, "weights"), (0, 11, 0))
+    }
+    assert len(seeds) == 6 and all(0 <= seed < 2**56 for seed in seeds)
+
+
+def test_networks_start_at_different_rates():
+    assert [initial_rate(0.1, i, 2, True) for i in (1, 2)] == pytest.approx([0.05, 0.1])
+    assert [initial_rate(0.1, i, 4, True) for i in (1, 4)] == pytest.approx([0.1 * (1 - math.sqrt(0.5)) / 2, 0.1])
+    assert initial_rate(0.1, 1, 2, False) == 0.1
+
+
+@pytest.mark.parametrize(("progress", "rate"), [(0, 0.1), (59.99, 0.1), (60, 0.01), (119, 0.01), (120, 0.001)])
+def test_steps_of_the_rate(progress, rate):
+    assert learning_rate(0.1, progress, 200, cosine=False, step_epochs=60) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(("progress", "rate"), [(0, 0.1), (50, 0.0853553), (100, 0.05), (199.99, 0)])
+def test_a_cosine(progress, rate):
+    assert learning_rate(0.1, progress, 200, cosine=True, step_epochs=60) == pytest.approx(rate, abs=1e-6)
+
+
+@pytest.mark.parametrize(("progress", "rate"), [(0, 0), (1, 0.02), (4.5, 0.09), (5, 0.1), (7.5, 0.05), (10, 0)])
+def test_a_warm_up_before_a_cosine(progress, rate):
+    assert learning_rate(0.1, progress, 10, True, 60, warmup=5) == pytest.approx(rate, abs=1e-9)
+
+
+# Averages of weights
+
+
+def test_a_moving_average_follows_every_step():
+    model = make_model()
+    optimizer, batches = make_optimizer(model), Batches()
+    average, steps = loop.moving_average(model, optimizer, 0.75), []
+    expected = [weight.detach().double() for weight in model.parameters()]
+    optimizer.register_step_post_hook(
+        lambda *_: steps.append([weight.detach().clone() for weight in model.parameters()])
+    )
+    train_one_epoch(model.train(), batches, optimizer, lambda _: 0.1, seed=0, device=CPU)
+    assert len(steps) == 3
+    for weights in steps:
+        expected = [0.75 * mean + 0.25 * new for mean, new in zip(expected, weights, strict=True)]
+    for found, mean, last in zip(average.parameters(), expected, steps[-1], strict=True):
+        torch.testing.assert_close(found, mean.float())
+        assert not torch.allclose(found, last)
+    assert average[1].num_batches_tracked == 3
+    assert average[1].running_mean.any() and not torch.allclose(average[1].running_mean, model[1].running_mean)
+
+
+def test_stochastic_weight_averaging_is_the_mean_of_epoch_ends_with_statistics_of_its_own():
+    model, batches = make_model(), Batches()
+    average, ends = copy.deepcopy(model), []
+    for count in (0, 0, 1, 2):  # the second epoch end is the first that counts
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn(weight.shape))
+        ends.append([weight.detach().clone() for weight in model.parameters()])
+        loop.add_to_mean(average, model, count, batches.epoch(0))
+        if count == 0:
+            assert all(torch.equal(own, other) for own, other in zip(average.parameters(), ends[-1], strict=True))
+    for found, *each in zip(average.parameters(), *ends[1:], strict=True):
+        torch.testing.assert_close(found, sum(each) / 3)
+    outputs = [average[0](x) for x in batches.images.split(8)]
+    means = torch.stack([output.mean((0, 2, 3)) for output in outputs]).mean(0)
+    torch.testing.assert_close(average[1].running_mean, means)
+    assert [key for key, _ in average.named_parameters()] == [key for key, _ in model.named_parameters()]
+
+
+def test_papa_pulls_as_its_exchanges_would_one_after_the_other():
+    own, other = 1.0, 0.0
+    for _ in range(39):
+        own += 0.01 * 0.5 * (other - own)
+    share = loop.papa_share(0.5, 39)
+    assert 1 - share == pytest.approx(own)
+    model = make_model()
+    neighbour = {key: torch.full_like(entry, 3) for key, entry in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
+    loop.pull(model, neighbour, share)
+    for key, entry in model.state_dict().items():
+        expected = (1 - share) * before[key] + share * 3 if entry.is_floating_point() else before[key]
+        torch.testing.assert_close(entry, expected)
+
+
+# An optimizer's state
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_momentum_saved_in_another_memory_layout_moves_the_right_weights(fused):
+    """As PyTorch's example saves it (contiguous), for weights in channels_last."""
+    source, x = make_model(), torch.randn(4, 3, 4, 4)
+    earlier = torch.optim.SGD(source.parameters(), 0.1, momentum=0.9)
+    for _ in range(2):
+        earlier.zero_grad()
+        source(x).square().sum().backward()
+        earlier.step()
+    models = copy.deepcopy(source).to(memory_format=torch.channels_last), copy.deepcopy(source)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1, momentum=0.9) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        load_optimizer(optimizer, earlier.state_dict())
+        optimizer.param_groups[0]["fused"] = fused and model is models[0]
+        model.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    for ours, reference in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+    for weight, state in optimizers[0].state.items():
+        assert state["momentum_buffer"].stride() == weight.stride()
+
+
+def test_an_optimizers_state_of_other_weights_is_refused():
+    model, other = make_model(3), make_model(7)
+    optimizer, others = make_optimizer(model), make_optimizer(other)
+    train_one_epoch(other.train(), Batches(), others, lambda _: 0.1, seed=0, device=CPU)
+    with pytest.raises(ValueError, match=r"momentum_buffer has shape \(7, 20\), its weight \(3, 20\)"):
+        load_optimizer(optimizer, others.state_dict())
