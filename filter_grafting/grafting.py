@@ -18,6 +18,7 @@ from .rings import Checkpoint, Exchange, FileRing
 from .states import (
     State,
     advice,
+    as_patterns,
     blendable,
     check_alike,
     is_excluded,
@@ -257,8 +258,8 @@ def _plan(
     other = State(
         {key: whole(entry) for key, entry in plain_names(neighbour).items()}, getattr(neighbour, "source", "")
     )
-    for pattern in [exclude] if isinstance(exclude, str) else exclude:
-        if not any(is_excluded(key, (pattern,)) for key in [*own, *other]):
+    for pattern in as_patterns(exclude):
+        if not any(is_excluded(key, pattern) for key in [*own, *other]):
             raise ValueError(f"exclude: {pattern!r} fits no entry; expected patterns such as {next(iter(own), '*')!r}")
     check_alike(own, other, exclude)
     entries = blendable(model, {key: entry for key, entry in own.items() if not is_excluded(key, exclude)}, other)
@@ -443,7 +444,11 @@ class Grafting:
                 raise ValueError(f"{name}: got {value}, expected at least {low}")
         if checkpoint and not isinstance(exchange, FileRing):
             raise ValueError(f"checkpoint: a {type(exchange).__name__} keeps none; save these states yourself")
-        check_arguments(a, c, level, layers)
+        # What would fail at the first graft fails now, not after an epoch: the model is compared with itself. A pattern
+        # may be meant for entries that only the neighbour has.
+        state = plain_state(model)
+        patterns = [pattern for pattern in as_patterns(exclude) if any(is_excluded(key, pattern) for key in state)]
+        _plan(model, state, a, c, level, layers, patterns, criterion)
         self.model = model
         self.exchange = exchange
         self.every = every

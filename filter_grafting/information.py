@@ -48,7 +48,7 @@ def entropy(weight: Tensor, bins: int = 10) -> float:
     steps = edges.to(values.dtype)
     steps = torch.where(steps.double() < edges, steps.nextafter(steps.new_tensor(math.inf)), steps)
     reached = torch.zeros(bins, dtype=torch.float64, device=low.device)  # how many values are at or above each edge
-    for part in values.split(_CHUNK):
+    for part in torch.split(values, _CHUNK):
         ones = torch.empty_like(part)
         reached += torch.stack([torch.ge(part, step, out=ones).sum() for step in steps])
     counts = -reached.diff(prepend=reached.new_tensor([values.numel()]))

@@ -103,8 +103,11 @@ def storage(entry: Tensor) -> int:
 
 def is_excluded(key: str, exclude: Sequence[str]) -> bool:
     """Whether one of the patterns (`head.*`, as file names have them) covers an entry."""
-    patterns = [exclude] if isinstance(exclude, str) else exclude
-    return any(fnmatchcase(key, plain_name(pattern)) for pattern in patterns)
+    return any(fnmatchcase(key, plain_name(pattern)) for pattern in as_patterns(exclude))
+
+
+def as_patterns(exclude: Sequence[str]) -> Sequence[str]:
+    return [exclude] if isinstance(exclude, str) else exclude  # a single one, not its letters
 
 
 def check_alike(own: Mapping[str, Any], neighbour: Mapping[str, Any], exclude: Sequence[str] = ()) -> None:
@@ -157,7 +160,7 @@ def blendable(model: nn.Module, own: Mapping[str, Any], other: Mapping[str, Any]
         if not isinstance(entry, Tensor) or not (entry.is_floating_point() or entry.is_complex()):
             continue
         if _is_bookkeeping(key, entry, own):
-            if not torch.equal(whole(entry), other[key].to(entry.device)):
+            if not torch.equal(whole(entry), other[key].to(entry.device, entry.dtype)):
                 raise MismatchError(f"{key}: a mask or state of a parametrization has no mean of two{advice(key)}")
             continue
         if storage(entry) not in memory:

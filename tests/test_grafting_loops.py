@@ -192,6 +192,17 @@ def test_bad_arguments_are_refused_before_training(options, message):
         Grafting(chain(), Memory(1).place(0), **options)
 
 
+def test_what_the_first_graft_would_refuse_is_refused_before_training():
+    model, place = mixture(), Memory(1).place(0)
+    with pytest.raises(MismatchError, match="Linear has no convolution"):
+        Grafting(nn.Linear(2, 2), place)
+    Grafting(model, place, exclude=("head.*",))  # the neighbour may have such entries
+    model.register_buffer("mask", torch.tensor(-torch.inf))
+    with pytest.raises(MismatchError, match=r"^mask: the network holds .* exclude=\('mask',\)"):
+        Grafting(model, place)
+    Grafting(model, place, exclude="mask")
+
+
 def test_a_round_that_failed_is_not_counted():
     model = randomised(mixture(), 1)
     before = snapshot(model)
