@@ -11,7 +11,6 @@ from .errors import MismatchError
 from .states import plain_modules, plain_names, storage, whole
 
 SHORTCUT_NAMES = ("shortcut", "downsample", "proj")  # the 1x1 convolution beside a block: CIFAR code, torchvision
-_CHUNK = 1 << 16  # values that are compared at once: few enough for the cache, and for a count that is exact in fp32
 
 
 def convolutions(model: nn.Module) -> dict[str, _ConvNd]:
@@ -41,19 +40,20 @@ def entropy(weight: Tensor, bins: int = 10) -> float:
         found = f"{weight.dtype} of shape {tuple(weight.shape)}"
         raise ValueError(f"weight: got {found}, expected a floating-point tensor that is not empty")
     values = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten()
-    low, high = (end.double() for end in values.aminmax())
-    edges = low + torch.arange(1, bins + 1, device=low.device) * ((high - low) / bins)
+    low, high = values.aminmax()
+    span = high.double() - low.double()
+    edges = low.double() + torch.arange(bins + 1, device=low.device) * (span / bins)
     edges[-1] = high  # exactly, however the sum was rounded
     # Compared in the values' own type, with the smallest number of it that reaches the edge: twice as fast as in fp64.
     steps = edges.to(values.dtype)
-    steps = torch.where(steps.double() < edges, steps.nextafter(steps.new_tensor(math.inf)), steps)
-    reached = torch.zeros(bins, dtype=torch.float64, device=low.device)  # how many values are at or above each edge
-    for part in torch.split(values, _CHUNK):
-        ones = torch.empty_like(part)
-        reached += torch.stack([torch.ge(part, step, out=ones).sum() for step in steps])
-    counts = -reached.diff(prepend=reached.new_tensor([values.numel()]))
-    # As nothing compares with NaN, a range that is not finite has to be carried on to the sum.
-    result: float = (torch.special.entr(counts / values.numel()).sum() + 0 * (high - low)).item()
+    steps = torch.where(steps < edges, steps.nextafter(high), steps)[:, None]
+    reached = torch.zeros(bins + 1, dtype=torch.float64, device=low.device)  # how many values are at each edge or above
+    # Some at a time: few enough for a CPU's cache, and for a count that is exact in fp32. As numbers of the values' own
+    # type, comparisons are four times as fast as booleans.
+    for part in torch.split(values, 1 << (14 if values.device.type == "cpu" else 20)):
+        reached += torch.ge(part, steps, out=part.new_empty(bins + 1, len(part))).sum(1)
+    # As nothing compares with NaN, a span that is not finite has to be carried on to the sum.
+    result: float = (torch.special.entr(-reached.diff() / values.numel()).sum() + 0 * span).item()
     if math.isnan(result):
         raise ValueError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: it has no entropy")
     return result
