@@ -6,6 +6,7 @@ said of itself, rewritten every few seconds, and `network{i}.lock`, which it hol
 
 import errno
 import json
+import math
 import os
 import re
 import secrets
@@ -96,14 +97,13 @@ def read_run(directory: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
 
 def networks_of(directory: str | os.PathLike[str]) -> range:
     """The networks 1...N of the run in a directory: as its settings have it, else those that left a status file."""
-    with suppress(OSError, ValueError, KeyError):
-        networks = read_run(directory)[1]["num"]
+    with suppress(OSError, ValueError):
+        networks = read_run(directory)[1].get("num")
         if isinstance(networks, int) and 1 <= networks <= 1000:
             return range(1, networks + 1)
-    with suppress(OSError):
-        found = [re.fullmatch(r"network([1-9]\d{0,2})\.json", name) for name in os.listdir(directory)]
-        return range(1, max((int(match[1]) for match in found if match), default=0) + 1)
-    return range(0)
+    names = [path.name for path in Path(directory).glob("network*.json")]
+    found = [int(match[1]) for name in names if (match := re.fullmatch(r"network([1-9]\d{0,2})\.json", name))]
+    return range(1, max(found, default=0) + 1)
 
 
 def _number(value: Any) -> float | None:
@@ -223,55 +223,42 @@ def observe(directory: str | os.PathLike[str], networks: Iterable[int] | None = 
 
 
 def _status(network: int, said: Mapping[str, Any], alive: bool) -> Status:
-    state, command, written = said.get("state"), said.get("command"), _number(said.get("time"))
+    state, written = said.get("state"), _number(said.get("time"))
     if state is None:
         state = "starting" if alive else "not started"
     elif state not in ENDED and not alive:
         state = "died"
+    whole = {key: _whole(said.get(key)) for key in ("epoch", "epochs", "step", "pid", "num")}
+    numbers = {key: _number(said.get(key)) for key in ("accuracy", "best", "lr")}
+    texts = {key: printable(said.get(key) or "") for key in ("detail", "host", "cwd")}
+    command = said.get("command")
+    known: dict[str, Any] = {"state": printable(state), "alive": alive, **whole, **numbers, **texts}
     return Status(
         network=network,
-        state=printable(state),
-        alive=alive,
-        detail=printable(said.get("detail") or ""),
-        epoch=_whole(said.get("epoch")),
-        epochs=_whole(said.get("epochs")),
-        step=_whole(said.get("step")),
-        accuracy=_number(said.get("accuracy")),
-        best=_number(said.get("best")),
-        lr=_number(said.get("lr")),
-        pid=_whole(said.get("pid")),
-        host=printable(said.get("host") or ""),
         command=[str(word) for word in command] if isinstance(command, list) else [],
-        cwd=str(said.get("cwd") or ""),
         seen=None if written is None else max(0.0, time.time() - written),
-        num=_whole(said.get("num")),
+        **known,
     )
 
 
 # Taking part
 
 
-def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON can hold and compare them: tuples as lists, paths, dtypes and devices by their names.
+def plain(value: Any, name: str = "settings") -> Any:
+    """A value as JSON can hold and compare it: tuples as lists; paths, dtypes and devices as their names.
 
     Raises:
         TypeError: naming the entry that is something else.
     """
-    return {str(name): _plain(name, value) for name, value in settings.items()}
-
-
-def _plain(name: object, value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and value == value):
         return value
     if isinstance(value, PurePath | torch.dtype | torch.device):
         return str(value)
     if isinstance(value, list | tuple):
-        return [_plain(name, item) for item in value]
+        return [plain(item, name) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): _plain(f"{name}.{key}", item) for key, item in value.items()}
-    raise TypeError(
-        f"settings: {name} is {value!r}, a {type(value).__name__}; give plain values, which can be compared"
-    )
+        return {str(key): plain(item, f"{name}.{key}") for key, item in value.items()}
+    raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; give plain values, which can be compared")
 
 
 class Membership:
@@ -295,11 +282,11 @@ class Membership:
         self._name, self._pid = name, os.getpid()
         self._status: dict[str, Any] = {**details, "network": network, "num": networks, "host": socket.gethostname()}
         self._mutex, self._left = threading.Lock(), threading.Event()
+        self._lock_path = self.directory / f"network{network}.lock"
         self._lock: BaseFileLock | None = None
         self._step: int | None = None
         self._trouble = ""  # why the last checkpoint could not be written
-        self._is_starting = True  # until it trains
-        self._undo, self._made = ExitStack(), list[Path]()  # what a failed start takes back, and the folders it made
+        self._is_starting, self._undo = True, ExitStack()  # what a start has done, to be taken back if it fails
 
     # Files
 
@@ -333,10 +320,7 @@ class Membership:
 
     def _remove_leftovers(self) -> None:
         """Deletes what an earlier process of this network left half-written when it was killed."""
-        kinds = [self._path("*", self.network).name, f"*[a-z]{self.network}.*"]
-        if self._lock is not None:  # where there are no locks, another network may be writing it now
-            kinds.append("run.json")
-        for kind in kinds:
+        for kind in self._path("*", self.network).name, f"*[a-z]{self.network}.*":
             for path in self.directory.glob(f".{kind}.*{TEMPORARY}"):
                 with suppress(OSError):  # it only takes space
                     path.unlink()
@@ -344,20 +328,16 @@ class Membership:
     # Joining
 
     def _join(self, settings: Mapping[str, Any] | None, resume: bool, may_raise: Collection[str]) -> None:
-        given = plain_settings({**(settings or {}), "num": self.networks})
-        is_part, may_raise = settings is None, may_raise if resume else ()
+        given, is_part = plain({**(settings or {}), "num": self.networks}), settings is None
+        may_raise = may_raise if resume else ()
         self._agreed(given, may_raise, is_part)  # reads only: a refused start changes nothing
         trace = self._trace()
         if trace and not resume:
             raise self._alive() if is_held(self._lock_path) else self._already_run(trace)
         self.resumed = trace is not None
-        self._made = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
-        try:
+        self._make_directory()
+        with self._turn():
             try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise write_error(self.directory, error) from error
-            with self._turn():
                 self._claim()
                 self._remove_leftovers()
                 self._record(self._agreed(given, may_raise, is_part))
@@ -365,18 +345,24 @@ class Membership:
                     time.sleep(1.0)
                     self._record(self._agreed(given, may_raise, is_part))
                 self._introduce()
-        except BaseException:
-            self._take_back()
-            raise
+            except BaseException:
+                self._take_back()
+                raise
         threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True).start()
 
-    @property
-    def _lock_path(self) -> Path:
-        return self.directory / f"network{self.network}.lock"
+    def _make_directory(self) -> None:
+        missing = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            self._undo.callback(folder.rmdir)
+        self._undo.callback(self._remove_run_lock)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.directory, error) from error
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Within it no other network joins, or changes the settings; where there are no locks, that is left to luck."""
+        """Within it no other network joins, leaves or changes the settings; without locks, that is left to luck."""
         path = self.directory / "run.lock"
         try:
             lock = take_lock(path, TURN_SECONDS)
@@ -392,11 +378,11 @@ class Membership:
                 lock.release()
 
     def _claim(self) -> None:
-        path, earlier = self._lock_path, read_status(self.directory, self.network)
-        if not path.exists():
-            self._undo.callback(path.unlink, missing_ok=True)
+        earlier = read_status(self.directory, self.network)
+        if not self._lock_path.exists():
+            self._undo.callback(self._lock_path.unlink)
         try:
-            self._lock = take_lock(path, 1.0)  # a process that was killed may take a moment to end
+            self._lock = take_lock(self._lock_path, 1.0)  # a process that was killed may take a moment to end
         except Timeout as error:
             raise self._alive() from error
         if may_live_unlocked(None if self._lock is None else False, earlier) and moving(self.directory, [self.network]):
@@ -404,10 +390,11 @@ class Membership:
 
     def _alive(self) -> AliveError:
         status = read_status(self.directory, self.network)
-        where = f" (process {status.get('pid')} on {status.get('host')})" if status else ""
+        is_here = (status.get("pid"), status.get("host")) == (self._pid, socket.gethostname())
+        where = printable(f"process {status.get('pid')} on {status.get('host')}")
+        end = "call leave() of that FileRing" if is_here else "wait for its end, or stop it,"
         return AliveError(
-            f"network {self.network} is already running in {self.directory}{printable(where)}; wait for its end, or "
-            "stop it, before you start it again"
+            f"network {self.network} is already running in {self.directory} ({where}); {end} before you start it again"
         )
 
     def _already_run(self, trace: Path) -> AlreadyRunError:
@@ -424,7 +411,7 @@ class Membership:
         kept = ("epoch", "epochs", "accuracy", "best") if self.resumed else ()
         self._status |= {key: _number(earlier.get(key)) for key in kept}
         self._status |= {"run": self.run, "pid": self._pid, "beat": int(_number(earlier.get("beat")) or 0)}
-        self._undo.callback(self._restore, path, path.read_bytes() if path.is_file() else None)
+        self._undo.callback(_restore, path, path.read_bytes() if path.is_file() else None)
         self.update("starting")
 
     # Agreeing: the settings that all networks of a run share
@@ -441,7 +428,7 @@ class Membership:
         """
         self._check_place()
         with self._turn():
-            self._record(self._agreed(plain_settings(settings), may_raise if self.resumed else (), is_part=True))
+            self._record(self._agreed(plain(settings), may_raise if self.resumed else (), is_part=True))
 
     def _agreed(self, given: dict[str, Any], may_raise: Collection[str], is_part: bool) -> dict[str, Any]:
         """What `run.json` is to hold once these settings are given. Reads only.
@@ -449,39 +436,43 @@ class Membership:
         Args:
             is_part: other settings may be recorded; otherwise those that are not given differ, too.
         """
-        path = self.directory / "run.json"
-        try:
-            (_, recorded), contents = read_run(self.directory), read_json(path)
-        except (FileNotFoundError, NotADirectoryError):
-            self._refuse_remains()
+        contents = self._recorded()
+        if contents is None:
             return {"run": secrets.token_hex(8), "settings": given, "later": [], "created": time.time()}
-        except (OSError, ValueError) as error:
-            raise RefusedError(f"{path} is damaged ({error}); start anew in another directory") from error
-        later = set(contents["later"]) if isinstance(contents.get("later"), list) else set()
+        recorded, later = contents["settings"], contents["later"]
         new = given.keys() - recorded.keys() if is_part else set()
-        compared = given.keys() - new if is_part else given.keys() | recorded.keys() - later
+        compared = given.keys() - new if is_part else given.keys() | recorded.keys() - {*later}
         differing = sorted(key for key in compared if recorded.get(key, NOT_GIVEN) != given.get(key, NOT_GIVEN))
-        contents |= {"settings": recorded | given, "later": sorted(later | new)}
+        contents |= {"settings": recorded | given, "later": sorted({*later, *new})}
         if not differing:
             return contents
-        if "num" in differing:  # the cause of whatever else differs
-            differing = ["num"]
-        others = self._others()
+        others = living(self.directory, {*networks_of(self.directory)} - {self.network})
         raised = [key for key in differing if key in may_raise and _is_higher(given.get(key), recorded.get(key))]
         if not others and raised == differing:
             return contents
-        if not others and not self._has_begun():
-            # A start that came to nothing, with other settings: there is nothing to protect.
-            return contents | {"run": self.run or secrets.token_hex(8)} | ({} if is_part else {"settings": given})
         rows = ", ".join(
             f"{key} is {given.get(key, NOT_GIVEN)!r} here and {recorded.get(key, NOT_GIVEN)!r} in the run"
-            for key in differing
+            for key in (["num"] if "num" in differing else differing)  # which is the cause of whatever else differs
         )
         at_work = f" (network {min(others)} is at work with the recorded value)" if others and raised else ""
         raise SettingsError(
             f"network {self.network} does not fit the run in {self.directory}: {printable(rows)}{at_work}; give the "
             "same settings, or another directory"
         )
+
+    def _recorded(self) -> dict[str, Any] | None:
+        """The contents of `run.json`, or None if this network is the first of a new run."""
+        path = self.directory / "run.json"
+        try:
+            read_run(self.directory)
+            contents = read_json(path)
+        except (FileNotFoundError, NotADirectoryError):
+            self._refuse_remains()
+            return None
+        except (OSError, ValueError) as error:
+            raise RefusedError(f"{path} is damaged ({error}); start anew in another directory") from error
+        later = contents.get("later")  # the settings that not all networks know when they start
+        return contents | {"later": [str(key) for key in later] if isinstance(later, list) else []}
 
     def _refuse_remains(self) -> None:
         """A new run must not start among an old one's checkpoints: its neighbours would take them for this run's."""
@@ -493,16 +484,6 @@ class Membership:
                     f"{self.directory} holds checkpoints of an earlier run ({self.path(rounds[-1], network).name}) "
                     "without its run.json; start anew in another directory"
                 )
-
-    def _others(self) -> set[int]:
-        """The other networks that live."""
-        return living(self.directory, {*networks_of(self.directory)} - {self.network})
-
-    def _has_begun(self) -> bool:
-        """Whether any network has trained, as far as anyone can see."""
-        statuses = [read_status(self.directory, network) for network in networks_of(self.directory)]
-        has_said = any(status.get(key) is not None for status in statuses for key in ("round", "epoch"))
-        return has_said or any(self._rounds(network) for network in range(1, self.networks + 1))
 
     def _record(self, contents: dict[str, Any]) -> None:
         path, data = self.directory / "run.json", json.dumps(contents, indent=1).encode()
@@ -528,28 +509,24 @@ class Membership:
     # A start that fails
 
     def _take_back(self) -> None:
-        """Leaves everything as this start found it, as far as nobody else builds on it."""
-        with suppress(GraftingError, OSError), self._turn():
+        """Leaves everything as this start found it, as far as nobody else builds on it. In this network's turn."""
+        with suppress(GraftingError, OSError), self._mutex:
             self._check_place()
             self._undo.close()
-            if not (self.directory / "run.json").exists():
-                (self.directory / "run.lock").unlink()
         self._release()
-        for folder in self._made:
-            with suppress(OSError):  # others are there
-                folder.rmdir()
-
-    def _restore(self, path: Path, before: bytes | None) -> None:
-        if before is None:
-            path.unlink(missing_ok=True)
-        else:
-            write_atomically(path, before)
 
     def _restore_run(self, before: bytes | None) -> None:
-        others = [read_status(self.directory, network) for network in networks_of(self.directory)]
-        has_joined = any(status.get("run") == self.run for status in others if status.get("network") != self.network)
-        if not (has_joined if before is None else self._others()):
-            self._restore(self.directory / "run.json", before)
+        others = {*networks_of(self.directory)} - {self.network}
+        if before is None:
+            needed = any(read_status(self.directory, network).get("run") == self.run for network in others)
+        else:
+            needed = bool(living(self.directory, others))
+        if not needed:
+            _restore(self.directory / "run.json", before)
+
+    def _remove_run_lock(self) -> None:
+        if not (self.directory / "run.json").exists():
+            (self.directory / "run.lock").unlink()
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -614,10 +591,12 @@ class Membership:
         self._left.set()
         if state == "done" and self._trouble:
             state, detail = "failed", self._trouble
-        if state != "done" and self._is_starting:
-            return self._take_back()
         with suppress(GraftingError):  # the directory may be gone; that must not hide why the network ends
-            self.update(state, detail)
+            if state == "done" or not self._is_starting:
+                self.update(state, detail)
+            else:
+                with self._turn():
+                    self._take_back()
         self._release()
 
     def __enter__(self: Self) -> Self:
@@ -646,5 +625,11 @@ class Membership:
 
 
 def _is_higher(value: Any, than: Any) -> bool:
-    higher, lower = _number(value), _number(than)
-    return higher is not None and lower is not None and higher > lower
+    return (_number(value) or 0) > (math.inf if _number(than) is None else than)
+
+
+def _restore(path: Path, before: bytes | None) -> None:
+    if before is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_atomically(path, before)
