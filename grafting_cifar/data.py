@@ -259,8 +259,11 @@ def _decode(folder: Path, listed: Images) -> Images:
     pixels = np.empty((len(paths), SIZE, SIZE, 3), dtype=np.uint8)
 
     def decode(chunk: range) -> int:
-        for k in chunk:
-            pixels[k] = read_image(paths[k])
+        try:
+            for k in chunk:
+                pixels[k] = read_image(paths[k])
+        except DataError as error:
+            raise DataError(f"{error}: replace or remove it") from error
         return len(chunk)
 
     _say(f"Decoding the {len(paths):,} images of {folder}, once ...")

@@ -14,11 +14,13 @@ import errno
 import functools
 import io
 import math
+import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -302,6 +304,7 @@ def start_workers(decoder: Decoder, requests: Requests, workers: int, device: to
         decoder,
         batch_sampler=requests,
         collate_fn=as_it_is,
+        worker_init_fn=end_with_main_process,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",  # so that the host need not wait for the copies
@@ -317,8 +320,7 @@ def as_it_is(batch: Batch) -> Batch:
 def start_fork_server() -> None:
     """Ctrl-C and SIGTERM for the whole process group are the main process's to answer, when its batch is done.
 
-    What is blocked here stays so in the server and in the workers that it forks, from their first moment. They end
-    with the main process, however it ends.
+    What is blocked here stays so in the server and in the workers that it forks, from their first moment.
     """
     resource_tracker.ensure_running()  # if the server had to start it, that would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -327,6 +329,16 @@ def start_fork_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_main_process(worker: int) -> None:
+    """However it ends. DataLoader would have a worker wait for the end of the fork server, which waits for workers."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Popen(popen_forkserver.Popen):

@@ -1,4 +1,4 @@
-"""ImageNet's images: folders, odd files, crops, batches over workers and ranks, the ends of processes."""
+"""ImageNet's images: odd files, crops, batches over workers and ranks, the ends of processes."""
 
 import contextlib
 import io
@@ -7,6 +7,8 @@ import math
 import multiprocessing
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +21,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-pytest.importorskip("torchvision")
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
-from filter_grafting.errors import DataError, GraftingError
 from grafting_imagenet import data
+from grafting_imagenet.data import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT.parent / "shared" / "data" / "imagenet_sample.tar"
@@ -76,138 +76,7 @@ def sample(tmp_path_factory):
     return ImageFolder(folder / "imagenet_sample").samples
 
 
-# Folders
-
-
-def test_a_folder_of_class_folders(folder):
-    train, val, classes = data.load(str(folder))
-    assert classes == ["ant", "bee", "cat"]
-    assert (len(train), len(val)) == (17, 7)
-    assert train.paths == [str(path) for path in sorted(folder.glob("train/*/*"))]
-    assert train.labels.tolist() == [0] * 8 + [1] * 5 + [2] * 4
-    assert val.labels.tolist() == [0] * 3 + [1] * 3 + [2]
-
-
-def test_the_same_files_as_torchvision(folder):
-    write(folder / "train" / "ant" / "more" / "deep" / "x.JPEG", b"")
-    write(folder / "train" / "ant" / "notes.txt", b"")
-    write(folder / "train" / "bee" / "x.jpeg.part", b"")
-    write(folder / "train" / "readme.md", b"")
-    train, _, classes = data.load(folder)
-    theirs = ImageFolder(folder / "train")
-    assert sorted(zip(train.paths, train.labels.tolist(), strict=True)) == sorted(theirs.samples)
-    assert classes == theirs.classes
-
-
-def test_hidden_files_and_folders_are_passed_over(folder):
-    write(folder / "train" / ".thumbnails" / "0.jpg", b"")
-    write(folder / "train" / "ant" / "._0.jpg", b"")
-    train, _, classes = data.load(folder)
-    assert len(train) == 17 and classes == ["ant", "bee", "cat"]
-
-
-def test_a_relative_folder_and_links(folder, monkeypatch, tmp_path):
-    os.rename(folder / "train" / "cat", tmp_path / "elsewhere")
-    os.symlink(tmp_path / "elsewhere", folder / "train" / "cat")
-    monkeypatch.chdir(folder.parent)
-    train, _, _ = data.load(folder.name)
-    assert len(train) == 17
-    assert data.read_image(train.paths[-1]).shape[0] == 3
-
-
-def test_test_stands_in_for_val(folder):
-    (folder / "val").rename(folder / "test")
-    assert len(data.load(folder)[1]) == 7
-
-
-def remove(path):
-    for entry in path.rglob("*"):
-        if entry.is_file():
-            entry.unlink()
-    for entry in sorted(path.rglob("*"), reverse=True):
-        entry.rmdir()
-    path.rmdir()
-
-
-def flatten(split):
-    for k, path in enumerate(list(split.glob("*/*"))):
-        path.rename(split / f"{k}.jpg")
-    for path in split.iterdir():
-        if path.is_dir():
-            path.rmdir()
-
-
-BAD_FOLDERS = {
-    "no train": (lambda f: remove(f / "train"), ["no folder train/", "train/<class>/"]),
-    "no val": (lambda f: remove(f / "val"), ["no folder val/", "val/<class>/"]),
-    "train is a file": (lambda f: (remove(f / "train"), write(f / "train", b"")), ["no folder train/"]),
-    "empty train": (lambda f: (remove(f / "train"), (f / "train").mkdir()), ["train has no class folders"]),
-    "flat val": (lambda f: flatten(f / "val"), ["val has images but no class folders", "val/<class>/"]),
-    "an empty class": (
-        lambda f: (remove(f / "val" / "bee"), (f / "val" / "bee").mkdir()),
-        ["val/bee has no image"],
-    ),
-    "a class without images": (
-        lambda f: (remove(f / "train" / "cat"), write(f / "train" / "cat" / "notes.txt", b"")),
-        ["train/cat has no image"],
-    ),
-    "a class only in train": (lambda f: remove(f / "val" / "bee"), ["only train/ has bee"]),
-    "a class only in val": (lambda f: write(f / "val" / "dog" / "0.jpg", b""), ["only val/ has dog"]),
-    "other classes": (
-        lambda f: (
-            (f / "val" / "cat").rename(f / "val" / "kat"),
-            (f / "train" / "ant").rename(f / "train" / "a"),
-        ),
-        ["only train/ has a, cat", "only val/ has ant, kat"],
-    ),
-    "many other classes": (
-        lambda f: [write(f / "val" / f"x{k}" / "0.jpg", b"") for k in range(20)],
-        ["only val/ has x0, x1, x10 and 17 more"],
-    ),
-    "a loop of links": (
-        lambda f: os.symlink("loop", f / "train" / "loop"),
-        ["train/loop cannot be looked into (Too many levels of symbolic links)"],
-    ),
-    "a name with control codes": (
-        lambda f: (f / "val" / "a\x1b[31m\udcff").mkdir(),
-        ["a [31m  has no image"],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FOLDERS)
-def test_a_bad_folder_gets_one_sentence(folder, case):
-    change, words = BAD_FOLDERS[case]
-    change(folder)
-    with pytest.raises(DataError) as caught:
-        data.load(folder)
-    sentence = str(caught.value)
-    assert str(folder) in sentence and sentence.isprintable()
-    for word in words:
-        assert word in sentence
-
-
-def test_a_folder_that_is_none(folder):
-    with pytest.raises(DataError, match="nothing does not exist: give a folder that holds train/"):
-        data.load(folder / "nothing")
-    with pytest.raises(DataError, match=r"0.jpg is not a folder"):
-        data.load(folder / "train" / "ant" / "0.jpg")
-
-
-def test_a_folder_that_may_not_be_read(folder, monkeypatch):
-    scandir = os.scandir
-
-    def refuse(path):  # the tests may run as root, whom no permission stops
-        if Path(path).name == "bee":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"train/bee cannot be looked into \(Permission denied\)"):
-        data.load(folder)
-
-
-# Images
+# ---- Images
 
 
 def pillow(contents):
@@ -230,15 +99,6 @@ def with_orientation():
     return encode(picture(0), "JPEG", exif=exif)
 
 
-def animation():
-    return encode(picture(0), "GIF", save_all=True, append_images=[picture(1), picture(2)])
-
-
-def palette_with_transparency():
-    image = picture(0).quantize(16)
-    return encode(image, "PNG", transparency=bytes(range(16)))
-
-
 ODD_IMAGES = {
     "grey JPEG": lambda: encode(picture(0).convert("L"), "JPEG"),
     "progressive JPEG": lambda: encode(picture(0), "JPEG", progressive=True),
@@ -250,20 +110,11 @@ ODD_IMAGES = {
     "JPEG of one pixel": lambda: encode(picture(0, 1, 1), "JPEG"),
     "JPEG, very wide": lambda: encode(picture(0, 700, 2), "JPEG"),
     "several JPEGs in one": lambda: encode(picture(0), "MPO", save_all=True, append_images=[picture(1)]),
-    "PNG": lambda: encode(picture(0), "PNG"),
-    "grey PNG": lambda: encode(picture(0).convert("L"), "PNG"),
-    "black and white PNG": lambda: encode(picture(0).convert("1"), "PNG"),
-    "palette PNG": lambda: encode(picture(0).quantize(16), "PNG"),
-    "palette PNG with transparency": palette_with_transparency,
+    "palette PNG with transparency": lambda: encode(picture(0).quantize(16), "PNG", transparency=bytes(range(16))),
     "PNG with alpha": lambda: encode(picture(0).convert("RGBA"), "PNG"),
-    "grey PNG with alpha": lambda: encode(picture(0).convert("LA"), "PNG"),
-    "GIF": lambda: encode(picture(0).quantize(64), "GIF"),
-    "animated GIF": animation,
+    "animated GIF": lambda: encode(picture(0), "GIF", save_all=True, append_images=[picture(1), picture(2)]),
     "WebP": lambda: encode(picture(0), "WEBP"),
-    "BMP": lambda: encode(picture(0), "BMP"),
-    "TIFF": lambda: encode(picture(0), "TIFF"),
     "CMYK TIFF": lambda: encode(picture(0).convert("CMYK"), "TIFF"),
-    "PPM": lambda: encode(picture(0), "PPM"),
 }
 
 
@@ -274,17 +125,9 @@ def test_an_odd_image_is_read_as_torchvision_reads_it(kind, tmp_path):
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "The image decoding")
         image = data.read_image(write(tmp_path / "x.JPEG", contents))  # whatever the suffix says
-    assert image.dtype == torch.uint8
-    assert torch.equal(image, pillow(contents))
+    assert image.dtype == torch.uint8 and torch.equal(image, pillow(contents))
     for train in (True, False):
-        assert data.Prepare(train, 32, 36)(image, "0/0").shape == (3, 32, 32)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bits_are_scaled_to_8(kind, tmp_path):
-    values = np.linspace(0, 65535, 40 * 30).reshape(30, 40).astype(np.uint16)
-    image = data.read_image(write(tmp_path / "x.png", encode(Image.fromarray(values), kind)))
-    assert torch.equal(image, torch.from_numpy((values >> 8).astype(np.uint8)).expand(3, 30, 40))
+        assert data.Decoder(1, 32, train).decode(str(tmp_path / "x.JPEG"), "0/0").shape == (32, 32, 3)
 
 
 def test_without_torchvisions_decoder_pillow_reads_the_same(tmp_path, monkeypatch):
@@ -301,35 +144,26 @@ DAMAGED = {
     "only its first bytes": (JPEG[:3], "no known format"),
     "empty": (b"", "it is empty"),
     "a text": (b"404 not found\n" * 100, "no known format"),
-    "zeros": (bytes(5000), "no known format"),
     "a truncated PNG": (encode(picture(0), "PNG")[:-1000], ""),
     "a PNG with a damaged header": (b"\x89PNG\r\n\x1a\n" + bytes(100), ""),
+    "gone": (None, "No such file or directory"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_what_is_no_image_is_named(kind, tmp_path):
     contents, words = DAMAGED[kind]
-    path = write(tmp_path / "x.jpg", contents)
+    path = write(tmp_path / "x.jpg", contents or b"")
+    if contents is None:
+        os.remove(path)
     with pytest.raises(DataError) as caught:
         data.read_image(path)
     sentence = str(caught.value)
     assert sentence.startswith(f"{path} cannot be read as an image (") and words in sentence
     assert sentence.isprintable() and "0x" not in sentence
-    assert isinstance(caught.value, GraftingError)
 
 
-def test_a_file_that_is_gone_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"gone.jpg cannot be read as an image \(No such file or directory\)"):
-        data.read_image(str(tmp_path / "gone.jpg"))
-
-
-def test_real_images_are_read_as_torchvision_reads_them(sample):
-    for path, _ in sample[::3]:
-        assert torch.equal(data.read_image(path), pillow(Path(path).read_bytes()))
-
-
-# What the network sees
+# ---- What the network sees
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (375, 500), (60, 400), (500, 90), (7, 5)])
@@ -350,12 +184,18 @@ def test_windows_equal_torchvisions_in_distribution(height, width):
         lambda windows: windows[:, 1],
         lambda windows: windows[:, 2] * windows[:, 3],
         lambda windows: windows[:, 3] / windows[:, 2],
-        lambda windows: windows[:, 0] + windows[:, 2],
     ):
         a, b = np.sort(quantity(ours)), np.sort(quantity(theirs))
         points = np.concatenate([a, b])
         distance = np.abs(np.searchsorted(a, points, "right") - np.searchsorted(b, points, "right")).max() / draws
         assert distance < bound
+
+
+def test_crops_and_flips_of_a_seed_stay_what_they_are():
+    windows = [data.random_window(300, 400, random.Random(f"7/{k}")) for k in range(3)]
+    assert windows == [(1, 87, 286, 306), (77, 190, 138, 114), (7, 52, 290, 286)]
+    draw = random.Random("7/3")
+    assert data.random_window(60, 500, draw) == (1, 137, 55, 55) and 0.0294 < draw.random() < 0.0295
 
 
 def test_half_of_all_images_are_mirrored():
@@ -374,53 +214,42 @@ def test_augmented_pixels_equal_torchvisions():
         assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
-SIZES = [(400, 300), (300, 401), (256, 256), (224, 900), (31, 33), (1, 5), (500, 375)]
-
-
-@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize(("width", "height"), [(400, 300), (300, 401), (224, 900), (31, 33), (1, 5), (500, 375)])
 def test_validation_pixels_equal_torchvisions(width, height):
     image = picture(5, width, height)
-    ours = data.central(torch.from_numpy(np.array(image)).permute(2, 0, 1), 56, 64)
+    ours = data.central(torch.from_numpy(np.array(image)).permute(2, 0, 1), 56)
     pipeline = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])
-    for theirs in (
-        pipeline(torch.from_numpy(np.array(image)).permute(2, 0, 1)),
-        torch.from_numpy(np.array(pipeline(image))).permute(2, 0, 1),
-    ):
-        assert ours.shape == theirs.shape
-        assert (ours.int() - theirs.int()).abs().max() <= 1
-
-
-def test_normalise_equals_torchvisions():
-    images = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    ours = data.normalise(images)
-    theirs = transforms.Normalize(data.MEAN, data.STD)(images.permute(0, 3, 1, 2) / 255)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    assert ours.dtype == torch.float32 and ours.is_contiguous(memory_format=torch.channels_last)
+    theirs = torch.from_numpy(np.array(pipeline(image))).permute(2, 0, 1)
+    assert ours.shape == theirs.shape and (ours.int() - theirs.int()).abs().max() <= 1
 
 
 def test_real_validation_batches_equal_the_usual_pipeline(sample):
     steps = [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]
     pipeline = transforms.Compose([*steps, transforms.Normalize(data.MEAN, data.STD)])
-    part = sample[:16]
-    files = data.Files([path for path, _ in part], torch.tensor([label for _, label in part]))
-    (images, labels), *rest = data.Batches(files, 16, "cpu", train=False).epoch(0)
+    files = data.Files([path for path, _ in sample[:16]], torch.tensor([label for _, label in sample[:16]]))
+    (images, labels), *rest = data.Batches(files, 16, "cpu", train=False).epoch()
     assert not rest and torch.equal(labels, files.labels)
     theirs = torch.stack([pipeline(Image.open(path).convert("RGB")) for path in files.paths])
     level = 1 / (255 * min(data.STD))  # of 256
-    assert (images - theirs).abs().max() < 1.01 * level
-    assert (images - theirs).abs().mean() < 0.01 * level
+    assert (images - theirs).abs().max() < 1.01 * level and (images - theirs).abs().mean() < 0.01 * level
 
 
-# Batches
+# ---- Batches
 
 
 def batches(folder, train=True, batch_size=4, **options):
-    files = data.load(folder)[0 if train else 1]
-    return data.Batches(files, batch_size, "cpu", train=train, image_size=32, **options)
+    images = data.load(folder)
+    return data.Batches(
+        images.train if train else images.test, batch_size, "cpu", train=train, image_size=32, **options
+    )
 
 
 def epoch(batches, seed=0):
     return [(images.clone(), labels.clone()) for images, labels in batches.epoch(seed)]
+
+
+def sizes(batches):
+    return [len(labels) for _, labels in batches.epoch(0)]
 
 
 def assert_equal(ours, theirs):
@@ -432,28 +261,31 @@ def assert_equal(ours, theirs):
 def test_a_batch(folder):
     made = batches(folder)
     assert made.samples == 17 and len(made) == 4
+    state = torch.get_rng_state()
     for images, labels in made.epoch(0):
         assert images.dtype == torch.float32 and images.shape[1:] == (3, 32, 32)
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert labels.dtype == torch.int64 and labels.shape == images.shape[:1]
-    # A batch of one image has no statistics for batch norm.
-    assert [len(labels) for _, labels in made.epoch(0)] == [4, 4, 4, 4]
-    assert [len(labels) for _, labels in batches(folder, batch_size=5).epoch(0)] == [5, 5, 5, 2]
-    assert [len(labels) for _, labels in batches(folder, batch_size=1).epoch(0)] == [1] * 17
-    assert [len(labels) for _, labels in batches(folder, batch_size=6, world_size=3).epoch(0)] == [2, 2]
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn from the network's generator"
+    assert sizes(made) == [4, 4, 4, 4], "a batch of one image has no statistics for batch norm"
+    assert sizes(batches(folder, batch_size=5)) == [5, 5, 5, 2]
+    assert sizes(batches(folder, batch_size=1)) == [1] * 17
+    assert sizes(batches(folder, batch_size=6, world_size=3)) == [2, 2]
+    assert sizes(batches(folder, train=False)) == [4, 3]
 
 
-def test_training_batches_show_every_image_once_with_its_label(folder):
-    made = batches(folder, batch_size=5)
-    made._loader.prepare = data.Prepare(False, 32, 36)  # without augmentation an image shows which one it is
-    shown = {}
-    for images, labels in made.epoch(3):
-        shown |= dict(zip([image.numpy().tobytes() for image in images], labels.tolist(), strict=True))
-    files = made.files
-    plain = data.Batches(files, len(files), "cpu", train=False, image_size=32)
-    ((images, labels),) = plain.epoch(0)
+def test_training_batches_show_every_image_once_with_its_label(folder, monkeypatch):
+    files = data.load(folder).train
+    ((images, labels),) = data.Batches(files, len(files), "cpu", train=False, image_size=32).epoch()
+    assert torch.equal(labels, files.labels), "validation comes in order"
     everything = zip([image.numpy().tobytes() for image in images], labels.tolist(), strict=True)
+    # Without augmentation an image shows which one it is.
+    monkeypatch.setattr(data, "augment", lambda image, size, draw: data.central(image, size))
+    ((images, labels),) = data.Batches(files, len(files), "cpu", train=True, image_size=32).epoch(3)
+    shown = dict(zip([image.numpy().tobytes() for image in images], labels.tolist(), strict=True))
     assert len(shown) == len(files) and shown == dict(everything)
+    order = torch.randperm(17, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(labels, files.labels[order])
 
 
 def test_an_epoch_is_a_function_of_its_seed(folder):
@@ -464,20 +296,22 @@ def test_an_epoch_is_a_function_of_its_seed(folder):
 
 
 def test_the_same_image_is_augmented_anew_at_every_place(tmp_path):
-    path = write(tmp_path / "x.jpg", encode(picture(0), "JPEG"))
-    files = data.Files([path] * 8, torch.zeros(8, dtype=torch.int64))
-    made = data.Batches(files, 4, "cpu", train=True, image_size=32)
+    path = write(tmp_path / "x.jpg", JPEG)
+    made = data.Batches(data.Files([path] * 8, torch.zeros(8, dtype=torch.int64)), 4, "cpu", train=True, image_size=32)
     images = torch.cat([images for seed in (0, 1) for images, _ in made.epoch(seed)])
     assert len({image.mean().item() for image in images}) == 16
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_the_number_of_workers_changes_nothing(folder, train):
-    expected = epoch(batches(folder, train), 2)
-    for workers in (1, 2, 9):
-        made = batches(folder, train, workers=workers)
-        for _ in range(2):
-            assert_equal(epoch(made, 2), expected)
+def test_neither_workers_nor_a_slow_reader_change_anything(folder, train):
+    expected = epoch(batches(folder, train, batch_size=2), 2)
+    made = batches(folder, train, batch_size=2, workers=2)
+    next(made.epoch(0))  # an epoch that is broken off leaves nothing behind
+    assert_equal(epoch(made, 2), expected)
+    slow = made.epoch(2)
+    for theirs in expected:
+        time.sleep(0.1)  # workers go ahead, as far as they may
+        assert_equal([next(slow)], [theirs])
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -498,120 +332,115 @@ def test_ranks_train_on_equal_parts_of_the_same_batches(folder, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_ranks_evaluate_every_image_once(folder, ranks):
-    whole = torch.cat([images for images, _ in batches(folder, False).epoch(0)])
+    whole = torch.cat([images for images, _ in batches(folder, False).epoch()])
     made = [batches(folder, False, batch_size=ranks * 2, rank=rank, world_size=ranks) for rank in range(ranks)]
-    shares = [epoch(share) for share in made]
-    assert [len(share) for share in shares] == [len(share) for share in made]
-    for rank, share in enumerate(shares):
-        seen = torch.cat([images for images, _ in share]) if share else whole[:0]
-        assert torch.equal(seen, whole[rank::ranks])
-
-
-def test_validation_comes_in_order(folder):
-    made = batches(folder, False)
-    assert torch.cat([labels for _, labels in made.epoch(0)]).tolist() == made.files.labels.tolist()
-    assert [len(labels) for _, labels in made.epoch(0)] == [4, 3]
+    for rank, share in enumerate(made):
+        shown = epoch(share)
+        seen = torch.cat([images for images, _ in shown]) if shown else whole[:0]
+        assert len(shown) == len(share) and torch.equal(seen, whole[rank::ranks])
 
 
 def test_arguments_that_do_not_go_together(folder):
-    with pytest.raises(DataError, match="a batch of 4 images cannot be shared equally by 3 processes"):
+    with pytest.raises(DataError, match="4 images a batch cannot be shared equally by 3 processes: give a batch size"):
         batches(folder, batch_size=4, world_size=3)
     with pytest.raises(DataError, match="17 training images cannot be shared by 20 processes"):
         batches(folder, batch_size=20, world_size=20)
-    with pytest.raises(DataError, match="images resized to 31 pixels have no centre of 32"):
-        batches(folder, resize=31)
-    with pytest.raises(DataError, match="--decode gpu needs a network that trains on CUDA"):
-        batches(folder, decode="gpu")
 
 
-def test_a_broken_off_epoch_leaves_nothing_behind(folder):
-    expected = epoch(batches(folder), 1)
-    made = batches(folder, workers=2)
-    next(made.epoch(0))
-    assert_equal(epoch(made, 1), expected)
+# ---- Files that cannot be read
 
 
-# Files that cannot be read
-
-
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("train", [True, False])
 def test_an_unreadable_file_ends_the_epoch_with_its_name(folder, train, workers):
     path = write(folder / ("train" if train else "val") / "bee" / "1.jpg", b"nothing")
-    made = batches(folder, train, workers=workers)
     with pytest.raises(DataError) as caught:
-        epoch(made)
+        epoch(batches(folder, train, workers=workers))
     assert str(caught.value).startswith(f"{path} cannot be read as an image") and "--skip_bad" in str(caught.value)
-    write(Path(path), encode(picture(0), "JPEG"))
-    assert len(epoch(made)) == len(made)
+    assert str(caught.value).isprintable()
 
 
-def test_skipped_files_are_replaced_in_training(folder):
+def test_skipped_files_are_replaced_in_training(folder, capsys):
     order = torch.randperm(17, generator=torch.Generator().manual_seed(1)).tolist()
-    clean = batches(folder)
-    bad = [clean.files.paths[order[place]] for place in (2, 3, 15, 16)]
-    said = []
+    files = data.load(folder).train
+    bad = [files.paths[order[place]] for place in (2, 3, 15, 16)]
     for path in bad:
         Path(path).write_bytes(b"")
-    whole = epoch(batches(folder, skip_bad=True, say=said.append), 1)
-    assert [len(labels) for _, labels in whole] == [4, 4, 4, 4]
-    assert len(said) == 4 and all("it is empty" in line for line in said)
-    assert all(any(path in line for line in said) for path in bad)
+    made = batches(folder, skip_bad=True)
+    whole = epoch(made, 1)
+    said = capsys.readouterr().out
+    assert len(made.bad) == said.count("it is empty") == 4 and all(path in said for path in bad)
     labels = torch.cat([labels for _, labels in whole]).tolist()
-    expected = [int(clean.files.labels[order[{2: 4, 3: 4, 15: 0}.get(place, place)]]) for place in range(16)]
-    assert labels == expected
-    # The same whoever loads it, and an epoch later nothing is said again.
-    made = batches(folder, skip_bad=True, workers=2, say=said.append)
+    assert labels == [int(files.labels[order[{2: 4, 3: 4, 15: 0}.get(place, place)]]) for place in range(16)]
     assert_equal(epoch(made, 1), whole)
-    assert len(made.bad) == 4 and len(said) == 8
-    assert_equal(epoch(made, 1), whole)
-    assert len(said) == 8
+    assert capsys.readouterr().out == "", "an epoch later nothing is said again"
+    assert_equal(epoch(batches(folder, skip_bad=True, workers=1), 1), whole)
     for rank in range(2):
-        part = epoch(batches(folder, skip_bad=True, rank=rank, world_size=2, say=said.append), 1)
-        assert [len(labels) for _, labels in part] == [2, 2, 2, 2]
-        for (images, labels), (all_images, all_labels) in zip(part, whole, strict=False):
-            assert torch.equal(images, all_images[rank::2]) and torch.equal(labels, all_labels[rank::2])
+        part = epoch(batches(folder, skip_bad=True, rank=rank, world_size=2), 1)
+        assert_equal(part, [(images[rank::2], labels[rank::2]) for images, labels in whole])
 
 
 def test_skipped_files_are_left_out_in_validation(folder):
-    whole = torch.cat([images for images, _ in batches(folder, False).epoch(0)])
+    whole = torch.cat([images for images, _ in batches(folder, False).epoch()])
     for name in ("ant/1.jpg", "cat/0.jpg"):
         write(folder / "val" / name, JPEG[:100])
-    made = batches(folder, False, batch_size=2, skip_bad=True, say=lambda line: None)
+    made = batches(folder, False, batch_size=2, skip_bad=True)
     shown = epoch(made)
     assert [len(labels) for _, labels in shown] == [1, 2, 2]  # the last batch had but one image
     assert torch.equal(torch.cat([images for images, _ in shown]), whole[[0, 2, 3, 4, 5]])
     assert torch.cat([labels for _, labels in shown]).tolist() == [0, 0, 1, 1, 1]
-    assert sorted(Path(path).name for path in made.bad) == ["0.jpg", "1.jpg"]
+    assert len(made.bad) == 2
 
 
 @pytest.mark.parametrize(("train", "count"), [(True, "11 of 17"), (False, "7 of 7")])
 def test_files_that_are_too_many_to_skip(folder, train, count):
-    made = batches(folder, train, skip_bad=True, say=lambda line: None)
-    for path in made.files.paths:
-        Path(path).unlink()
-    with pytest.raises(DataError, match=f"{count} images cannot be read, too many to leave out"):
+    made = batches(folder, train, skip_bad=True)
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match=f"{count} images cannot be read, too many to leave out: is their disk all"):
         epoch(made)
 
 
-# Processes
+# ---- Processes
+
+MIB = 2**20
+CAUSES = {
+    "[Errno 24] Too many open files": (1000 * MIB, r"raise the limit of open files \(ulimit -n 4096\), or give fewer"),
+    "received 0 items of ancdata": (1000 * MIB, r"ulimit -n"),
+    "AF_UNIX path too long": (1000 * MIB, r"set TMPDIR=/tmp"),
+    "Bus error": (8 * MIB, r"in /dev/shm 8 MiB are free, and up to 50 MiB are needed: make it larger"),
+    "exited unexpectedly": (1000 * MIB, r"if memory is short, fewer --workers or a smaller batch help"),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_the_advice_fits_the_cause(cause, monkeypatch):
+    free, words = CAUSES[cause]
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(free, 0, free))
+    with pytest.raises(DataError, match=rf"images cannot be loaded \(.*\): .*{words}"), data.explaining(50 * MIB):
+        raise RuntimeError(f"Caught OSError in DataLoader worker process 0.\nTraceback\n{cause}")
+
+
+def test_too_few_open_files_are_noticed_before_a_worker_starts(folder, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (len(os.listdir("/dev/fd")) + 16, 4096))
+    with pytest.raises(DataError, match=r"Too many open files\): raise the limit of open files"):
+        batches(folder, workers=2)
+    batches(folder, workers=0)
 
 
 def test_a_worker_that_is_killed_ends_the_epoch_with_a_sentence(folder):
     before = set(multiprocessing.active_children())
     made = batches(folder, workers=2)
-    expected = epoch(made)
+    epoch(made)
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     os.kill(next(iter(workers)).pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="the processes that load images have ended before their time"):
+    with pytest.raises(DataError, match=r"images cannot be loaded .*exited unexpectedly"):
         epoch(made)
-    assert_equal(epoch(made), expected)  # with new ones
     del made
-    deadline = time.monotonic() + 10
-    while set(multiprocessing.active_children()) - before and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not set(multiprocessing.active_children()) - before
+    for worker in workers:
+        worker.join(60)
+    assert not set(multiprocessing.active_children()) & workers
 
 
 MAIN = f"""
@@ -619,20 +448,18 @@ import signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from grafting_imagenet import data
 
-def main(folder, epochs):
+if __name__ == "__main__":
     received = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: received.append(number))
-    train = data.load(folder)[0]
+    train = data.load(sys.argv[1]).train
     made = data.Batches(train, 4, "cpu", train=True, image_size=32, workers=2)
-    for seed in range(int(epochs)):
+    for seed in range(int(sys.argv[2])):
         for images, labels in made.epoch(seed):
             time.sleep(0.01)
         print(seed, len(received), flush=True)
-    next(made.epoch(0))  # and it ends while its workers are busy
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    unfinished = made.epoch(0)  # and it ends while its workers are busy
+    next(unfinished)
 """
 
 
@@ -645,20 +472,16 @@ def start(folder):
 
     def start(epochs):
         command = [sys.executable, script, folder, str(epochs)]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        assert process.stdout.readline() == "0 0\n"
-        return process
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, start_new_session=True, **output))
+        assert started[-1].stdout.readline() == "0 0\n"
+        return started[-1]
 
     yield start
     for process in started:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def alive(group):
@@ -673,61 +496,27 @@ def alive(group):
 
 
 def wait_until_none_is_alive(group):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while alive(group) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert alive(group) == []
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes in /proc")
 def test_workers_outlive_signals_to_the_group_but_not_their_main_process(start):
     process = start(epochs=10**9)
     assert len(alive(process.pid)) >= 4  # itself, two workers, the fork server
     for number in (signal.SIGINT, signal.SIGTERM):
         os.killpg(process.pid, number)
-    assert any(process.stdout.readline().endswith(" 2\n") for _ in range(100))
+    assert any(process.stdout.readline().endswith(" 2\n") for _ in range(1000))
     assert process.stdout.readline().endswith(" 2\n")  # a whole epoch after the signals
     process.kill()
     wait_until_none_is_alive(process.pid)
-    assert all(line.endswith(" 2\n") for line in process.stdout)  # no word from any of them
+    assert "Traceback" not in process.stdout.read()
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes in /proc")
 def test_workers_end_with_a_main_process_that_ends_in_the_middle_of_an_epoch(start):
     process = start(epochs=1)
-    assert process.wait(20) == 0
-    assert process.stdout.read() == ""
+    assert process.wait(120) == 0 and process.stdout.read() == ""
     wait_until_none_is_alive(process.pid)
-
-
-# nvJPEG
-
-
-def test_the_way_by_nvjpeg_makes_the_same_batches(folder, monkeypatch):
-    """All of it but the decoder itself: torchvision's on the CPU stands in for it, and also fails all at once."""
-
-    def decode_jpegs(self, files):
-        with contextlib.suppress(RuntimeError):
-            return [data.decode_jpeg(file, data.ImageReadMode.RGB) for file in files]
-        return []
-
-    monkeypatch.setattr(data, "_start_nvjpeg", lambda device: None)
-    monkeypatch.setattr(data._GPU, "_decode_jpegs", decode_jpegs)
-    write(folder / "train" / "bee" / "0.jpg", encode(picture(1), "PNG"))
-    expected = epoch(batches(folder), 1)
-    assert_equal(epoch(batches(folder, decode="gpu", workers=2), 1), expected)
-    write(folder / "train" / "bee" / "1.jpg", JPEG[:100])
-    made = batches(folder, decode="gpu", skip_bad=True, say=lambda line: None)
-    assert_equal(epoch(made, 1), epoch(batches(folder, skip_bad=True, say=lambda line: None), 1))
-    assert len(made.bad) == 1
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_nvjpeg_and_the_cpu_agree(sample):
-    files = data.Files([path for path, _ in sample], torch.tensor([label for _, label in sample]))
-    for train in (True, False):
-        made = [
-            data.Batches(files, 16, "cuda", train=train, decode=decode, workers=2).epoch(1) for decode in ("cpu", "gpu")
-        ]
-        for (images, labels), (their_images, their_labels) in zip(*made, strict=True):
-            assert images.is_cuda and torch.equal(labels, their_labels)
-            assert (images - their_images).abs().mean() < 0.05

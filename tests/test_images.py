@@ -1,0 +1,219 @@
+"""Class folders: which files count, which splits, what is said about the rest; and pixels as both scripts see them."""
+
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from training.images import DataError, checksum, class_folders, normalised, reading, rgb, suffixes
+
+
+def write(path, contents=b"an image, as far as anyone has looked"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(contents)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes; 6 training and 4 test images."""
+    for split, counts in (("train", (3, 2, 1)), ("test", (1, 2, 1))):
+        for name, count in zip(("ant", "bee", "cat"), counts, strict=True):
+            for k in range(count):
+                write(tmp_path / split / name / f"{k}.jpg")
+    return tmp_path
+
+
+def names(files):
+    return [Path(path).name for path in files.paths]
+
+
+def test_labels_are_ranks_of_sorted_classes_and_paths_are_sorted(folder):
+    images = class_folders(str(folder))
+    assert images.classes == ["ant", "bee", "cat"]
+    assert images.train.paths == [str(path) for path in sorted(folder.glob("train/*/*"))]
+    assert images.train.labels.tolist() == [0, 0, 0, 1, 1, 2] and images.train.labels.dtype == torch.int64
+    assert images.test.labels.tolist() == [0, 1, 1, 2] and len(images.test) == 4
+    assert images.val is None and images.notes == []
+
+
+def test_the_same_files_as_torchvision(folder):
+    write(folder / "train/ant/more/deep/x.JPEG")
+    write(folder / "train/ant/a.PNG")
+    write(folder / "train/ant/0.txt")
+    train = class_folders(folder).train
+    assert sorted(zip(train.paths, train.labels.tolist(), strict=True)) == sorted(ImageFolder(folder / "train").samples)
+
+
+def test_every_suffix_that_pillow_decodes_counts(folder):
+    kinds = ("jfif", "jpe", "JPEG", "png", "webp", "gif", "bmp", "tif", "TIFF", "ppm", "pgm", "jp2", "tga", "ico")
+    for kind in kinds:
+        write(folder / f"train/cat/x.{kind}")
+    assert len(class_folders(folder).train) == 6 + len(kinds)
+    assert not suffixes() & {".txt", ".mpg", ".h5", ".pdf", ".db", ".npy", ""}
+
+
+def test_hidden_and_system_files_are_left_out_and_counted(folder):
+    left_out = (
+        "train/.thumbnails/0.jpg", "train/@eaDir/0.jpg", "train/bee/@eaDir/0.jpg/THUMB.jpg", "train/bee/._0.jpg",
+        "train/bee/__MACOSX/0.jpg", "train/bee/Thumbs.db", "train/bee/.DS_Store", "test/ant/notes.txt", "train/0.jpg",
+    )  # fmt: skip
+    expected = class_folders(folder)
+    for path in left_out:
+        write(folder / path)
+    images = class_folders(folder)
+    assert (images.train.paths, images.test.paths, images.classes) == (
+        expected.train.paths,
+        expected.test.paths,
+        expected.classes,
+    )
+    (note,) = images.notes
+    assert note == f"left out of {folder}, as no images or hidden: {len(left_out)}, such as test/ant/notes.txt"
+
+
+def test_a_hidden_folder_above_the_images_does_not_matter(folder, tmp_path_factory):
+    hidden = tmp_path_factory.mktemp("x") / ".cache" / "@eaDir"
+    shutil.copytree(folder, hidden)
+    assert len(class_folders(hidden).train) == 6
+
+
+def test_which_split_is_for_what(folder):
+    shutil.copytree(folder / "test", folder / "val")
+    write(folder / "val/cat/only.jpg")
+    images = class_folders(folder)
+    assert "only.jpg" in names(images.val) and "only.jpg" not in names(images.test)
+    shutil.rmtree(folder / "test")
+    for _ in range(2):  # without test/, then with one that has no class folders, as ImageNet's
+        images = class_folders(folder)
+        assert images.val is None and "only.jpg" in names(images.test)
+        write(folder / "test/0.jpg")
+
+
+def test_relative_folders_the_home_folder_and_links(folder, monkeypatch, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (folder / "train/cat").rename(elsewhere / "cat")
+    (folder / "train/cat").symlink_to(elsewhere / "cat")
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for given in (folder.name, f"~/{folder.name}"):
+        assert len(class_folders(given).train) == 6
+
+
+def remove(path):
+    return lambda folder: shutil.rmtree(folder / path)
+
+
+def empty(path):
+    return lambda folder: (shutil.rmtree(folder / path), (folder / path).mkdir())
+
+
+def rename(old, new):
+    return lambda folder: (folder / old).rename(folder / new)
+
+
+def flatten(split):
+    return lambda folder: (shutil.rmtree(folder / split), write(folder / split / "0.jpg"))
+
+
+MISTAKES = {
+    "missing": (remove("."), ["does not exist: give one that holds train/<class>/ and test/<class>/"]),
+    "no train": (remove("train"), ["has no class folders in train/: put the images", "into train/<class>/"]),
+    "flat train": (flatten("train"), ["has no class folders in train/"]),
+    "train is a file": (lambda f: (shutil.rmtree(f / "train"), write(f / "train")), ["no class folders in train/"]),
+    "no test": (remove("test"), ["neither test/ nor val/ with class folders", "into test/<class>/"]),
+    "flat test": (flatten("test"), ["neither test/ nor val/ with class folders"]),
+    "empty class": (empty("train/bee"), ["train/bee has no image: put some there, or remove this class"]),
+    "class of texts": (lambda f: (empty("test/bee")(f), write(f / "test/bee/0.txt")), ["test/bee has no image"]),
+    "class only in train": (remove("test/bee"), ["only train/ has bee: add or remove"]),
+    "classes that differ": (rename("train/ant", "train/emu"), ["only train/ has emu and only test/ has ant"]),
+    "val differs": (lambda f: write(f / "val/ant/0.jpg"), ["train/ and val/", "only train/ has bee, cat"]),
+    "many classes": (lambda f: [write(f / f"test/x{k}/0.jpg") for k in range(20)], ["x0, x1, x10 and 17 more"]),
+    "a loop of links": (lambda f: os.symlink("loop", f / "train/loop"), ["train/loop cannot be read (Too many levels"]),
+    "control codes": (lambda f: (f / "test/a\x1b[31m\udcff").mkdir(), ["only test/ has a [31m "]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistaken_folder_is_answered_with_one_sentence(folder, mistake):
+    change, parts = MISTAKES[mistake]
+    change(folder)
+    with pytest.raises(DataError) as caught:
+        class_folders(folder)
+    sentence = str(caught.value)
+    assert sentence.isprintable() and not sentence.endswith(".")
+    for part in (str(folder), *parts):
+        assert part in sentence
+
+
+def test_a_file_is_not_a_folder(folder):
+    with pytest.raises(DataError, match=r"0\.jpg is not a folder: give one that holds train/<class>/"):
+        class_folders(folder / "train/ant/0.jpg")
+
+
+def test_a_class_that_may_not_be_read_is_not_passed_over(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):  # the tests may run as root, whom no permission stops
+        if Path(path).name == "bee":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"train/bee cannot be read \(Permission denied\): mend it"):
+        class_folders(folder)
+
+
+def test_a_checksum_is_of_the_labels_in_their_order():
+    labels = torch.tensor([1, 0, 2])
+    assert checksum(labels) == f"{zlib.crc32(np.array([1, 0, 2]).tobytes()):08x}" == "60c1a87a"
+    assert checksum(labels) != checksum(labels.flip(0))
+
+
+# ---- Pixels
+
+GREY = np.full((4, 4), 200)
+COLOURS = {
+    "grey": (Image.fromarray(GREY.astype(np.uint8)), [200] * 3),
+    "16 bits": (Image.fromarray(GREY.astype(np.uint16) * 257), [200] * 3),
+    "16 bits in 32": (Image.fromarray(GREY.astype(np.int32) * 256), [200] * 3),
+    "8 bits in 32": (Image.fromarray(GREY.astype(np.int32)), [200] * 3),
+    "RGBA": (Image.new("RGBA", (4, 4), (10, 20, 30, 99)), [10, 20, 30]),
+    "grey with alpha": (Image.new("LA", (4, 4), (70, 128)), [70] * 3),
+    "palette": (Image.new("RGB", (4, 4), (10, 20, 30)).quantize(), [10, 20, 30]),
+    "CMYK": (Image.new("CMYK", (4, 4), (255, 0, 0, 0)), [0, 255, 255]),
+    "black and white": (Image.new("1", (4, 4), 1), [255] * 3),
+}
+
+
+@pytest.mark.parametrize("kind", COLOURS)
+@pytest.mark.filterwarnings("error")
+def test_every_kind_of_image_becomes_rgb(kind):
+    image, colour = COLOURS[kind]
+    if kind == "palette":
+        image.info["transparency"] = b"\0\1"
+    assert np.array(rgb(image)).reshape(-1, 3).tolist() == [colour] * 16
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (5, 7), (40, 30)])
+def test_normalised_equals_torchvision(height, width):
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
+    images = torch.randint(256, (3, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ours = normalised(images, mean, std)
+    theirs = transforms.Normalize(mean, std)(images.permute(0, 3, 1, 2) / 255)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert ours.dtype == torch.float32 and ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("error", "reason"), [(FileNotFoundError(2, "No such file"), "No such file"),
+                                               (ValueError("it is\nempty"), "it is empty")])  # fmt: skip
+def test_what_cannot_be_read_is_named_in_one_line(error, reason):
+    with pytest.raises(DataError) as caught, reading("a\nb.jpg"):
+        raise error
+    assert str(caught.value) == f"a b.jpg cannot be read as an image ({reason})"
