@@ -121,6 +121,8 @@ def _whole(value: Any) -> int | None:
 
 def is_held(path: Path) -> bool | None:
     """Whether a living process holds a lock; the kernel answers, not a file. None where it cannot tell."""
+    if fcntl is None:
+        return None
     try:
         # Reading is enough to ask: whoever may see the run may see who is alive.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -156,12 +158,12 @@ def take_lock(path: Path, seconds: float) -> BaseFileLock | None:
 
 
 def may_live_unlocked(held: bool | None, status: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote a status may live although no lock shows it.
+    """Whether the process that wrote a status may live although it holds no lock.
 
     A lock does not reach across every network file system, and some have none.
     """
-    is_silent = held is None or status.get("host") != socket.gethostname()
-    return not held and is_silent and status.get("state") not in (None, *ENDED)
+    is_told = held is not None and status.get("host") == socket.gethostname()
+    return not held and not is_told and status.get("state") not in (None, *ENDED)
 
 
 def moving(directory: Path, networks: Collection[int]) -> set[int]:
@@ -331,9 +333,13 @@ class Membership:
         given, is_part = plain({**(settings or {}), "num": self.networks}), settings is None
         may_raise = may_raise if resume else ()
         self._agreed(given, may_raise, is_part)  # reads only: a refused start changes nothing
-        trace = self._trace()
+        trace, held = self._trace(), is_held(self._lock_path)
         if trace and not resume:
-            raise self._alive() if is_held(self._lock_path) else self._already_run(trace)
+            raise self._alive() if held else self._already_run(trace)
+        if may_live_unlocked(held, read_status(self.directory, self.network)) and moving(
+            self.directory, [self.network]
+        ):
+            raise self._alive()
         self.resumed = trace is not None
         self._make_directory()
         with self._turn():
@@ -378,15 +384,12 @@ class Membership:
                 lock.release()
 
     def _claim(self) -> None:
-        earlier = read_status(self.directory, self.network)
         if not self._lock_path.exists():
             self._undo.callback(self._lock_path.unlink)
         try:
             self._lock = take_lock(self._lock_path, 1.0)  # a process that was killed may take a moment to end
         except Timeout as error:
             raise self._alive() from error
-        if may_live_unlocked(None if self._lock is None else False, earlier) and moving(self.directory, [self.network]):
-            raise self._alive()
 
     def _alive(self) -> AliveError:
         status = read_status(self.directory, self.network)
