@@ -34,7 +34,7 @@ from experiments.results import (
 from experiments.tables import PRESETS, REFERENCE, TABLES
 from filter_grafting.checkpoint import write_atomically
 from filter_grafting.membership import duration
-from training.flags import Parser
+from training.flags import Parser, path
 
 ROOT = Path(__file__).resolve().parent.parent
 LEGEND = """\
@@ -53,14 +53,12 @@ NAMED = 5  # rivals, in the sentence that names those that grafting is behind
 
 def main() -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("tables", metavar="TABLE", nargs="*", help="names of tables, or all (default: all)")
-    parser.add_argument("--preset", choices=PRESETS, default="paper", help="whose results")
-    parser.add_argument(
-        "--results", metavar="DIR", type=Path, default=ROOT / "results", help="the folder that run.py fills"
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder for report.md and plots/ (default: the preset's, in --results)"
-    )
+    flag = parser.add_argument
+    flag("tables", metavar="TABLE", nargs="*", help="names of tables, or all (default: all)")
+    flag("--preset", choices=PRESETS, default="paper", help="whose results")
+    flag("--results", metavar="DIR", type=path, default=ROOT / "results", help="the folder that run.py fills")
+    out = "folder for report.md and plots/ (default: the preset's, in --results)"
+    flag("--out", metavar="DIR", type=path, help=out)
     args = parser.parse_args()
     for name in args.tables:
         if name not in (*TABLES, "all"):
@@ -75,16 +73,14 @@ def main() -> int:
     write_atomically(out / "report.md", text.encode())
     print(text, end="", flush=True)
     print(f"written to {out / 'report.md'}", file=sys.stderr)
-    return int(bool(damages) and not any(len(one.results) for _, _, one in everything(cells)))
+    return int(bool(damages) and not any(len(one.results) for one in everything(cells)))
 
 
 Tables = dict[str, dict[str, Cells]]  # the chosen tables' cells, by name of the table and by data set
 
 
-def everything(tables: Tables) -> Iterator[tuple[str, str, Cell]]:
-    return (
-        (name, dataset, one) for name, found in tables.items() for dataset in found for one in found[dataset].values()
-    )
+def everything(tables: Tables) -> Iterator[Cell]:
+    return (one for found in tables.values() for cells in found.values() for one in cells.values())
 
 
 def report(tables: Tables, preset: str, damages: Sequence[str], out: Path) -> str:
@@ -98,11 +94,8 @@ def report(tables: Tables, preset: str, damages: Sequence[str], out: Path) -> st
     for name, found in tables.items():
         parts += [f"## {TABLES[name].title}", TABLES[name].note]
         for dataset, cells in found.items():
-            parts += (
-                section(name, dataset, cells)
-                + [f"![{path.stem}](plots/{path.name})" for path in drawn[name, dataset]]
-                + small_print(cells)
-            )
+            parts += section(name, dataset, cells)
+            parts += [f"![{file.stem}](plots/{file.name})" for file in drawn[name, dataset]] + small_print(cells)
         again = f"To run what is missing: `python experiments/run.py {name} --preset {preset}`"
         is_published = any(one.row.paper is not None for cells in found.values() for one in cells.values())
         parts.append((f"Published figures: {TABLES[name].source}. " if is_published else "") + again)
@@ -131,7 +124,7 @@ def contents(tables: Tables) -> str:
 
 def reading(tables: Tables, preset: str, damages: Sequence[str]) -> str:
     """What the figures say of grafting, counted from them."""
-    counts = [len(one.results) for name, _, one in everything(tables) if len(one.results)]
+    counts = [len(one.results) for one in everything(tables) if len(one.results)]
     if not counts:
         what = "No result could be read" if damages else "Nothing has been run yet"
         return f"**{what}.** To fill this report: `python experiments/run.py {' '.join(tables)} --preset {preset}`"
