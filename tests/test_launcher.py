@@ -1,553 +1,441 @@
-"""The launcher: starting, following, listing and stopping networks; the demo; the environment it makes."""
+"""The launcher's rules: which flags it takes, where it starts networks, how it shows, stops and continues them."""
 
-import json
 import os
-import pty
-import re
-import shutil
+import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-import zipfile
+from importlib import import_module
 from pathlib import Path
 
+import launching
 import pytest
-from PIL import Image
+import torch
+from launching import write_status
+from processes import ROOT, until
 
-from common import manage
+from filter_grafting import membership
+from training import launch, view
 
-ROOT = Path(__file__).resolve().parent.parent
-LAUNCHER = ROOT / "grafting_cifar" / "grafting.sh"
-HERE = socket.gethostname()
-ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-
-
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.05)
-    return result
+GLYPHS = ("--data", "glyphs", "--device", "cpu")
 
 
-# What is known of the networks, and stopping them: processes that do nothing but hold a network's lock
-
-
-def write_status(directory, network, **fields):
-    status = {
-        "network": network, "num": 2, "state": "training", "detail": "",
-        "epoch": 6, "epochs": 200, "accuracy": 91.5, "best": 92.25,
-        "host": HERE, "pid": 2**30, "time": time.time(), "beat": 1, "command": [],
-    } | fields  # fmt: skip
-    path = directory / f"network{network}.json"
-    path.with_suffix(".new").write_text(json.dumps(status))
-    path.with_suffix(".new").replace(path)
+@pytest.fixture
+def project(tmp_path, monkeypatch, capsys):
+    with launching.project(tmp_path, monkeypatch, capsys) as made:
+        yield made
 
 
 @pytest.fixture
 def living(tmp_path):
-    """living(i, ...): a process that is network i of the run in tmp_path, with these fields in its status."""
+    """living(directory, i, ...): a process that is network i there, with these fields in its status."""
     program = (
         "import fcntl, signal, sys, time\n"
         "lock = open(sys.argv[1], 'w')\n"
-        "fcntl.lockf(lock, fcntl.LOCK_EX)\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
         "if sys.argv[2:]: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "print(flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
     processes = []
 
-    def start(network, deaf=False, **fields):
-        command = [
-            sys.executable,
-            "-c",
-            program,
-            tmp_path / f"network{network}.lock",
-            *(["deaf"] if deaf else []),
-        ]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        processes.append(process)
-        process.stdout.readline()
-        write_status(tmp_path, network, **{"pid": process.pid, **fields})
-        return process
+    def start(directory, network, deaf=False, **fields):
+        directory.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-c", program, directory / f"network{network}.lock", *["deaf"] * deaf]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        processes[-1].stdout.readline()
+        write_status(directory, network, **{"pid": processes[-1].pid, **fields})
+        return processes[-1]
 
     yield start
     for process in processes:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
-def call(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["manage.py", *map(str, arguments)])
-    return manage.main()
+# Flags
 
 
-def test_living_and_dead_are_told_apart_by_the_lock(tmp_path, living):
-    living(1)
-    write_status(tmp_path, 2)  # killed: its last words are that it trains
-    write_status(tmp_path, 3, state="stopped", detail="by SIGTERM")
-    living(4, pid=1)  # just started again: the status file is still that of an earlier process
-    write_status(tmp_path, 6, state="failed", detail="the loss became nan")
-    networks = manage.observe(tmp_path, manage.networks_of(tmp_path))
-    states = [
-        "training",
-        "died",
-        "stopped by SIGTERM",
-        "starting",
-        "not started",
-        "failed: the loss became nan",
+@pytest.mark.parametrize(
+    "words", ["--help", "demo --help", "status -h", "help", "--model vgg16 --help", "stop x --help"]
+)
+def test_help_is_given_anywhere_and_nothing_is_touched(project, words):
+    status, output, errors = project(*words.split())
+    assert (status, errors) == (0, "")
+    assert "grafting.sh resume DIR... [--epochs E]" in output
+    assert not list(project.cwd.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("folder", "words", "status", "sentence"),
+    [
+        ("cifar", "--modle resnet20", 2, "did you mean --model?"),
+        ("cifar", "--model resent20", 2, "did you mean resnet20?"),
+        ("cifar", "stauts checkpoint", 2, "there is no command 'stauts'; did you mean status?"),
+        ("cifar", "--i 2", 2, "argument --i: all networks are started"),
+        ("cifar", "--i=2", 2, "argument --i: all networks are started"),
+        ("cifar", "--data /nonexistent", 1, "there is no folder /nonexistent"),
+        ("cifar", "--data glyphs --gpus-per-network 2", 2, "torchrun is for grafting_imagenet"),
+        ("cifar", "resume", 2, "DIR"),
+        ("cifar", "resume x --epoch 3", 2, "did you mean --epochs?"),
+        ("cifar", "demo --epochs 0", 2, "argument --epochs: got '0'"),
+        ("cifar", "demo --data /nonexistent", 1, "there is no folder /nonexistent"),
+        ("cifar", "status nothing", 1, "nothing is not the save directory of a run"),
+        ("imagenet", "--data / --gpu 1", 2, "CUDA_VISIBLE_DEVICES"),
+        ("imagenet", "--data / -e --pretrained", 2, "argument -e"),
+        ("imagenet", "", 1, "there is no folder imagenet"),
+        ("imagenet", "--data / -b 6 --gpus-per-network 4", 2, "argument -b: got 6, expected a multiple of 4"),
+        ("imagenet", "--data / --gpus-per-network 0", 2, "argument --gpus-per-network: got '0'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_before_anything_is_started(project, folder, words, status, sentence):
+    found, _, errors = project(*words.split(), folder=f"grafting_{folder}")
+    assert (found, errors.count("\n")) == (status, 1)
+    assert sentence in errors
+    assert not list(project.cwd.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("grafting_cifar", "--s=x --model resnet20 --lr 1e-5 --cos --num 3 --i 2 --data=~/x --a 0.4 --resume"),
+        ("grafting_cifar", "--save_dir x --networks 1 --method average --num 2 --keep_all --timeout 0.5"),
+        ("grafting_imagenet", "-a resnet34 -b 8 --wd 0 --resume x.tar --resume auto -p 0 --learning-rate 0.3 -j 3"),
+        ("grafting_imagenet", "--s checkpoint/two --pretrained --steplr --gpu 1"),
+    ],
+)
+def test_flags_are_handed_on_as_they_were_given(folder, words):
+    parse = import_module(f"{folder}.flags").parse
+    assert parse(launch.given(folder, words.split())) == parse(words.split())
+
+
+def test_what_continues_a_network_does_not_grow():
+    again = launch.given("grafting_imagenet", ["--resume", "x.tar", "--s", "x"])
+    for _ in range(3):
+        again = launch.given("grafting_imagenet", [*again, "--resume"], s=Path("/y"))
+    assert again == ["--s", "/y", "--resume", "x.tar", "--resume", "auto"]
+
+
+# Starting
+
+
+def test_networks_start_as_nohup_would_start_them(project):
+    status, output, errors = project(*GLYPHS, "--s", "it's a run", "--num", "2")
+    assert (status, errors) == (0, "")
+    assert output.splitlines()[:2] == [f"network {i}: it's a run/{i}.log" for i in (1, 2)]
+    for i in (1, 2):
+        seen = project.seen("it's a run", i)
+        assert seen["nohup"] == [True, True, True], "deaf to SIGHUP, a session of its own, an empty standard input"
+        assert seen["cwd"] == str(project.cwd)
+        assert project.flags("it's a run", i)["i"] == i
+
+
+@pytest.mark.parametrize(
+    ("visible", "found", "expected"),
+    [
+        (None, 3, ["0", "1", "2", "0", "1"]),
+        ("5,GPU-ab, 7", 3, ["5", "GPU-ab", "7", "5", "GPU-ab"]),
+        ("4,99", 1, ["4"] * 5),  # CUDA itself stops at the first that it does not know
+        (None, 0, [None] * 5),
+    ],
+)
+def test_networks_are_spread_over_the_gpus_that_torch_can_use(project, monkeypatch, visible, found, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found or 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES") if visible is None else monkeypatch.setenv(
+        "CUDA_VISIBLE_DEVICES", visible
+    )
+    assert project("--data", "glyphs", "--num", "5", "--s", "x")[0] == 0
+    seen = [project.seen("x", i) for i in range(1, 6)]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in seen] == expected
+    assert all((one["OMP_NUM_THREADS"] is None) == (found > 0) for one in seen)
+
+
+def test_a_network_on_several_gpus_has_the_next_ones():
+    names = ["a", "b", "c", "d"]
+    assert [launch.gpus_of(k, 2, names)["CUDA_VISIBLE_DEVICES"] for k in (1, 2, 3)] == ["a,b", "c,d", "a,b"]
+
+
+def test_networks_on_the_cpu_share_the_cores(project, monkeypatch):
+    monkeypatch.setattr(launch, "cores", lambda: 8)
+    project(*GLYPHS, "--num", "1", "--s", "one", "--compile")
+    project(*GLYPHS, "--num", "3", "--s", "three", "--compile")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    project(*GLYPHS, "--num", "3", "--s", "mine")
+    seen = [project.seen(name, 1) for name in ("one", "three", "mine")]
+    assert [one["OMP_NUM_THREADS"] for one in seen] == ["8", "2", "7"]
+    assert [one["TORCHINDUCTOR_COMPILE_THREADS"] for one in seen] == ["8", "2", None]
+
+
+def test_networks_share_the_processes_that_decode_images(project, monkeypatch):
+    monkeypatch.setattr(launch, "cores", lambda: 8)
+    flags = ("--data", project.cwd, "--device", "cpu")
+    project(*flags, "--s", "by default", folder="grafting_imagenet")
+    project(*flags, "--s", "mine", "-j", "7", folder="grafting_imagenet")
+    workers = [
+        project.flags(f"checkpoint/{name}", 1, "grafting_imagenet")["workers"] for name in ("by default", "mine")
     ]
-    assert list(map(str, networks)) == states
-    assert [network.alive for network in networks] == [True, False, False, True, False, False]
+    assert workers == [4, 7]
 
 
-def test_another_users_networks_are_named_and_the_rest_is_stopped(tmp_path, living, monkeypatch, capsys):
-    theirs, ours = living(1), living(2)
-    kill = os.kill
+def test_the_printed_commands_can_be_pasted(project):
+    _, output, _ = project(*GLYPHS, "-v", "--s", "it's $HOME", "--num", "1", "--model", "package.module:fünf")
+    line, seen = output.splitlines()[0], project.seen("it's $HOME", 1)
+    until(lambda: project.status("it's $HOME", 1)["state"] == "done")
+    (project.cwd / "it's $HOME" / "seen1.0").unlink()
+    subprocess.run(["sh", "-c", f"{line} wait"], cwd=project.cwd, check=True)
+    again = project.seen("it's $HOME", 1)
+    assert (again.pop("nohup"), again) == ([True, False, True], {k: v for k, v in seen.items() if k != "nohup"})
+
+
+def test_a_log_is_appended_to(project):
+    (project.cwd / "x").mkdir()
+    (project.cwd / "x/1.log").write_text("precious\n")
+    project(*GLYPHS, "--num", "1", "--s", "x")
+    assert (project.cwd / "x/1.log").read_text().startswith("precious\nNetwork:1")
+
+
+def test_a_network_that_fails_at_once_is_said_with_its_sentence(project, monkeypatch):
+    monkeypatch.setenv("FAILS", "the disk is full: make room")
+    status, output, _ = project(*GLYPHS, "--num", "1", "--s", "x")
+    assert (status, "network 1 has failed: the disk is full: make room" in output) == (1, True)
+
+
+def test_a_directory_in_which_networks_run_or_have_run_is_refused(project, living):
+    write_status(project.cwd / "old", 2, state="stopped")
+    living(project.cwd / "alive", 1)
+    for name, runs in (("old", "network 2 has run in old"), ("alive", "network 1 runs in alive")):
+        status, _, errors = project(*GLYPHS, "--s", name)
+        assert (status, runs in errors) == (1, True)
+        assert f"grafting.sh' resume {name} continues it" in errors
+        assert not list((project.cwd / name).glob("*.log"))
+
+
+def test_a_network_that_is_being_started_is_not_started_again(project, monkeypatch):
+    project.trains_on()
+    monkeypatch.setenv("HOLD", str(project.cwd / "go"))
+    monkeypatch.setattr(view, "START_SECONDS", 0.0)
+    assert project(*GLYPHS, "--num", "1", "--s", "x")[0] == 0
+    assert [status.state for status in view.look(project.cwd / "x")] == ["starting"]
+    status, _, errors = project(*GLYPHS, "--num", "1", "--s", "x")
+    assert (status, "network 1 runs in x" in errors) == (1, True)
+
+
+# Looking
+
+
+def test_a_table_fits_80_columns_whatever_the_files_hold(project, living):
+    run = project.cwd / "x"
+    living(
+        run, 1, state="\x1b[2J" + "long " * 100, epoch="\x07", accuracy=None, best=[1], time="x", detail="\r\n|" * 99
+    )
+    write_status(run, 2, state="failed", detail="\x1b]0;title\x07" + "reason " * 100, epoch=10**400, steps="x", step=3)
+    living(run, 112, state="waiting", detail="for network 111", epochs=1000, lr=1.234e-5, accuracy=100.0)
+    status, output, _ = project("status", "x")
+    lines = output.splitlines()
+    assert status == 0 and all(len(line) <= 80 and line.isprintable() for line in lines)
+    assert [line.split()[0] for line in lines[:3]] == ["network", "1", "2"]
+    assert lines[112].endswith("waiting for 111")
+    assert lines[113].startswith("network 2 failed:  ]0;title reason")
+
+
+def test_the_time_left_is_told_by_the_last_epochs(tmp_path):
+    write_status(tmp_path, 1, epoch=2, epochs=4, step=5, steps=10)
+    rows = ["epoch,train_seconds,test_seconds,wait_seconds,graft_seconds", "0,20,5,,", "1,30,5,4,1"]
+    (tmp_path / "metrics1.csv").write_text("\n".join(rows) + "\n")
+    (status,) = membership.observe(tmp_path, [1])
+    done, left = view.progress(tmp_path, status._replace(state="training"))
+    assert (done, left) == (2.5, 1.5 * (25 + 40) / 2)
+    (tmp_path / "metrics1.csv").write_text(rows[0] + "\n")
+    assert view.progress(tmp_path, status) == (0, None)
+
+
+def test_status_lists_all_runs_and_finds_them_from_any_folder(project, living, monkeypatch):
+    living(project.cwd / "checkpoint/a/b", 1, best=93.5)
+    write_status(project.cwd / "checkpoint/a/b", 2, best=94.25)
+    write_status(project.root / "grafting_imagenet/checkpoint/pictures", 1, state="done", epoch=199)
+    (project.root / "grafting_cifar/checkpoint/empty").mkdir(parents=True)
+    lines = project("status")[1].splitlines()[1:]
+    assert [line.split()[-1] for line in lines[:1]] == ["checkpoint/a/b"]
+    assert lines[1].endswith("a project/grafting_imagenet/checkpoint/pictures") and len(lines) == 2
+    assert [line.split()[0] for line in lines] == ["1/2", "0/1"] and "94.250" in lines[0]
+    for path in ("checkpoint/a/b", "a/b", "pictures", "grafting_imagenet/checkpoint/pictures"):
+        assert project("status", path)[0] == 0
+    monkeypatch.chdir(project.root / "grafting_imagenet/checkpoint")
+    status, output, _ = project("status", "pictures", project.cwd / "checkpoint/a/b")
+    assert (status, output.splitlines()[0]) == (0, "pictures:")
+    assert project("status", "a/b")[0] == 1, "it is neither here nor in the scripts' folders"
+
+
+def test_no_run_at_all_is_no_failure(project):
+    assert project("status")[:2] == (0, "there is no run below checkpoint/\n")
+    assert project("stop")[:2] == (0, "no run below checkpoint/ is alive\n")
+
+
+def test_a_reader_who_has_seen_enough_ends_it_quietly(tmp_path):
+    write_status(tmp_path / "x", 1, state="failed", detail="reason " * 50)
+    command = f"{shlex.quote(str(ROOT / 'grafting_cifar/grafting.sh'))} status x"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    ended = subprocess.run(["sh", "-c", f"{command} | true"], cwd=tmp_path, env=environment, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+# Stopping
+
+
+def test_stop_ends_those_that_hold_the_locks_and_no_others(project, living):
+    first, second = (living(project.cwd / name, 1) for name in ("x", "y"))
+    bystander = living(project.cwd / "z", 1)
+    write_status(project.cwd / "x", 2, pid=bystander.pid, state="done")  # its process id is another's now
+    status, output, _ = project("stop", "x", "y")
+    assert (status, first.wait(), second.wait(), bystander.poll()) == (0, -signal.SIGTERM, -signal.SIGTERM, None)
+    assert output.splitlines() == [
+        f"network 1 (process {first.pid}) is asked to stop", "no network of x is alive",
+        f"network 1 (process {second.pid}) is asked to stop", "no network of y is alive",
+    ]  # fmt: skip
+    assert project("stop", "x")[0] == 0, "a second time there is nothing to do, which is fine"
+
+
+def test_stop_without_a_directory_ends_the_only_run_that_is_alive(project, living):
+    one = living(project.cwd / "checkpoint/one", 1)
+    write_status(project.cwd / "checkpoint/old", 1)
+    other = living(project.cwd / "checkpoint/other", 1)
+    status, _, errors = project("stop")
+    assert (status, "checkpoint/one, checkpoint/other" in errors, one.poll()) == (2, True, None)
+    other.kill()
+    other.wait()
+    assert project("stop")[0] == 0
+    assert one.wait() == -signal.SIGTERM
+
+
+def test_stop_says_what_it_could_not_end(project, living, monkeypatch):
+    monkeypatch.setattr(membership, "BEAT_SECONDS", 0.2)
+    run, kill = project.cwd / "x", os.kill
+    deaf, theirs = living(run, 1, deaf=True), living(run, 2)
+    beats = threading.Event()
+
+    def beat():
+        for k in range(10**6):
+            write_status(run, 3, host="elsewhere", pid=7, beat=k)
+            if beats.wait(0.05):
+                return
 
     def kill_ours(pid, number):
         if pid == theirs.pid:
             raise PermissionError(1, "Operation not permitted")
         kill(pid, number)
 
-    monkeypatch.setattr(os, "kill", kill_ours)
-    assert call(monkeypatch, "stop", tmp_path) == 1
-    assert capsys.readouterr().out.splitlines() == [
-        f"network 1 (process {theirs.pid}) is another user's, who alone can stop it",
-        f"network 2 (process {ours.pid}) is asked to stop",
-    ]
-
-
-def test_a_network_on_another_host_lives_if_its_status_moves(tmp_path, monkeypatch):
-    monkeypatch.setattr(manage, "BEAT_SECONDS", 0.5)
-    write_status(tmp_path, 1, host="elsewhere", time=0)
-    write_status(tmp_path, 2, host="elsewhere", time=time.time() + 1e6)  # by a clock that disagrees
-    threading.Timer(0.2, write_status, [tmp_path, 1], {"host": "elsewhere", "beat": 2, "time": 5}).start()
-    first, second = manage.observe(tmp_path, range(1, 3))
-    assert (first.state, first.alive, first.pid, first.seen) == ("training", True, None, 0)
-    assert (second.state, second.alive) == ("died", False)
-
-
-def test_status_is_a_short_line_per_network_whatever_the_file_holds(tmp_path, living, monkeypatch, capsys):
-    (tmp_path / "run.json").write_text('{"run": "x", "settings": {"num": 3}}')
-    living(
-        1,
-        state="\x1b[2J" + "long " * 100,
-        epoch="\x07",
-        accuracy=None,
-        best=[1],
-        time="x",
-        detail="\r\n|" * 99,
-    )
-    write_status(tmp_path, 2, state="failed", detail="\x1b]0;title\x07" + "reason " * 100, epoch=10**400)
-    assert call(monkeypatch, "status", tmp_path) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["network", "1", "2", "3"]
-    assert lines[4].startswith("network 2 failed: ]0;title reason")
-    assert all(len(line) <= 80 and line.isprintable() for line in lines)
-
-
-def test_status_of_no_run_fails(tmp_path, monkeypatch, capsys):
-    assert call(monkeypatch, "status", tmp_path) == 1
-    assert "nothing has started there" in capsys.readouterr().err
-
-
-def test_stop_ends_those_that_hold_the_locks_and_no_others(tmp_path, living, monkeypatch, capsys):
-    first, second = living(1), living(2)
-    bystander = subprocess.Popen(["sleep", "60"])
-    write_status(tmp_path, 3, pid=bystander.pid, state="done")  # ended long ago; its process id is another's now
+    thread = threading.Thread(target=beat)
+    thread.start()
     try:
-        assert call(monkeypatch, "stop", tmp_path) == 0
-        assert (first.wait(), second.wait()) == (-signal.SIGTERM, -signal.SIGTERM)
-        assert bystander.poll() is None
+        with monkeypatch.context() as context:
+            context.setattr(os, "kill", kill_ours)
+            status = launch.end(run, 0.3)
     finally:
-        bystander.kill()
-        bystander.wait()
-    assert "no network of this run is alive" in capsys.readouterr().out
-    assert call(monkeypatch, "stop", tmp_path) == 0, "a second time there is nothing to do, which is fine"
-
-
-def test_stop_says_what_it_could_not_end(tmp_path, living, monkeypatch, capsys):
-    monkeypatch.setattr(manage, "BEAT_SECONDS", 0.5)
-    deaf = living(1, deaf=True)
-    write_status(tmp_path, 2, host="elsewhere", pid=7)
-    threading.Timer(0.2, write_status, [tmp_path, 2], {"host": "elsewhere", "pid": 7, "beat": 2}).start()
-    assert call(monkeypatch, "stop", tmp_path, "--timeout", 0.3) == 1
-    output = capsys.readouterr().out
+        beats.set()
+        thread.join()
+    output = project.capsys.readouterr().out
+    assert status == 1
     assert f"network 1 (process {deaf.pid}) is still there after 0.3 s" in output
-    assert "network 2 is process 7 on elsewhere, out of reach from here" in output
-
-
-def test_pending_are_those_neither_alive_nor_done(tmp_path, living, monkeypatch, capsys):
-    living(1)
-    write_status(tmp_path, 2, state="done")
-    write_status(tmp_path, 3)
-    write_status(tmp_path, 4, state="failed")
-    assert call(monkeypatch, "pending", tmp_path, 5) == 0
-    assert call(monkeypatch, "alive", tmp_path) == 0
-    assert capsys.readouterr().out.splitlines() == ["3 4 5", "1"]
-
-
-def test_status_needs_no_torch(tmp_path):
-    (tmp_path / "torch.py").write_text("raise ImportError('torch is not installed')")
-    write_status(tmp_path, 1, state="done")
-    command = [LAUNCHER, "status", tmp_path]
-    result = subprocess.run(command, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "done" in result.stdout
-
-
-# Starting and following: a stand-in for grafting.py, in a copy of the project whose path holds a space
-
-
-STAND_IN = """
-import os, sys, time
-def value(flag, default): return sys.argv[sys.argv.index(flag) + 1] if flag in sys.argv else default
-directory, num = value("--s", "runs/default"), value("--num", "2")
-if "--wrong" in sys.argv: sys.exit("grafting.py: error: --wrong") if "--plan" not in sys.argv else os._exit(2)
-if "--plan" in sys.argv:
-    print(directory, num, os.environ.get("GPUS", "0"), sep="\\n")
-else:
-    variables = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-    print(*(f"{name}={os.environ.get(name)}" for name in variables), sys.argv[1:])
-    print(sys.stdin.read() == "", flush=True)
-    time.sleep(float(value("--sleep", "0")))
-    print("the end", flush=True)
-    sys.exit(int(value("--status", "0")))
-"""
-
-
-@pytest.fixture
-def project(tmp_path):
-    """A copy of what the launcher needs, with the stand-in; runs its grafting.sh."""
-    root = tmp_path / "a project"
-    for name in ("common", "filter_grafting"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "requirements.txt").write_text("numpy\n")
-    folder = root / "grafting_cifar"
-    folder.mkdir()
-    shutil.copy(LAUNCHER, folder)
-    (folder / "grafting.py").write_text(STAND_IN)
-    return root
-
-
-def launch(project, *arguments, **variables):
-    command = [project / "grafting_cifar" / "grafting.sh", *arguments]
-    return run(command, project.parent, {**ENVIRONMENT, **variables})
-
-
-def run(command, directory, environment):
-    return subprocess.run(
-        command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-
-
-def logs(directory, count):
-    """The lines of each network's log, once it has come to its end."""
-    paths = [directory / f"{i}.log" for i in range(1, count + 1)]
-    return wait_until(
-        lambda: (texts := [path.read_text() for path in paths]) and all("the end" in t for t in texts) and texts
-    )
-
-
-@pytest.mark.parametrize(
-    ("variables", "devices"),
-    [
-        ({}, ["0", "1", "2", "0", "1"]),
-        ({"CUDA_VISIBLE_DEVICES": "5,GPU-ab,7"}, ["5", "GPU-ab", "7", "5", "GPU-ab"]),
-    ],
-)
-def test_networks_are_spread_over_the_gpus(project, variables, devices):
-    result = launch(project, "--num", "5", GPUS="3", **variables)
-    assert result.returncode == 0, result.stderr
-    found = [re.match("CUDA_VISIBLE_DEVICES=(.*) OMP", text)[1] for text in logs(project.parent / "runs/default", 5)]
-    assert found == devices
-
-
-def test_networks_on_the_cpu_share_the_cores(project):
-    launch(project, "--num", "1", "--s", "one", OMP_NUM_THREADS="")
-    launch(project, "--num", "64", "--s", "many", OMP_NUM_THREADS="")
-    launch(project, "--num", "1", "--s", "mine", OMP_NUM_THREADS="7")
-    threads = [logs(project.parent / name, 1)[0].split()[1] for name in ("one", "many", "mine")]
-    assert threads == [f"OMP_NUM_THREADS={n}" for n in (len(os.sched_getaffinity(0)), 1, 7)]
-
-
-def test_the_command_lines_can_be_pasted(project):
-    result = launch(project, "--s", "it's a dir", "--num", "1", "--model", "résumé $HOME")
-    lines = [line for line in result.stderr.splitlines() if "nohup " in line]
-    (text,) = logs(project.parent / "it's a dir", 1)
-    (project.parent / "it's a dir" / "1.log").unlink()
-    subprocess.run(["bash", "-c", lines[0] + " wait"], cwd=project.parent, env=ENVIRONMENT, check=True)
-    assert logs(project.parent / "it's a dir", 1) == [text]
-    assert "'--model', 'résumé $HOME', '--i', '1'" in text
-    assert text.splitlines()[1] == "True", "standard input is empty"
-
-
-def test_a_wrong_flag_ends_before_anything_is_started(project):
-    assert launch(project, "--wrong").returncode == 2
-    result = launch(project, "--i", "2")
-    assert (result.returncode, "--i is for grafting.py alone" in result.stderr) == (2, True)
-    assert not (project.parent / "runs").exists()
-
-
-def test_a_directory_that_was_run_in_is_refused_and_left_alone(project):
-    directory = project.parent / "old"
-    directory.mkdir()
-    (directory / "metrics2.csv").write_text("epoch\n")
-    (directory / "1.log").write_text("precious")
-    result = launch(project, "--s", "old")
-    assert (result.returncode, "--resume" in result.stderr) == (1, True)
-    assert (directory / "1.log").read_text() == "precious"
-
-
-def test_resume_starts_those_that_are_neither_alive_nor_done(project, tmp_path, living):
-    living(1)
-    write_status(tmp_path, 2, state="done")
-    write_status(tmp_path, 3)
-    (tmp_path / "3.log").write_text("before\n")
-    result = launch(project, "--resume", "--num", "3", "--s", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert wait_until(lambda: "the end" in (tmp_path / "3.log").read_text())
-    assert (tmp_path / "3.log").read_text().startswith("before\nCUDA")
-    assert not (tmp_path / "1.log").exists() and not (tmp_path / "2.log").exists()
-    write_status(tmp_path, 3, state="done")
-    assert "nothing to start" in launch(project, "--resume", "--num", "3", "--s", tmp_path).stderr
-
-
-def test_a_network_that_dies_at_once_is_said(project):
-    result = launch(project, "--status", "1")
-    assert result.returncode == 1
-    assert "network 1 has failed:" in result.stderr and "the end" in result.stderr
-
-
-def on_terminal(project, *arguments):
-    """Starts the launcher on a terminal of its own: (its process id, a function that reads up to a text)."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(project.parent)
-        os.execve(project / "grafting_cifar" / "grafting.sh", ["grafting.sh", *arguments], ENVIRONMENT)
-    seen = bytearray()
-
-    def read(text):
-        deadline = time.monotonic() + 60
-        while text.encode() not in seen:
-            assert time.monotonic() < deadline, seen.decode()
-            try:
-                seen.extend(os.read(terminal, 4096))
-            except OSError:  # the terminal's other end is closed
-                break
-        assert text in seen.decode(), seen.decode()
-        return seen.decode()
-
-    return pid, terminal, read
-
-
-def test_on_a_terminal_the_logs_are_followed_to_the_end(project):
-    pid, _, read = on_terminal(project, "--sleep", "1", "--status", "3")
-    text = read("the end")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
-    assert "Ctrl-C ends that, not the training" in text
-
-
-def test_ctrl_c_ends_the_following_and_not_the_training(project):
-    pid, terminal, read = on_terminal(project, "--sleep", "5")
-    read("OMP_NUM_THREADS=1 [")
-    os.write(terminal, b"\x03")
-    read("no longer following; the training goes on")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
-    os.close(terminal)
-    assert all("the end" not in (project.parent / f"runs/default/{i}.log").read_text() for i in (1, 2))
-    logs(project.parent / "runs/default", 2)
-
-
-# The real thing, on a few images
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "few images"
-    for split, count in (("train", 24), ("test", 8)):
-        for name in ("dark", "light"):
-            (folder / split / name).mkdir(parents=True)
-            for k in range(count):
-                colour = (k, 2 * k, 3 * k) if name == "dark" else (255 - k, 255 - 2 * k, 200)
-                Image.new("RGB", (32, 32), colour).save(folder / split / name / f"{k}.png")
-    return folder
-
-
-def run_launcher(*arguments, cwd):
-    return run([LAUNCHER, *map(str, arguments)], cwd, ENVIRONMENT)
-
-
-def status(directory, network):
-    return json.loads((directory / f"network{network}.json").read_text())
-
-
-def test_a_ring_is_started_killed_resumed_and_stopped(tmp_path, images):
-    directory = tmp_path / "a run"
-    flags = ["--data", images, "--model", "resnet20", "--epochs", "5000", "--num", "2", "--s", directory]
-    result = run_launcher(*flags, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    try:
-        wait_until(
-            lambda: (directory / "metrics2.csv").exists() and (directory / "metrics2.csv").read_text().count("\n") > 2
-        )
-        assert run_launcher(*flags, cwd=tmp_path).returncode == 1, "it runs already"
-        survivor, victim = status(directory, 1)["pid"], status(directory, 2)["pid"]
-        os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: re.search(r"^2 +died", run_launcher("status", directory, cwd=tmp_path).stdout, re.MULTILINE))
-        assert run_launcher("--resume", *flags, cwd=tmp_path).returncode == 0
-        wait_until(lambda: status(directory, 2)["pid"] != victim and status(directory, 2)["state"] == "training")
-        assert status(directory, 1)["pid"] == survivor
-    finally:
-        stopped = run_launcher("stop", directory, cwd=tmp_path)
-    assert (stopped.returncode, stopped.stderr) == (0, "")
-    assert [status(directory, i)["state"] for i in (1, 2)] == ["stopped", "stopped"]
-    assert "stopped by SIGTERM" in run_launcher("status", directory, cwd=tmp_path).stdout
-    assert run_launcher("stop", directory, cwd=tmp_path).returncode == 0
-
-
-def test_the_demo_ends_with_the_table_and_the_plots(tmp_path, images):
-    earlier = tmp_path / "checkpoint/demo"
-    (earlier / "grafted").mkdir(parents=True)
-    (earlier / "made by grafting.sh demo, which replaces this folder").touch()
-    write_status(earlier / "grafted", 1)  # killed
-    result = run_launcher("demo", "--epochs", "2", "--data", images, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    rows = [line.split("|")[1:3] for line in result.stdout.splitlines() if line.startswith("| ")]
-    runs = [(run.strip(), network.strip()) for run, network in rows[1:]]
-    assert runs == [
-        ("baseline", "1"),
-        ("baseline", "mean of 1"),
-        ("grafted", "1"),
-        ("grafted", "2"),
-        ("grafted", "mean of 2"),
-    ]
-    lines = re.findall(r"^(baseline|grafted [12]) +Network:[12] +epoch:[01] ", result.stdout, re.MULTILINE)
-    assert len(lines) == 6
-    plots = [tmp_path / line[2:] for line in result.stdout.splitlines() if line.startswith("- ")]
-    assert {path.name for path in plots} >= {"accuracy.png", "comparison.png", "coefficients_grafted.png"}
-    assert all(path.stat().st_size > 0 for path in plots)
-
-
-def test_the_demo_replaces_no_folder_but_its_own(tmp_path):
-    (tmp_path / "checkpoint/demo").mkdir(parents=True)
-    result = run_launcher("demo", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "was not made by the demo" in result.stderr
-
-
-def test_the_demo_fails_with_the_reason_and_leaves_no_network_behind(tmp_path):
-    result = run_launcher("demo", "--data", tmp_path / "nothing", "--epochs", "1", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "has failed" in result.stderr
-    assert str(tmp_path / "nothing") in result.stderr
-    for name, count in (("baseline", 1), ("grafted", 2)):
-        assert not any(
-            network.alive for network in manage.observe(tmp_path / "checkpoint/demo" / name, range(1, count + 1))
-        )
-
-
-def test_ctrl_c_ends_the_demo_and_its_networks(tmp_path, images):
-    command = [LAUNCHER, "demo", "--epochs", "5000", "--data", images]
-    demo = subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert wait_until(lambda: "epoch:1 " in demo.stdout.readline())
-    os.killpg(demo.pid, signal.SIGINT)
-    assert demo.wait(60) == 130
-    states = [
-        status(tmp_path / "checkpoint/demo" / name, i)["state"]
-        for name, i in (("baseline", 1), ("grafted", 1), ("grafted", 2))
-    ]
-    assert states == ["stopped"] * 3
-
-
-@pytest.mark.slow
-def test_the_demo_as_the_readme_has_it(tmp_path):
-    began = time.monotonic()
-    result = run_launcher("demo", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert time.monotonic() - began < 300
-    accuracies = re.findall(r"epoch:4 +accuracy:([\d.]+)", result.stdout)
-    assert len(accuracies) == 3 and all(80 <= float(accuracy) <= 98 for accuracy in accuracies)
-
-
-# The environment, made from packages that the test itself makes
-
-
-def make_package(folder, name, version="2.0"):
-    """A wheel that installs one empty module."""
-    folder.mkdir(exist_ok=True)
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{name}.py", "")
-        information = f"{name}-{version}.dist-info"
-        wheel.writestr(f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        wheel.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{information}/RECORD", "")
-
-
-def make_environment(root, *files, **variables):
-    """What `environment FILES` prints in the project copied to root: (exit status, $python, messages)."""
-    program = 'source "$0/common/environment.sh"; environment "$@"; echo "$python"'
-    environment = {
-        **ENVIRONMENT,
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": (root.parent / "wheels").as_uri(),
-        **variables,
-    }
-    command = ["bash", "-euo", "pipefail", "-c", program, root, *files]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    return result.returncode, result.stdout.strip(), result.stderr
-
-
-def test_the_environment_is_made_reused_completed_and_mended(tmp_path):
-    root = tmp_path / "a project"
-    (root / "common").mkdir(parents=True)
-    shutil.copy(ROOT / "common/environment.sh", root / "common")
-    (root / "first.txt").write_text("graftingone>=1.9\n")
-    (root / "second.txt").write_text("graftingtwo\n")
-    own = str(root / ".venv/bin/python")
-
-    status, _, messages = make_environment(root, "first.txt")
-    assert status == 1 and "the installation failed" in messages, "there is no such package yet"
-    make_package(tmp_path / "wheels", "graftingone")
-    status, python, messages = make_environment(root, "first.txt")
-    assert (status, python) == (0, own), messages
-    assert "half-made: beginning anew" in messages and "installing graftingone" in messages
-    assert make_environment(root, "first.txt") == (0, own, ""), "the second time there is nothing to do"
-
-    make_package(tmp_path / "wheels", "graftingtwo")
-    status, python, messages = make_environment(root, "first.txt", "second.txt")
-    assert (status, python) == (0, own)
-    assert "making" not in messages and "installing graftingtwo" in messages
-    subprocess.run([own, "-c", "import graftingone, graftingtwo"], check=True)
-
-    (root / ".venv/state").unlink()  # as if the user had made it
-    (root / "third.txt").write_text("graftingthree\n")
-    assert make_environment(root, "first.txt") == (0, own, "")
-    status, _, messages = make_environment(root, "third.txt")
-    assert status == 1 and "was not made by this script" in messages
-
-
-def test_the_users_own_python_is_used_where_it_has_everything(tmp_path):
-    (tmp_path / "common").mkdir()
-    shutil.copy(ROOT / "common/environment.sh", tmp_path / "common")
-    (tmp_path / "needs.txt").write_text("numpy>=1.0\n")
-    assert make_environment(tmp_path, "needs.txt") == (0, sys.executable, "")
-    assert not (tmp_path / ".venv").exists()
-
-
-def test_a_python_that_will_not_do_is_one_sentence(tmp_path):
-    (tmp_path / "common").mkdir()
-    shutil.copy(ROOT / "common/environment.sh", tmp_path / "common")
-    old = tmp_path / "old python"
-    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.1\nexit 1\n')
-    old.chmod(0o755)
-    status, _, message = make_environment(tmp_path, PYTHON=str(old))
-    assert status == 1 and "Python 3.8.1, but 3.10 or newer is needed" in message and message.count("\n") == 1
-    status, _, message = make_environment(tmp_path, PYTHON="no-such-python")
-    assert status == 1 and "no-such-python is not installed" in message and message.count("\n") == 1
+    assert f"network 2 (process {theirs.pid}) is another user's, who alone can stop it" in output
+    assert "network 3 (process 7) is on elsewhere: stop it there" in output
+
+
+def test_stop_within_moments_of_the_start_waits_for_what_is_starting(project, monkeypatch):
+    project.trains_on()
+    go = project.cwd / "go"
+    monkeypatch.setenv("HOLD", str(go))
+    monkeypatch.setattr(view, "START_SECONDS", 0.0)
+    project(*GLYPHS, "--s", "x", "--num", "2")
+    (looks, look) = ([], view.look)
+
+    def look_and_go(directory, of=None):
+        looks.append(directory)
+        if len(looks) == 3:
+            go.touch()  # now they take their places
+        return look(directory, of)
+
+    monkeypatch.setattr(view, "look", look_and_go)
+    status, output, _ = project("stop", "x")
+    assert (status, output.count("is asked to stop"), "no network of x is alive" in output) == (0, 2, True)
+    assert [project.status("x", i)["state"] for i in (1, 2)] == ["stopped"] * 2
+    assert not view.started_here(project.cwd / "x")
+
+
+def test_stop_of_a_network_on_several_processes_waits_for_them_all(project):
+    project.trains_on()
+    project.patch.setattr(launch, "cores", lambda: 2)
+    flags = ("--data", project.cwd, "--device", "cpu", "--num", "1", "--s", "x", "--gpus-per-network", "2")
+    status, output, errors = project(*flags, folder="grafting_imagenet")
+    assert status == 0, output + errors
+    assert [project.seen("checkpoint/x", 1, rank)["OMP_NUM_THREADS"] for rank in (0, 1)] == ["1", "1"]
+    assert project("stop", "x")[0] == 0
+    for path in project.pids.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.name), 0)
+
+
+# Continuing
+
+
+def test_resume_goes_on_with_the_flags_that_each_network_had(project, living, monkeypatch):
+    (project.cwd / "images").mkdir()
+    flags = ("--data", "images", "--device", "cpu", "--model", "resnet20", "--lr", "0.05", "--num", "4", "--s", "x")
+    assert project(*flags, "--epochs", "2")[0] == 0
+    run = project.cwd / "x"
+    until(lambda: all(project.status("x", i)["state"] == "done" for i in range(1, 5)))
+    for i, state in ((2, "training"), (3, "failed")):  # network 2 as if it had been killed
+        write_status(run, **project.status("x", i) | {"state": state})
+    living(run, 4)
+    for path in run.glob("seen*"):
+        path.unlink()
+    monkeypatch.chdir("/")
+    assert project("resume", run)[0] == 0
+    for i in (2, 3):
+        expected = {"data": Path("images"), "lr": 0.05, "num": 4, "s": run, "resume": True, "epochs": 2, "i": i}
+        assert expected.items() <= project.flags("x", i).items()
+        assert project.seen("x", i)["cwd"] == str(project.cwd)
+    assert sorted(path.name for path in run.glob("seen*")) == ["seen2.0", "seen3.0"], "1 is done, 4 is alive"
+
+
+def test_resume_with_more_epochs_continues_what_is_done(project, living):
+    for name in ("x", "y"):
+        project(*GLYPHS, "--epochs", "2", "--s", name, "--num", "1")
+        until(lambda name=name: project.status(name, 1)["state"] == "done")
+    assert "nothing to continue in x" in project("resume", "x")[1]
+    status, _, errors = project("resume", "x", "--epochs", "1")
+    assert (status, "got 1, expected at least 2" in errors) == (2, True)
+    assert project("resume", "x", "y", "--epochs", "3")[0] == 0
+    until(lambda: [project.status(name, 1)["epochs"] for name in ("x", "y")] == [3, 3])
+    living(project.cwd / "x", 1, state="training", epochs=3)
+    status, _, errors = project("resume", "x", "--epochs", "4")
+    assert (status, "--epochs can be raised once all networks have ended" in errors) == (1, True)
+
+
+def test_start_with_resume_continues_what_is_neither_alive_nor_done(project):
+    flags = (*GLYPHS, "--s", "x", "--num", "1", "--resume")
+    assert project(*flags, "--epochs", "2")[0] == 0
+    until(lambda: project.status("x", 1)["state"] == "done")
+    assert "nothing to start" in project(*flags, "--epochs", "2")[1]
+    assert project(*flags, "--epochs", "3")[0] == 0
+    until(lambda: project.status("x", 1)["epochs"] == 3)
+
+
+@pytest.mark.parametrize("command", [[], ["python", "/tmp/evil.py"], ["python", "elsewhere/grafting.py", "--num", "1"]])
+def test_resume_starts_nothing_but_the_projects_own_scripts(project, command):
+    write_status(project.cwd / "x", 1, command=command, cwd=str(project.cwd))
+    status, _, errors = project("resume", "x")
+    assert (status, "network 1 has left no command in x" in errors) == (1, True)
+    assert not list(project.pids.iterdir())
+
+
+def test_resume_knows_how_many_processes_a_network_had(project, monkeypatch):
+    python = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = ["grafting.py", "--data", str(project.cwd), "--num", "1", "--device", "cpu"]
+    place = {"cwd": str(project.root / "grafting_imagenet"), "state": "stopped"}
+    write_status(project.cwd / "x", 1, command=[*python, *words], **place)
+    commands = []
+    monkeypatch.setattr(launch, "command_of", lambda *arguments: commands.append(arguments) or ["true"])
+    project("resume", "x")
+    assert [(folder, ranks) for folder, _, ranks in commands] == [("grafting_imagenet", 2)]

@@ -43,7 +43,8 @@ All networks of a run share its save directory, DIR. --num says how many they ar
 """
 SUFFIXES = {"grafting_cifar": "log", "grafting_imagenet": "out"}  # of the logs of each script's networks
 STOP_SECONDS = 120.0  # within which a network finishes its batch
-DEMO = ("--data", "glyphs", "--model", "resnet20", "--epochs", "5", "--cos", "--amp")
+DEMO = ("--model", "resnet20", "--epochs", "5", "--batch_size", "32", "--cos", "--amp")  # --amp: where hardware has it
+DEMO_DATA = ("--data", "glyphs", "--images", "2000", "--test_images", "500")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -108,14 +109,11 @@ def check(folder: str, words: Sequence[str], ranks: int | None = 1, cwd: str = "
         wrong("--gpu: each network has a GPU of its own; CUDA_VISIBLE_DEVICES says which there are")
     if getattr(args, "evaluate", False):
         wrong("-e: networks are evaluated by grafting.py itself")
-    needs_none = folder == "grafting_cifar" and (str(args.data) == "glyphs" or args.data == default(folder, "data"))
+    default = flags_of(folder).parser().get_default("data")
+    needs_none = folder == "grafting_cifar" and (str(args.data) == "glyphs" or args.data == default)
     if not needs_none and not Path(cwd, args.data).is_dir():
         fail(f"there is no folder {args.data} (--data)")
     return args
-
-
-def default(folder: str, flag: str) -> object:
-    return flags_of(folder).parser().get_default(flag)
 
 
 def given(folder: str, words: Sequence[str], **changes: object) -> list[str]:
@@ -150,7 +148,7 @@ def start(folder: str, words: Sequence[str]) -> int:
     if not pending:
         print(f"nothing to start: all networks in {view.short(args.s)} are alive or done")
         return 0
-    changes = workers_of(folder, args, (own.gpus_per_network or 1) * args.num) | {"s": args.s, "num": args.num}
+    changes = workers_of(folder, words, (own.gpus_per_network or 1) * args.num) | {"s": args.s, "num": args.num}
     return launch(folder, args, {i: given(folder, words, **changes, i=i) for i in pending}, own)
 
 
@@ -199,10 +197,10 @@ def share_of(args: argparse.Namespace, processes: int, gpus: Sequence[str]) -> d
     return {name: str(max(1, cores() // processes)) for name in names if not os.environ.get(name)}
 
 
-def workers_of(folder: str, args: argparse.Namespace, processes: int) -> dict[str, int]:
+def workers_of(folder: str, words: Sequence[str], processes: int) -> dict[str, int]:
     """The same for the processes that decode images, of which each network would have one for each core."""
-    is_default = hasattr(args, "workers") and args.workers == default(folder, "workers")
-    return {"workers": max(1, cores() // processes)} if is_default else {}
+    asked = getattr(flags_of(folder).parser().parse_args(words), "workers", 0)
+    return {"workers": max(1, cores() // processes)} if asked is None else {}
 
 
 def gpus_of(k: int, ranks: int, names: Sequence[str]) -> dict[str, str]:
@@ -234,8 +232,6 @@ def spawn(
     It holds its log locked, as do all processes that inherit it: the lock tells that the network lives from the first
     moment on, and until the last of torchrun's has gone.
     """
-    # torchrun would listen for SIGHUP again.
-    variables = {**variables, **({"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT"} if "--" in command else {})}
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         try:
@@ -266,7 +262,8 @@ def runs() -> list[Path]:
     """The runs below checkpoint/, here and in the scripts' folders."""
     bases = {Path.cwd(), ROOT, *(ROOT / folder for folder in SUFFIXES)}
     folders = {Path(place).resolve() for base in bases for place, _, _ in os.walk(base / "checkpoint")}
-    return sorted(folder for folder in folders if view.networks(folder))
+    found = [folder for folder in folders if view.networks(folder)]
+    return sorted(found, key=lambda folder: (not folder.is_relative_to(Path.cwd()), folder))  # those below come first
 
 
 def find(folder: str, name: str) -> Path:
@@ -383,7 +380,8 @@ def go_on(directory: Path, epochs: int | None, own: argparse.Namespace) -> int:
 def demo(folder: str, words: Sequence[str]) -> int:
     """Trains a baseline and two grafted networks on images that are drawn on the spot, and compares them."""
     folder, base = "grafting_cifar", Path("checkpoint", "demo")
-    own, words = own_flags([*DEMO, *words])
+    has_data = any(word.partition("=")[0] == "--data" for word in words)
+    own, words = own_flags([*DEMO, *(() if has_data else DEMO_DATA), *words])
     networks = {"baseline": (1, 1), "grafted 1": (2, 1), "grafted 2": (2, 2)}
     directories = [base / "baseline", base / "grafted"]
     flags = {name: given(folder, words, s=base / name.split()[0], num=num, i=i) for name, (num, i) in networks.items()}
@@ -439,7 +437,7 @@ def slurm(folder: str, words: Sequence[str]) -> int:
         names = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True).stdout
         meeting = f"{names.split()[0]}:{20000 + int(job) % 40000}"
         nodes = ["--nnodes", str(machines), "--rdzv_backend", "c10d", "--rdzv_id", job, "--rdzv_endpoint", meeting]
-    words = given(folder, [*words, "--resume"], **workers_of(folder, args, ranks), s=args.s, num=args.num, i=i)
+    words = given(folder, [*words, "--resume"], **workers_of(folder, words, ranks), s=args.s, num=args.num, i=i)
     command = ["srun"] * (machines > 1) + command_of(folder, words, ranks, nodes)
     at_limit, log = [], args.s / f"{i}.{SUFFIXES[folder]}"
     # SIGTERM comes from Slurm to all processes, and is waited for; SIGUSR1, before the time limit, to this one alone.

@@ -1,0 +1,152 @@
+"""Launching without training: a copy of the project in which a stand-in takes the place of both scripts."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from processes import ROOT, until
+
+from training import launch, view
+
+# It reads its flags and holds its place as the real one does. It starts once the file HOLD is there, and trains until
+# ENDS is there (without those variables: at once), or ends at once with the sentence FAILS.
+STAND_IN = """
+import fcntl, json, os, signal, socket, sys, time
+from pathlib import Path
+
+sys.path.insert(0, os.environ["REAL_ROOT"])
+Path(os.environ["PIDS"], str(os.getpid())).touch()
+from importlib import import_module
+from training.flags import command
+
+def wait_for(name):
+    while name in os.environ and not Path(os.environ[name]).exists():
+        time.sleep(0.02)
+
+args = import_module(Path(__file__).resolve().parent.name + ".flags").parse()
+path, rank = args.s / f"network{args.i}.json", os.environ.get("RANK", "0")
+wait_for("HOLD")
+if "FAILS" in os.environ:
+    sys.exit(os.environ["FAILS"])
+variables = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+seen = {name: os.environ.get(name) for name in variables} | {"argv": sys.argv[1:], "cwd": os.getcwd()}
+seen["nohup"] = [signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, os.getsid(0) == os.getpid(), sys.stdin.read() == ""]
+(args.s / f"seen{args.i}.{rank}").write_text(json.dumps(seen))
+said = {"network": args.i, "num": args.num, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+said |= {"beat": 1, "epoch": 0, "epochs": args.epochs, "command": command(), "cwd": os.getcwd()}
+
+def say(state):
+    path.with_suffix(".new").write_text(json.dumps(said | {"state": state}))
+    path.with_suffix(".new").replace(path)
+
+def stopped(*_):
+    say("stopped")
+    sys.exit("network stopped by SIGTERM") if "DEAF" not in os.environ else None
+
+if rank == "0":
+    lock = open(args.s / f"network{args.i}.lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    signal.signal(signal.SIGTERM, stopped)
+    say("training")
+print(f"Network:{args.i}    epoch:0    accuracy:50.000    best:50.000", flush=True)
+wait_for("ENDS")
+if rank == "0":
+    say("done")
+"""
+
+
+class Project:
+    """The copy, in a folder whose name has a space; `cwd` is where the launcher is called from."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str] | None):
+        self.root, self.cwd, self.pids, self.ends = (
+            folder / "a project",
+            folder / "here",
+            folder / "pids",
+            folder / "ends",
+        )
+        self.patch, self.capsys = monkeypatch, capsys
+        for each in (self.cwd, self.pids):
+            each.mkdir()
+        for name in ("training", "filter_grafting", "grafting_cifar", "grafting_imagenet"):
+            shutil.copytree(ROOT / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("grafting_cifar", "grafting_imagenet"):
+            (self.root / name / "grafting.py").write_text(STAND_IN)
+        (self.root / "requirements.txt").write_text("pytest\n")
+        self.variables = {"PIDS": str(self.pids), "REAL_ROOT": str(ROOT), "PYTHON": sys.executable}
+        for name, value in {**self.variables, "CUDA_VISIBLE_DEVICES": ""}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.chdir(self.cwd)
+        monkeypatch.setattr(launch, "ROOT", self.root)
+        monkeypatch.setattr(launch, "set_up", lambda: None)
+        monkeypatch.setattr(launch, "view", view, raising=False)
+        monkeypatch.setattr(view, "LOOK_SECONDS", 0.02)
+        monkeypatch.setattr(sys, "argv", ["launch.py"])
+
+    def __call__(self, *words: object, folder: str = "grafting_cifar") -> tuple[int, str, str]:
+        """What grafting.sh does, in this process: (exit status, standard output, standard error)."""
+        self.capsys.readouterr()
+        try:
+            status = launch.main([folder, *map(str, words)])
+        except SystemExit as end:
+            status = end.code
+        return status, *self.capsys.readouterr()
+
+    def trains_on(self) -> None:
+        """From now on, stand-ins that are started train until `end`."""
+        self.patch.setenv("ENDS", str(self.ends))
+
+    def end(self) -> None:
+        self.ends.touch()
+
+    def seen(self, directory: str, network: int, rank: int = 0) -> dict:
+        """What a stand-in has found when it was started."""
+        path = self.cwd / directory / f"seen{network}.{rank}"
+        return json.loads(until(lambda: path.exists() and path.read_text(), what=lambda: str(path)))
+
+    def flags(self, directory: str, network: int, folder: str = "grafting_cifar") -> dict:
+        return vars(importlib.import_module(f"{folder}.flags").parse(self.seen(directory, network)["argv"]))
+
+    def status(self, directory: str, network: int) -> dict:
+        return json.loads((self.cwd / directory / f"network{network}.json").read_text())
+
+
+@contextmanager
+def project(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str] | None = None
+) -> Iterator[Project]:
+    """A project of which no process outlives the test."""
+    made = Project(folder, monkeypatch, capsys)
+    try:
+        yield made
+    finally:
+        made.end()
+        for path in made.pids.iterdir():
+            with suppress(ProcessLookupError):
+                os.kill(int(path.name), signal.SIGKILL)
+
+
+def write_status(directory: Path, network: int, **fields: object) -> None:
+    """network{i}.json, of a process that is no more."""
+    said = {
+        "network": network,
+        "num": 2,
+        "state": "training",
+        "epoch": 6,
+        "epochs": 200,
+        "accuracy": 91.5,
+        "best": 92.25,
+    }
+    said |= {"host": os.uname().nodename, "pid": 2**30, "time": 0, "beat": 1, "command": []} | fields
+    path = directory / f"network{network}.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text(json.dumps(said))
+    path.with_suffix(".new").replace(path)
