@@ -311,16 +311,23 @@ def _weights(
     kind = type(modules[""]).__name__
     if not weights:
         what = "convolution (nn.ConvNd)" if layers is None else "layer that layers= selects"
-        raise MismatchError(f"{kind} has no {what} to compare; {_LAYERS_ADVICE}")
+        raise MismatchError(f"{kind} has no {what} to compare; {_layers_advice(modules.values())}")
     sizes: Counter[bool] = Counter()
     for key, entry in entries.items():
         sizes[_module_of(key) in weights] += entry.numel()
     if layers is None and (share := sizes[True] / sizes.total()) < 0.1:
-        _warn_once(f"{kind}: convolutions hold {share:.1%} of the weights and set all coefficients; {_LAYERS_ADVICE}")
+        held = f"{kind}: convolutions hold {share:.1%} of the weights and set all coefficients"
+        _warn_once(f"{held}; {_layers_advice(modules.values())}")
     return weights
 
 
-_LAYERS_ADVICE = "layers=(nn.Conv2d, nn.Linear), types or a function of a module, lets other layers set their own"
+def _layers_advice(modules: Iterable[nn.Module]) -> str:
+    sizes: Counter[str] = Counter()
+    for module in modules:
+        sizes[type(module).__name__] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    most = " and ".join(kind for kind, size in sizes.most_common(2) if size)
+    advice = "layers=(nn.Conv2d, nn.Linear), types or a function of a module, lets other layers set their own"
+    return f"{advice} (most weights are in {most})"
 
 
 @functools.cache
