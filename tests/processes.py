@@ -54,7 +54,8 @@ class _Nursery:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    here = str(Path(__file__).parent)  # for the models in ranks.py
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": here}
 
 
 NURSERY = _Nursery()
@@ -144,7 +145,7 @@ class Run:
         logs: Path | None = None,
     ):
         self.directory, self.networks, self.epochs = directory, networks, epochs
-        self.flags = ["--data", str(data), "--model", "resnet20", "--batch_size", "16", "--device", "cpu", *flags]
+        self.flags = ["--data", str(data), "--model", "ranks:tiny", "--batch_size", "16", "--device", "cpu", *flags]
         self.logs = logs or directory.parent / f"{directory.name}-logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.started: list[Process] = []
@@ -201,10 +202,8 @@ class Run:
                 each.pop(key, None)
             each["settings"].pop("epochs")  # may have been raised since it was written
             each["row"] = _timeless(each.get("row", {}))
-        tables = {
-            name: [_timeless(row) for row in read_table(self.directory / f"{name}{network}.csv")]
-            for name in (("metrics", "coefficients") if self.networks > 1 else ("metrics",))
-        }
+        paths = {name: self.directory / f"{name}{network}.csv" for name in ("metrics", "coefficients")}
+        tables = {name: [_timeless(row) for row in read_table(path)] for name, path in paths.items() if path.exists()}
         lines = [line for line in self.log(network).splitlines() if line.startswith(f"Network:{network}    epoch:")]
         # A line may come twice, if its network was killed after it had printed it.
         log = list(dict.fromkeys(re.sub(r"(train|test|wait|graft):[\d.]+s", "", line) for line in lines))

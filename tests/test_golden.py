@@ -163,7 +163,7 @@ def test_the_imagenet_scripts_weights_order_and_augmentation(larger_images, netw
 
 
 def test_the_cifar_scripts_digits(images, tmp_path):
-    run = Run(tmp_path / "run", images, 2, 2, ("--lr", "0.01"))
+    run = Run(tmp_path / "run", images, 2, 2, ("--model", "resnet20", "--lr", "0.01"))
     assert_digits(run.finish(), CIFAR)
 
 
