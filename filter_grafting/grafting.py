@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, overload
 
 import torch
@@ -21,6 +21,7 @@ from .states import (
     as_patterns,
     blendable,
     check_alike,
+    check_patterns,
     is_excluded,
     load_plain_state,
     local,
@@ -258,26 +259,12 @@ def _plan(
     other = State(
         {key: whole(entry) for key, entry in plain_names(neighbour).items()}, getattr(neighbour, "source", "")
     )
-    for pattern in as_patterns(exclude):
-        if not any(is_excluded(key, pattern) for key in [*own, *other]):
-            raise ValueError(f"exclude: {pattern!r} fits no entry; expected patterns such as {next(iter(own), '*')!r}")
+    check_patterns(exclude, [*own, *other])
     check_alike(own, other, exclude)
     entries = blendable(model, {key: entry for key, entry in own.items() if not is_excluded(key, exclude)}, other)
     weights = _weights(model, own, entries, layers)
 
-    sides = ("the network", own), (f"its neighbour{f' ({other.source})' if other.source else ''}", other)
-    values: dict[str, tuple[float, float]] = {}
-    for key, entry in entries.items():
-        other[key] = other[key].to(entry.device)
-        for side, state in sides:
-            if not _is_finite(whole(state[key])):
-                raise MismatchError(f"{key}: {side} holds a value that is not finite{advice(key)}")
-        if key in weights.values():
-            try:
-                values[key] = float(criterion(_effective(key, own))), float(criterion(_effective(key, other)))
-                coefficient(*values[key])  # refuses what is not finite
-            except ValueError as error:
-                raise MismatchError(f"{key}: {error}{advice(key)}") from error
+    values = _judged(own, other, entries, set(weights.values()), criterion)
     if level == "filter":
         if any(local(entry) is not entry for entry in entries.values()):
             raise MismatchError("the model is sharded (DTensor): level 'filter' needs it whole; use level 'layer'")
@@ -287,6 +274,26 @@ def _plan(
         return filters, _blends(entries, other, filter_level.shares(chain, entries, shares))
     found = {name: Layer(*values[key], coefficient(*values[key], a, c)) for name, key in weights.items()}
     return found, _blends(entries, other, _layer_shares(entries, found))
+
+
+def _judged(
+    own: Mapping[str, Any], other: State, entries: Iterable[str], weights: Collection[str], criterion: Criterion
+) -> dict[str, tuple[float, float]]:
+    """By key: what the criterion gives for both sides' weights. All entries are checked, and brought to one device."""
+    sides = ("the network", own), (f"its neighbour{f' ({other.source})' if other.source else ''}", other)
+    values = {}
+    for key in entries:
+        other[key] = other[key].to(own[key].device)
+        for side, state in sides:
+            if not _is_finite(whole(state[key])):
+                raise MismatchError(f"{key}: {side} holds a value that is not finite{advice(key)}")
+        if key in weights:
+            try:
+                values[key] = float(criterion(_effective(key, own))), float(criterion(_effective(key, other)))
+                coefficient(*values[key])  # refuses what is not finite
+            except ValueError as error:
+                raise MismatchError(f"{key}: {error}{advice(key)}") from error
+    return values
 
 
 def _weights(
@@ -303,9 +310,7 @@ def _weights(
         key = f"{name}.weight".removeprefix(".")
         key = key if key in own else largest
         if not key or own[key].numel() == 0:
-            raise MismatchError(
-                f"{name} ({type(modules[name]).__name__}) has no weights to judge it by in the state dict"
-            )
+            raise MismatchError(f"{name} ({type(modules[name]).__name__}) has no weights to judge it by")
         if key in entries:
             weights[name] = key
     kind = type(modules[""]).__name__
@@ -326,8 +331,8 @@ def _layers_advice(modules: Iterable[nn.Module]) -> str:
     for module in modules:
         sizes[type(module).__name__] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
     most = " and ".join(kind for kind, size in sizes.most_common(2) if size)
-    advice = "layers=(nn.Conv2d, nn.Linear), types or a function of a module, lets other layers set their own"
-    return f"{advice} (most weights are in {most})"
+    how = "layers=(nn.Conv2d, nn.Linear), types or a function of a module, lets other layers set their own"
+    return f"{how} (most weights are in {most})"
 
 
 @functools.cache
@@ -336,9 +341,8 @@ def _warn_once(message: str) -> None:
 
 
 def _is_selected(module: nn.Module, layers: Selection) -> bool:
-    if isinstance(layers, (type, tuple)) or layers is None:
-        return isinstance(module, layers or _ConvNd)
-    return layers(module)
+    layers = _ConvNd if layers is None else layers
+    return isinstance(module, layers) if isinstance(layers, (type, tuple)) else layers(module)
 
 
 def _module_of(key: str) -> str:

@@ -1,6 +1,6 @@
 """State dicts: under plain names whatever wraps the network, whole whatever shards it, compared before a blend."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -108,6 +108,13 @@ def is_excluded(key: str, exclude: Sequence[str]) -> bool:
 
 def as_patterns(exclude: Sequence[str]) -> Sequence[str]:
     return [exclude] if isinstance(exclude, str) else exclude  # a single one, not its letters
+
+
+def check_patterns(exclude: Sequence[str], keys: Collection[str]) -> None:
+    """Raises a ValueError for a pattern that covers no entry: what it was meant for would be blended."""
+    for pattern in as_patterns(exclude):
+        if not any(is_excluded(key, pattern) for key in keys):
+            raise ValueError(f"exclude: {pattern!r} fits no entry; expected patterns such as {next(iter(keys), '*')!r}")
 
 
 def check_alike(own: Mapping[str, Any], neighbour: Mapping[str, Any], exclude: Sequence[str] = ()) -> None:

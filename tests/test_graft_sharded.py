@@ -95,4 +95,4 @@ def check_fsdp1():
 
 
 def test_models_that_lie_in_several_processes(tmp_path):
-    mp.spawn(in_each_process, (str(tmp_path),), nprocs=2)
+    mp.spawn(in_each_process, (str(tmp_path),), nprocs=2, daemon=True)
