@@ -92,6 +92,7 @@ def test_a_full_disk_is_one_sentence_and_does_not_poison_what_follows(make):
     try:
         with pytest.raises(WriteError, match=r"cannot write .*ckpt1_1\.t7: File too large; .* MB are free there; mend"):
             ring.publish(1, {"weight": torch.zeros(100_000)})
+        assert {path.suffix for path in ring.directory.iterdir()} == {".t7", ".json", ".lock"}
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert rounds_of(ring) == [0]
