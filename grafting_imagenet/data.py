@@ -170,7 +170,7 @@ class Batches:
         # This rank's places in the epoch's order; the k-th part of them is its part of batch k.
         places = torch.arange(rank, max(rank, end), world_size)
         parts = places.split(batch_size // world_size) if len(places) else ()
-        self._requests = Requests(files, parts, train)
+        self._requests = Requests(files, parts)
         self._decoder = Decoder(batch_size // world_size, image_size, train)
         self._loader = start_workers(self._decoder, self._requests, min(workers, len(parts)), self.device)
 
@@ -187,7 +187,7 @@ class Batches:
         Raises:
             DataError: if a file cannot be read, which it names; with skip_bad, if these are no longer few.
         """
-        self._requests.seed = seed
+        self._requests.start(seed, shuffle=self._train)
         for places, (images, labels, errors) in zip(self._requests.parts, self._loaded(), strict=True):
             for row in errors:
                 self._note_bad(errors[row])
@@ -232,27 +232,28 @@ Batch = tuple[Tensor, list[int], dict[int, str]]  # uint8 (b, size, size, 3), la
 class Requests:
     """What the workers get to do, a batch at a time. They are told paths, so that they need no copy of the list."""
 
-    def __init__(self, files: Files, parts: Sequence[Tensor], train: bool) -> None:
-        self.files, self.parts, self.train = files, parts, train
-        self.seed = 0
+    def __init__(self, files: Files, parts: Sequence[Tensor]) -> None:
+        self.files, self.parts = files, parts
+
+    def start(self, seed: int, shuffle: bool) -> None:
+        n, generator = len(self.files), torch.Generator().manual_seed(seed)
+        self.order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+        self.seed = seed
 
     def __iter__(self) -> Iterator[list[Request]]:
-        order = self._order()
         for places in self.parts:
-            rows = zip(order[places].tolist(), places.tolist(), strict=True)
-            yield [self._request(row, place) for row, place in rows]
+            yield [self._request(place, place) for place in places.tolist()]
 
     def after(self, place: int) -> Iterator[Request]:
         """The images that follow in the order, each as it would be cropped and flipped in this place."""
-        return (self._request(row, place) for row in self._order().roll(-place)[1:].tolist())
-
-    def _order(self) -> Tensor:
         n = len(self.files)
-        return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed)) if self.train else torch.arange(n)
+        return (self._request(other % n, place) for other in range(place + 1, place + n))
 
-    def _request(self, row: int, place: int) -> Request:
+    def _request(self, place: int, of: int) -> Request:
+        """The image at a place of the order, cropped and flipped as that of another place."""
+        row = int(self.order[place])
         # Of a text Python makes a hash: what neighbouring seeds and places draw is unrelated.
-        return self.files.paths[row], int(self.files.labels[row]), f"{self.seed}/{place}"
+        return self.files.paths[row], int(self.files.labels[row]), f"{self.seed}/{of}"
 
 
 class Decoder(Dataset):

@@ -75,7 +75,7 @@ def test_hidden_and_system_files_are_left_out_and_counted(folder):
         expected.classes,
     )
     (note,) = images.notes
-    assert note == f"left out of {folder}, as no images or hidden: {len(left_out)}, such as test/ant/notes.txt"
+    assert note == f"left out of {folder}: 9 files that are hidden or no images, such as test/ant/notes.txt"
 
 
 def test_a_hidden_folder_above_the_images_does_not_matter(folder, tmp_path_factory):
@@ -94,6 +94,7 @@ def test_which_split_is_for_what(folder):
         images = class_folders(folder)
         assert images.val is None and "only.jpg" in names(images.test)
         write(folder / "test/0.jpg")
+    assert images.notes == [f"left out of {folder}: test/, which has no class folders"]
 
 
 def test_relative_folders_the_home_folder_and_links(folder, monkeypatch, tmp_path_factory):

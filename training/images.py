@@ -71,10 +71,12 @@ def class_folders(folder: str | Path) -> Images:
     except OSError as error:
         place = printable(error.filename or folder)
         raise DataError(f"{place} cannot be read ({error.strerror}): mend it, or give another folder") from error
-    notes = []
+    unused = [name for name in ("val", "test") if name not in classes and (folder / name).is_dir()]
+    notes = [f"left out of {printable(folder)}: {name}/, which has no class folders" for name in unused]
     if left_out:
         example = printable(os.path.relpath(min(left_out), folder))
-        notes = [f"left out of {printable(folder)}, as no images or hidden: {len(left_out):,}, such as {example}"]
+        found = f"{len(left_out):,} files that are hidden or no images, such as {example}"
+        notes.append(f"left out of {printable(folder)}: {found}")
     val = files.get("val") if "test" in files else None
     return Images(files["train"], val, files.get("test", files.get("val")), classes["train"], notes)
 
