@@ -1,7 +1,9 @@
 """Says what a trained model takes images for: the likeliest classes, with their probabilities.
 
-python analysis/predict.py checkpoint/demo/grafted/best1.t7 photo.jpg
-python analysis/predict.py checkpoint/demo/grafted/best1.t7 photos/*.jpg --top 1
+    python analysis/predict.py checkpoint/demo/grafted/best1.t7 photo.jpg
+    python analysis/predict.py checkpoint/demo/grafted/best1.t7 photos/*.jpg --top 1
+
+Model and names of the classes are those that the file records; images are resized as in testing.
 """
 
 import argparse

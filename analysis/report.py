@@ -64,20 +64,15 @@ def progress(run: Run, network: Network) -> str:
     return f"epoch {len(network.metrics)} of {status.epochs or run.settings.get('epochs', '?')}, {status}"
 
 
-def course(networks: Sequence[Network]) -> pd.Series:
-    """Mean test accuracy by epoch, of the epochs that all of the networks have."""
-    columns = [network.metrics.set_index("epoch")["test_accuracy"] for network in networks]
-    return pd.concat(columns, axis=1, join="inner").mean(axis=1)
-
-
-def gain(run: Run, networks: Sequence[Network], runs: Sequence[Run]) -> float:
+def gain(run: Run, network: Network, runs: Sequence[Run]) -> float:
     """Over the mean of the baselines, at the last epoch that all have; NaN if there is none."""
-    baselines = [network for other in baselines_of(run, runs) for network in other.networks]
-    if not baselines or not networks:
+    baselines = [other for baseline in baselines_of(run, runs) for other in baseline.networks]
+    columns = [each.metrics.set_index("epoch")["test_accuracy"] for each in (network, *baselines)]
+    common = pd.concat(columns, axis=1, join="inner")
+    if not baselines or common.empty:
         return math.nan
-    own, others = course(networks), course(baselines)
-    common = own.index.intersection(others.index)
-    return own[common[-1]] - others[common[-1]] if len(common) else math.nan
+    own, *others = common.iloc[-1]
+    return own - sum(others) / len(others)
 
 
 def frame_of(runs: Sequence[Run]) -> pd.DataFrame:
@@ -87,9 +82,10 @@ def frame_of(runs: Sequence[Run]) -> pd.DataFrame:
         for network in run.networks:
             row = {"run": run.label, "network": network.number, "model": run.model, "method": run.method}
             row |= {"epochs": len(network.metrics), "best": network.best, "last": network.last}
-            row |= {"gain": gain(run, [network], runs), "seconds_per_epoch": network.seconds_per_epoch}
+            row |= {"gain": gain(run, network, runs), "seconds_per_epoch": network.seconds_per_epoch}
             for kind, counts in ("", network.invalid), ("shortcut_", network.shortcuts):
-                for threshold, (invalid, total) in zip(THRESHOLDS, counts, strict=False):
+                for k, threshold in enumerate(THRESHOLDS):
+                    invalid, total = counts[k] if counts else (math.nan, math.nan)
                     row |= {f"{kind}invalid_{threshold:g}": invalid, f"{kind}filters": total}
             row |= {"counted_in": network.counted_in, "state": progress(run, network)}
             rows.append(row | {"file": network.best_file or "", "directory": run.directory})
@@ -99,71 +95,74 @@ def frame_of(runs: Sequence[Run]) -> pd.DataFrame:
 def text_table(runs: Sequence[Run], style: str) -> tuple[str, list[str]]:
     """The table for people, no wider than WIDTH in Markdown, and the notes that its numbers in brackets refer to."""
     notes: list[str] = []
-    rows: list[dict[str, str]] = []
-    best = best_network(runs)
+
+    def note(text: str) -> str:
+        notes.append(text)
+        return f" [{len(notes)}]"
+
+    rows, best, everything = [], best_networks(runs), frame_of(runs)
     several_models = len({run.model for run in runs if run.model}) > 1
     for run in runs:
         name = f"{run.label}: {run.model + ', ' if several_models else ''}{run.method}"
         name = name if (run.networks or run.record) and run.method != run.label else run.label
-        marks = [note(notes, f"{run.label}: {error}") for error in run.errors]
-        if len(run.networks) != 1:
-            rows.append(row_of(name, run, run.networks, runs, marks))
-        for network in run.networks:
-            own = marks if len(run.networks) == 1 else []
+        marks = "".join(note(f"{run.label}: {error}") for error in run.errors)
+        known = everything[everything["directory"] == run.directory] if run.networks else everything[:0]
+        if len(known) != 1:
+            rows.append(row_of(name, known, marks))
+        for k, network in enumerate(run.networks):
+            own = marks if len(known) == 1 else ""
             if (state := progress(run, network)) != "done":
-                own = [*own, note(notes, f"{run.label}, network {network.number}: {state}")]
-            name_of_row = name if len(run.networks) == 1 else f"· network {network.number}"
-            row = row_of(name_of_row, run, [network], runs, own)
-            row["best %"] += " *" if network is best else ""
+                own += note(f"{run.label}, network {network.number}: {state}")
+            row = row_of(name if len(known) == 1 else f"· network {network.number}", known.iloc[[k]], own)
+            row["best %"] += " *" if network in best.values() else ""
             rows.append(row)
+        if "ensemble" in run.record:
+            rows[-1]["last %"] = f"{run.record['ensemble'].get('ensemble', math.nan):.2f}"
     frame = pd.DataFrame(rows)
-    right = list(frame)[1:]
-    text = table(frame, style, right)
+    text = table(frame, style, right=list(frame)[1:])
     if style == "markdown" and (excess := len(text.partition("\n")[0]) - WIDTH) > 0:
         widest = max(12, frame["run"].str.len().max() - excess)
         frame["run"] = [name if len(name) <= widest else f"{name[: widest - 1]}…" for name in frame["run"]]
-        text = table(frame, style, right)
+        text = table(frame, style, right=list(frame)[1:])
     return text, notes
 
 
-def note(notes: list[str], text: str) -> str:
-    notes.append(text)
-    return f" [{len(notes)}]"
-
-
-def row_of(name: str, run: Run, networks: Sequence[Network], runs: Sequence[Run], marks: Sequence[str]) -> dict:
+def row_of(name: str, networks: pd.DataFrame, marks: str) -> dict[str, str]:
     """The texts of a row: of one network, or the means of several."""
-    last = mean_and_deviation([network.last for network in networks], 2)
-    if "ensemble" in run.record:
-        last = f"{run.record['ensemble'].get('ensemble', math.nan):.2f}"
-    difference = gain(run, networks, runs)
-    row = {
-        "run": name,
-        "epochs": "/".join(sorted({str(len(network.metrics)) for network in networks})) + "".join(marks),
-        "best %": mean_and_deviation([network.best for network in networks], 2),
-        "last %": last,
-        "gain": "" if math.isnan(difference) else f"{difference:+.2f}",
-    }
-    counted = [network for network in networks if network.invalid]
-    for k, threshold in enumerate(THRESHOLDS):
-        mean = mean_and_deviation([network.invalid[k][0] for network in counted], 1).partition(" ")[0]
-        row[f"<{threshold:g}"] = mean.removesuffix(".0")
-    seconds = mean_and_deviation([network.seconds_per_epoch for network in networks], 1)
-    return row | {"s/epoch": seconds.partition(" ")[0]}
+
+    def mean(column: str, digits: int) -> str:
+        value = networks[column].mean() if len(networks) else math.nan
+        return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+    best, last = (mean_and_deviation(networks[column] if len(networks) else [], 2) for column in ("best", "last"))
+    epochs = "/".join(sorted({str(epochs) for epochs in networks["epochs"]})) if len(networks) else ""
+    difference = networks["gain"].mean() if len(networks) else math.nan
+    row = {"run": name, "epochs": epochs + marks, "best %": best, "last %": last}
+    row["gain"] = "" if math.isnan(difference) else f"{difference:+.2f}"
+    row |= {f"<{k:g}": mean(f"invalid_{k:g}", 1).removesuffix(".0") for k in THRESHOLDS}
+    return row | {"s/epoch": mean("seconds_per_epoch", 1)}
 
 
-def best_network(runs: Sequence[Run]) -> Network | None:
-    networks = [network for run in runs for network in run.networks if not math.isnan(network.best)]
-    return max(networks, key=lambda network: network.best, default=None)
+def best_networks(runs: Sequence[Run]) -> dict[str, Network]:
+    """By number of classes: accuracies on other data sets cannot be compared."""
+    best: dict[str, Network] = {}
+    for run in runs:
+        classes = str(run.settings.get("classes", ""))
+        for network in run.networks:
+            if not math.isnan(network.best) and (classes not in best or network.best > best[classes].best):
+                best[classes] = network
+    return best
 
 
 def sentences(runs: Sequence[Run]) -> list[str]:
     """What is said below the table."""
     said = []
-    if best := best_network(runs):
-        run = next(run for run in runs if best in run.networks)
-        file = f": {short_path(best.best_file)}" if best.best_file else ""
-        said.append(f"* The best network is network {best.number} of {run.label}, {best.best:.2f} %{file}")
+    best = best_networks(runs)
+    for classes, network in best.items():
+        run = next(run for run in runs if network in run.networks)
+        file = f": {short_path(network.best_file)}" if network.best_file else ""
+        which = f" in {classes} classes" if len(best) > 1 else ""
+        said.append(f"* Best{which}: network {network.number} of {run.label}, {network.best:.2f} %{file}")
     filters = {run.model: run.networks[0].invalid[0][1] for run in runs if run.networks and run.networks[0].invalid}
     said += [CAPTION, " ".join(f"A {model or 'network'} has {total:,} filters." for model, total in filters.items())]
     for run in runs:

@@ -41,7 +41,7 @@ tabulate.MIN_PADDING = 0  # columns no wider than need be
 Counts = list[tuple[int, int]]  # (invalid, total) at each threshold
 
 
-@dataclass
+@dataclass(eq=False)
 class Network:
     """What one network has left; what could not be read is empty."""
 
@@ -70,7 +70,7 @@ class Network:
         return float(self.metrics[SECONDS].sum(axis=1).median())
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """What the networks of one directory have in common."""
 

@@ -96,7 +96,7 @@ def test_a_row_per_network_under_the_mean_of_their_run(tmp_path, run_report):
     assert first["s/epoch"] == "3.0"  # the median of 1, 2 and 3 s of training, and 1 s of the rest
     assert mean["last %"] == f"69.50 ± {statistics.stdev([70.25, 68.75]):.2f}"
     assert mean["<0.1"] == "2.5"
-    assert f"* The best network is network 1 of two, 71.50 %: {tmp_path / 'two' / 'best1.t7'}" in output
+    assert f"* Best: network 1 of two, 71.50 %: {tmp_path / 'two' / 'best1.t7'}" in output
     assert "A resnet20 has 4 filters." in output
 
 
