@@ -51,19 +51,14 @@ def draw(tables: dict[str, dict[str, Cells]], preset: str, out: Path) -> dict[tu
 def plots(cells: Cells, title: str, kind: str, mapped: set[str]) -> Iterator[tuple[str, Figure]]:
     """What each figure shows, and the figure."""
     runs = [run for one in cells.values() for run in one.results["result"] if not one.is_ensemble]
-    columns = set().union(*(network.metrics.columns for run in runs for network in run.networks))
+    metrics = pd.concat([pd.DataFrame(), *(network.metrics for run in runs for network in run.networks)])
     if kind != "filters" and any(math.isfinite(one.mean) for one in gains(cells, "last").values()):
         yield "gain", gain_plot(cells, title)
     if kind != "filters" and runs:
         yield "accuracy", accuracy(cells, title)
-    if any(
-        network.metrics.get(f"invalid_{k}", pd.Series([0])).max() > 0
-        for run in runs
-        for network in run.networks
-        for k in THRESHOLDS
-    ):
+    if metrics.get(f"invalid_{THRESHOLDS[0]}", pd.Series([0])).max() > 0:
         yield "invalid", invalid_filters(cells, title)
-    if "information" in columns:
+    if "information" in metrics:
         yield "information", information(cells, title)
     for label, one in cells.items() if kind != "filters" else ():
         first = one.results["result"].iloc[0]

@@ -400,6 +400,7 @@ def test_a_failed_run_is_reported_with_its_sentence_and_the_others_go_on(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_table_comes_to_a_full_report(tmp_path, monkeypatch, capsys):
     images = make_class_folders(tmp_path / "images")
     status, output = Queue(tmp_path, "all", "--data", f"imagenet={images}").finish()
