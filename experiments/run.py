@@ -357,7 +357,7 @@ class Progress:
         parts = ", ".join(f"{job.run} {100 * job.share():.0f} %" for job in running)
         line = f"{len(running)} running, {len(waiting)} waiting{rest}: {parts}"
         if self.on_terminal:
-            line = f"\r{line[: shutil.get_terminal_size().columns - 1]}\033[K"
+            line = line[: shutil.get_terminal_size().columns - 1]
         self.say(line, end="" if self.on_terminal else "\n")
 
     def say(self, text: str, end: str = "\n") -> None:
