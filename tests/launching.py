@@ -1,11 +1,15 @@
 """Launching without training: a copy of the project in which a stand-in takes the place of both scripts."""
 
+import fcntl
 import importlib
 import json
 import os
+import pty
 import shutil
 import signal
+import struct
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +18,9 @@ import pytest
 from processes import ROOT, until
 
 from training import launch, view
+
+LAUNCHER = ROOT / "grafting_cifar" / "grafting.sh"
+ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 # It reads its flags and holds its place as the real one does. It starts once the file HOLD is there, and trains until
 # ENDS is there (without those variables: at once), or ends at once with the sentence FAILS.
@@ -150,3 +157,47 @@ def write_status(directory: Path, network: int, **fields: object) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".new").write_text(json.dumps(said))
     path.with_suffix(".new").replace(path)
+
+
+class Terminal:
+    """A command on a terminal of 80 columns; `text` is all that it has shown."""
+
+    def __init__(self, command, cwd, environment):
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            os.chdir(cwd)
+            os.execve(command[0], [str(word) for word in command], {**environment, "TERM": "xterm"})
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        os.set_blocking(self.terminal, False)
+        self.text, self.status = "", None
+
+    def read(self) -> str:
+        with suppress(OSError):  # nothing new, or the other end is closed
+            self.text += os.read(self.terminal, 65536).decode(errors="replace")
+        return self.text
+
+    def shows(self, text: str) -> None:
+        until(lambda: text in self.read(), what=lambda: f"{text!r} on the terminal, which shows\n{self.text}")
+
+    def press_ctrl_c(self) -> None:
+        os.write(self.terminal, b"\x03")
+
+    def end(self) -> int:
+        """Its exit status."""
+
+        def ended() -> bool:
+            self.read()
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+            return bool(pid)
+
+        if self.status is None:
+            until(ended, what=lambda: f"the end of what shows\n{self.text}")
+            self.read()
+        return self.status
+
+    def kill(self) -> None:
+        if self.status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.end()
+        os.close(self.terminal)

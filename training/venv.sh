@@ -35,8 +35,9 @@ if [ "$state" != complete ]; then
     rm -rf .venv && mkdir .venv && echo unfinished >.venv/state
     "$own" -m venv .venv >&2 || fail "$own cannot make .venv; install its venv module (Debian, Ubuntu: python3-venv)"
     # Where only smaller packages are lacking, the user's torch, a build for their GPU perhaps, is used as it is.
-    "$own" -c 'import sys, torch, torchvision; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
-        >"$(echo .venv/lib/python*/site-packages)/own.pth" 2>/dev/null || :
+    "$own" -c 'import importlib.util as u, sys
+if u.find_spec("torch") and u.find_spec("torchvision"): print(*(p for p in sys.path if "-packages" in p), sep="\n")' \
+        >"$(echo .venv/lib/python*/site-packages)/own.pth"
 fi
 echo unfinished >.venv/state # begun anew by the next call, if it stays so
 .venv/bin/python -m pip install --disable-pip-version-check $(printf ' -r %s' "$@") >&2 \
