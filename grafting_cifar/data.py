@@ -1,8 +1,10 @@
 """The images: loaded once, kept as they are (uint8), augmented and normalised a batch at a time.
 
-images = load("glyphs")
-batches = Batches(images.train, batch_size=128, device="cuda", augment=True)
-for x, labels in batches.epoch(seed=0): ...
+    images = load("glyphs")
+    batches = Batches(images.train, batch_size=128, device="cuda", augment=True)
+    for x, labels in batches.epoch(seed=0): ...
+
+What has been decoded is cached; processes on one machine share the cache's pages in memory.
 """
 
 from __future__ import annotations
@@ -59,8 +61,10 @@ def load(source: str | Path, cifar: int = 10) -> Images:
     - any other folder: CIFAR-10 or CIFAR-100 (cifar) in its standard files, downloaded where they are not.
 
     The first start decodes, and leaves a cache beside the images (in the user's cache folder where that place cannot
-    be written, in memory where nothing can); a later one maps it into memory, which processes on one machine share. Of
-    processes that start together one decodes and the others wait for it. Raises DataError where the user has to act.
+    be written, in memory where nothing can). Of processes that start together one decodes and the others wait for it.
+
+    Raises:
+        DataError: where the user has to act.
     """
     folder = Path(os.path.abspath(os.path.expanduser(source)))
     try:
@@ -71,10 +75,8 @@ def load(source: str | Path, cifar: int = 10) -> Images:
         else:
             images = _load_standard(folder, {10: CIFAR10, 100: CIFAR100}[cifar])
     except OSError as error:
-        place = printable(error.filename or folder)
-        raise DataError(
-            f"{place} cannot be read ({error.strerror or error}): mend it, or give another folder"
-        ) from error
+        problem = f"{printable(error.filename or folder)} cannot be read ({error.strerror or error})"
+        raise DataError(f"{problem}: mend it, or give another folder") from error
     if cifar == 100 and len(images.classes) != 100:
         raise DataError(f"{printable(source)} has {len(images.classes)} classes, not 100: leave out --cifar 100")
     return images
@@ -171,10 +173,6 @@ def crop_and_flip(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor) -> Tenso
 normalise = functools.partial(normalised, mean=MEAN, std=STD)
 
 
-def _say(sentence: str) -> None:
-    print(sentence, flush=True)
-
-
 # ---- The cache: a file that is named by the state of what it was made from, appears whole and never changes.
 
 
@@ -189,7 +187,7 @@ def _cached(folder: Path, name: str, state: str, make: Callable[[], Images]) -> 
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = _lock(path.with_name(f"{name}.lock"))
-        except OSError:  # read-only, full, or a file system without locks
+        except (OSError, NotImplementedError):  # read-only, full, or a file system without locks
             continue
         with lock:  # if another process held it, that one has made the cache
             return _read_cache(paths) or _write_cache(path, name, make())
@@ -200,7 +198,7 @@ def _lock(path: Path) -> contextlib.AbstractContextManager:
     lock = filelock.FileLock(path)
     with contextlib.suppress(filelock.Timeout):
         return lock.acquire(timeout=5)
-    _say(f"Waiting for another process, which prepares the images in {path.parent} ...")
+    print(f"Waiting for another process, which prepares the images in {path.parent} ...", flush=True)
     try:
         return lock.acquire(timeout=60 * LOCK_MINUTES)
     except filelock.Timeout as error:
@@ -238,7 +236,7 @@ def _write_cache(path: Path, name: str, images: Images) -> Images:
 
 
 def _draw_glyphs() -> Images:
-    _say("Drawing the 12,000 images of glyphs, once ...")
+    print("Drawing the 12,000 images of glyphs, once ...", flush=True)
     train, test = (Split(*split) for split in glyphs.draw())
     return Images(train, None, test, glyphs.CLASSES, [])
 
@@ -266,7 +264,7 @@ def _decode(folder: Path, listed: Images) -> Images:
             raise DataError(f"{error}: replace or remove it") from error
         return len(chunk)
 
-    _say(f"Decoding the {len(paths):,} images of {folder}, once ...")
+    print(f"Decoding the {len(paths):,} images of {folder}, once ...", flush=True)
     chunks = [range(len(paths))[start : start + 64] for start in range(0, len(paths), 64)]
     # Threads, since Pillow decodes and resizes without the interpreter's lock. disable=None: no bar in a log.
     with ThreadPoolExecutor() as pool, tqdm(total=len(paths), unit="image", leave=False, disable=None) as bar:
@@ -294,7 +292,7 @@ def _load_standard(folder: Path, dataset: type[CIFAR10]) -> Images:
     elif not folder.is_dir() and folder != DEFAULT_FOLDER:
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {problem}: give one with train/<class>/ and test/<class>/, {wanted}")
-    elif (stray := _stray_image(folder)) and not any(folder.glob("cifar-*")):
+    elif not any(folder.glob("cifar-*")) and (stray := _stray_image(folder)):
         problem = f"has images, such as {stray}, but no train/"
         raise DataError(f"{folder} {problem}: put images into train/<class>/ and test/<class>/, or give {wanted}")
     # torchvision compares the files with their published checksums: they cannot be in any other state.
@@ -313,7 +311,7 @@ def _stray_image(folder: Path) -> str | None:
 
 def _read_standard(folder: Path, dataset: type[CIFAR10]) -> Images:
     if not (folder / dataset.base_folder).is_dir() and not (folder / dataset.filename).is_file():
-        _say(f"Downloading {dataset.__name__} to {folder}, once ...")
+        print(f"Downloading {dataset.__name__} to {folder}, once ...", flush=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torchvision sets none: behind a silent firewall it would wait for ever
     try:
