@@ -166,10 +166,10 @@ def coefficients_map(run: Run) -> Figure:
     height = max(1.6, min(0.13 * len(layers) + 0.5, TALLEST / math.ceil(len(grids) / columns)))
     figure, panels = panels_for(run, grids, columns, height, ylabel="layer")
     every = math.ceil(len(layers) / (height / 0.12))  # as many names can be read beside it
-    look = {"cmap": "PuOr", "vmin": 0.5 - (reach or 0.5), "vmax": 0.5 + (reach or 0.5)}
+    colours = {"cmap": "PuOr", "vmin": 0.5 - (reach or 0.5), "vmax": 0.5 + (reach or 0.5)}
     for panel, (network, grid) in zip(panels.flat, grids, strict=False):
         extent = (grid.columns[0] - 0.5, grid.columns[-1] + 0.5, len(layers) - 0.5, -0.5)
-        image = panel.imshow(grid, aspect="auto", interpolation="nearest", extent=extent, **look)
+        image = panel.imshow(grid, aspect="auto", interpolation="nearest", extent=extent, **colours)
         if reach == 0:
             panel.set_title(f"network {network.number}: 0.5 everywhere")
         panel.set_yticks(range(0, len(layers), every), layers[::every], fontsize=6)

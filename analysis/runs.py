@@ -30,7 +30,7 @@ from filter_grafting.errors import CheckpointError, GraftingError
 from filter_grafting.information import invalid_filters, norms_by_layer
 from filter_grafting.membership import Status, networks_of, observe, printable
 from filter_grafting.membership import read_run as read_record
-from training.process import explain
+from training.process import UsageError, explain
 
 THRESHOLDS = (0.1, 0.01)  # of the L1 norm, below which a filter is invalid
 SECONDS = ["train_seconds", "test_seconds", "wait_seconds", "graft_seconds"]
@@ -171,7 +171,9 @@ def _read_csv(run: Run, path: Path, columns: Sequence[str]) -> pd.DataFrame:
     empty = pd.DataFrame(columns=columns)
     try:
         whole, _, rest = path.read_bytes().decode().rpartition("\n")
-        frame = pd.read_csv(io.StringIO(whole), index_col=False, on_bad_lines="error") if whole else empty
+        frame = pd.read_csv(io.StringIO(whole)) if whole else empty
+        if not isinstance(frame.index, pd.RangeIndex):
+            raise ValueError("its rows have more fields than its first line")
         if rest and run.record:  # nothing writes to a finished experiment's file any more
             raise ValueError("its last row is half-written")
         for column in columns:
@@ -375,12 +377,13 @@ def program(main: Callable[[], int]) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (GraftingError, OSError) as error:
-        is_plain = isinstance(error, GraftingError) or not error.filename
-        sentence = str(error) if is_plain else f"{error.filename}: {error.strerror}"
+    except GraftingError as error:
+        sentence, status = str(error), 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        sentence, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
     except (RuntimeError, MemoryError) as error:
-        sentence, is_known = explain(error)  # as of a GPU that is full
+        (sentence, is_known), status = explain(error), 1  # as of a GPU that is full
         if not is_known:
             raise
     print(printable(sentence, 1000), file=sys.stderr)
-    return 1
+    return status

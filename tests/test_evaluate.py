@@ -80,8 +80,8 @@ def write_imagenet(path, size=64):
 def run(monkeypatch, capsys):
     """Runs a program in this process, on the CPU: (exit status, what it printed, its errors)."""
 
-    def run(module, *arguments):
-        monkeypatch.setattr("sys.argv", ["program.py", *map(str, arguments), "--device", "cpu"])
+    def run(module, *arguments, device=("--device", "cpu")):
+        monkeypatch.setattr("sys.argv", ["program.py", *map(str, arguments), *device])
         return program(module.main), *capsys.readouterr()
 
     return run
@@ -222,6 +222,12 @@ def test_what_cannot_be_evaluated_is_one_sentence(tmp_path, folders, run, spoil)
     status, _, errors = run(evaluate, file, "--data", folders)
     assert status == 1
     assert REFUSED[spoil] in errors and str(file) in errors and errors.count("\n") == 1
+
+
+def test_a_device_that_is_not_there_is_one_sentence(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, _, errors = run(evaluate, "--device", "cuda", write_checkpoint(tmp_path / "a.t7"), device=())
+    assert status == 2 and errors.startswith("argument --device: no GPU can be used here") and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", [[], ["a.t7", "--plot", "a.gif"], ["a.t7", "--dta", "x"]])

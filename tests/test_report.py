@@ -251,6 +251,10 @@ DAMAGES = {
         "metrics1.csv",
         lambda path: path.write_text(HEADER + "0,1,1,1,1,what?,1,1,1,1,1\n"),
     ),
+    "its rows have more fields than its first line": (
+        "metrics1.csv",
+        lambda path: path.write_text(HEADER + "0," + ROW),
+    ),
     "its epochs do not follow one another": (
         "metrics1.csv",
         lambda path: path.write_text(HEADER + ROW + "2" + ROW[1:]),
