@@ -1,22 +1,31 @@
+"""Rings of real processes: typed by hand, started late, killed, foreign, and refused."""
+
 import csv
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
 import torch
-from processes import CIFAR, DEADLINE, Process, assert_same, assert_same_runs, read_table, until
+from processes import CIFAR, ROOT, Process, assert_same, assert_same_runs, environment, read_table, until
 
-from filter_grafting.checkpoint import load, save
+from filter_grafting.checkpoint import load
+from grafting_cifar.models import build
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
 def says(run, network: int, words: str) -> None:
     """Waits until a network's log says something."""
-    until(lambda: words in run.log(network), DEADLINE, lambda: f"{words!r} in the log:\n{run.log(network)}")
+    until(lambda: words in run.log(network), what=lambda: f"{words!r} in the log:\n{run.log(network)}")
 
 
 def test_a_ring_of_three_typed_by_hand_comes_to_its_end(make_run, undisturbed):
@@ -26,21 +35,35 @@ def test_a_ring_of_three_typed_by_hand_comes_to_its_end(make_run, undisturbed):
     assert_same_runs(run, undisturbed(3, 3))
     for network in (1, 2, 3):
         status = run.status(network)
-        assert (status["state"], status["epoch"], status["epochs"]) == ("done", 2, 3)
-        assert len(list(run.directory.glob(f"ckpt{network % 3}_*.t7"))) <= 3
+        assert (status["state"], status["epoch"], status["epochs"], status["steps"]) == ("done", 2, 3, 2)
+        assert status["cwd"] == str(CIFAR.parent) and "--i" in status["command"]
+        assert len(list(run.directory.glob(f"ckpt{network % 3}_*.t7"))) <= 4
         best, final = (load(run.directory / f"{kind}{network}.t7") for kind in ("best", "final"))
-        assert (final["epoch"], final["settings"]["model"]) == (2, "resnet20")
+        assert (final["epoch"], final["settings"]["model"], final["classes"]) == (2, "ranks:tiny", ["one", "two"])
         assert best["accuracy"] == final["best"] == status["best"]
         for epoch in range(3):
             start = rf"^Network:{network}    epoch:{epoch}    accuracy:\d+\.\d{{3}}    best:\d+\.\d{{3}}(    |$)"
             assert len(re.findall(start, run.log(network), re.MULTILINE)) == 1
-        for name, rows in ("metrics", 3), ("coefficients", 2 * 19):  # nothing is grafted after the last epoch
+        for name, rows in ("metrics", 3), ("coefficients", 2 * 2):  # nothing is grafted after the last epoch
             assert len(read_table(run.directory / f"{name}{network}.csv")) == rows
+
+
+def test_the_published_lines_run_as_they_stand(images, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    line = (
+        "CUDA_VISIBLE_DEVICES= nohup {python} {script} --s checkpoint/x --cifar 10 --model resnet20 --num 2 --i {i} "
+        "--data {data} --epochs 1 >checkpoint/{i}.log 2>&1 &"
+    )
+    words = {"python": sys.executable, "script": CIFAR, "data": images}
+    lines = "\n".join(line.format(i=i, **words) for i in (1, 2))
+    subprocess.run(["bash", "-c", f"{lines}\nwait"], cwd=tmp_path, check=True, env=environment())
+    for i in (1, 2):
+        assert f"Network:{i}    epoch:0    accuracy:" in (tmp_path / "checkpoint" / f"{i}.log").read_text()
 
 
 def test_networks_of_one_run_differ_and_runs_repeat(undisturbed, make_run):
     first, second = (undisturbed(2, 3).outcome(network)["checkpoints"]["final"] for network in (1, 2))
-    assert not torch.equal(first["net"]["conv1.weight"], second["net"]["conv1.weight"])
+    assert not torch.equal(first["net"]["0.weight"], second["net"]["0.weight"])
     assert_same_runs(make_run(2, 3).finish(), undisturbed(2, 3))
 
 
@@ -48,75 +71,51 @@ def test_a_network_may_start_late(make_run, undisturbed):
     run = make_run(2, 3)
     first = run.start(1, plan=[["quicken"]])
     says(run, 1, ": network 2 has not started; start it with: ")
-    assert re.search(r"waiting for network 2 \(epoch 0\) for \d+ s: network 2 has not", run.log(1))
-    until(lambda: run.status(1)["state"] == "waiting", DEADLINE, lambda: f"its status: {run.status(1)}")
+    until(lambda: run.status(1)["state"] == "waiting", what=lambda: f"its status: {run.status(1)}")
     assert run.status(1)["detail"] == "for network 2"
-    command = run.log(1).partition("start it with: ")[2].splitlines()[0]
-    assert re.match(rf"python3?[\d.]* {CIFAR} --s {run.directory} ", command) and "--i 2" in command
-    second = run.start(2)
-    assert (first.wait(), second.wait()) == (0, 0)
+    line = run.log(1).partition("start it with: ")[2].splitlines()[0]
+    assert re.match(rf"python3?[\d.]* {CIFAR} --s {run.directory} ", line) and line.endswith("--i 2 --resume")
+    assert (run.start(2).wait(), first.wait()) == (0, 0)
     assert_same_runs(run, undisturbed(2, 3))
-    assert float(read_table(run.directory / "metrics1.csv")[0]["wait_seconds"]) > 0.5
+    assert float(read_table(run.directory / "metrics1.csv")[1]["wait_seconds"]) > 0.5
 
 
-def test_a_neighbour_that_dies_is_reported_and_waited_for_until_the_timeout(make_run, undisturbed):
+def test_a_neighbour_that_dies_is_waited_for_until_the_timeout(make_run, undisturbed):
     run = make_run(2, 3)
     first = run.start(1, "--timeout", "0.03", plan=[["quicken"]])
     second = run.start(2, plan=[["at", "before rename ckpt0_1.t7", 1, "kill"]])
     assert second.wait() == -signal.SIGKILL
     assert first.wait() == 3
-    assert "waiting for network 2 (epoch 1) for" in run.log(1)
-    died = r"network 2 died at epoch 1 \(killed\?\); continue it with: python .* --i 2 .*--resume"
-    assert re.search(died, run.log(1))
-    said = first.sentence()
-    assert re.fullmatch(r"network 1 gave up after \d s of waiting for network 2 \(epoch 1\): " + died
-                        + r"\. Start network 2 again with --resume, then this one\n", said)  # fmt: skip
-    assert run.status(1)["state"] == "failed" and run.status(1)["detail"] == said.strip()
+    died = r"network 2 died at epoch 1, step 1 \(killed\?\); continue it with: python.* --i 2 --resume"
+    said = rf"network 1 gave up after \d+ s of waiting for network 2 \(round 1\): {died}\..*--timeout.*\n"
+    assert re.fullmatch(said, first.sentence())
+    assert run.status(1)["state"] == "failed"
     run.finish("--resume")
     assert_same_runs(run, undisturbed(2, 3))
 
 
-def test_the_wait_line_repeats_why_the_neighbour_failed(make_run):
+def test_a_neighbour_that_hangs_in_a_batch_ends_the_wait_though_its_heart_beats(make_run):
+    run = make_run(2, 3)
+    run.start(2, plan=[["quicken"], ["at", "before train", 2, "sleep", 600]])
+    first = run.start(1, "--timeout", "0.03", plan=[["quicken"]])
+    assert first.wait() == 3
+    assert re.search(
+        r"network 2 is training at epoch 1.* \(heartbeat [01] s ago, progress [23] s ago\)", first.sentence()
+    )
+
+
+def test_the_wait_repeats_why_the_neighbour_failed(make_run):
     run = make_run(2, 3)
     run.start(1, plan=[["quicken"]])
-    run.reaches(1, "waiting")
-    second = run.start(2, "--a", "0.5")
+    second = run.start(2, "--lr", "1e38")
     assert second.wait() == 1
-    said = f"network 2 does not fit the run in {run.directory}: a is 0.5 here and 0.4 in the run; give the same"
-    assert second.sentence().startswith(said)
-    says(run, 1, f"network 2 failed before its first epoch: {said}")
+    assert "training has diverged (try a lower --lr" in second.sentence()
+    says(run, 1, "network 2 failed at epoch 0")
+    says(run, 1, "training has diverged")
 
 
-def test_a_truncated_checkpoint_is_waited_out_and_replaced(make_run, undisturbed):
-    run = make_run(2, 3)
-    path, renamed = run.checkpoint(2, 1), "after rename ckpt0_1.t7"
-    first = run.start(1, plan=[["quicken"], ["at", "before load ckpt0_1.t7", 1, "sleep", 1.0]])
-    second = run.start(2, plan=[["at", renamed, 1, "truncate", str(path)], ["at", renamed, 1, "kill"]])
-    assert second.wait() == -signal.SIGKILL
-    says(run, 1, f"{path} is truncated or damaged")
-    assert first.poll() is None
-    assert run.start(2, "--resume").wait() == 0
-    assert first.wait() == 0
-    assert "ckpt0_1.t7 is truncated or damaged" in run.log(2) and "set aside as ckpt0_1.t7.damaged" in run.log(2)
-    assert_same_runs(run, undisturbed(2, 3))
-
-
-def test_a_stale_checkpoint_of_another_run_is_waited_out_and_replaced(make_run, undisturbed):
-    other = undisturbed(2, 3)
-    run = make_run(2, 3)
-    run.directory.mkdir()
-    contents = load(other.checkpoint(2, 2))
-    save(run.checkpoint(2, 0), contents | {"epoch": 0})
-    first = run.start(1, plan=[["quicken"]])
-    says(run, 1, f"{run.checkpoint(2, 0)} belongs to another run")
-    refused = run.start(2)
-    assert refused.wait() == 1 and "network 2 has already run in" in refused.sentence()
-    assert run.start(2, "--resume").wait() == 0
-    assert first.wait() == 0
-    assert_same_runs(run, other)
-
-
-def test_a_malicious_checkpoint_is_waited_out_and_runs_nothing(make_run, undisturbed, tmp_path):
+@pytest.mark.parametrize("what", ["torn", "malicious"])
+def test_a_bad_checkpoint_is_waited_out_and_replaced(make_run, undisturbed, tmp_path, what):
     class Bomb:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/it_ran",)
@@ -124,50 +123,38 @@ def test_a_malicious_checkpoint_is_waited_out_and_runs_nothing(make_run, undistu
     run = make_run(2, 3)
     first = run.start(1, plan=[["quicken"]])
     assert run.start(2, plan=[["at", "before rename ckpt0_1.t7", 1, "kill"]]).wait() == -signal.SIGKILL
-    torch.save({"net": {}, "bomb": Bomb()}, run.checkpoint(2, 1))
-    says(run, 1, f"{run.checkpoint(2, 1)} holds more than tensors and plain values, and could run code; it was not")
+    if what == "torn":
+        run.checkpoint(2, 1).write_bytes(run.checkpoint(2, 0).read_bytes()[:-500])
+        says(run, 1, f"{run.checkpoint(2, 1)} is truncated, damaged or no checkpoint")
+    else:
+        torch.save({"net": {}, "bomb": Bomb()}, run.checkpoint(2, 1))
+        says(run, 1, f"{run.checkpoint(2, 1)} holds more than tensors and plain values, and could run code")
+    assert first.poll() is None
     assert run.start(2, "--resume").wait() == 0
     assert first.wait() == 0
     assert not (tmp_path / "it_ran").exists()
     assert_same_runs(run, undisturbed(2, 3))
 
 
-def test_a_neighbour_of_another_architecture_ends_the_network_with_both_shapes(make_run):
-    run = make_run(2, 3)
+@pytest.mark.parametrize("spoil", ["shape", "not finite", "name"])
+def test_a_neighbour_that_does_not_fit_ends_the_network_in_one_printable_sentence(make_run, spoil):
+    run = make_run(2, 3, "--model", "resnet20")
     run.directory.mkdir()
-    torch.save({"net": {"conv1.weight": torch.zeros(64, 3, 3, 3)}}, run.checkpoint(2, 0))
-    first = run.start(1)
-    assert first.wait() == 1
-    assert first.sentence() == (
-        f"{run.checkpoint(2, 0)} cannot be grafted onto network 1: conv1.weight: in the network (16, 3, 3, 3) "
-        "torch.float32, in its neighbour (64, 3, 3, 3) torch.float32\n"
-    )
-    assert run.status(1)["detail"] == first.sentence().strip()
-
-
-def test_what_a_neighbours_file_says_is_made_printable(make_run):
-    run = make_run(2, 3)
-    run.directory.mkdir()
-    from grafting_cifar.models import build
-
     state = build("resnet20", 2).state_dict()
-    torch.save({"net": state | {"\x1b[2J\nNetwork:1    epoch:9": torch.zeros(1)}}, run.checkpoint(2, 0))
-    first = run.start(1)
-    assert first.wait() == 1
-    assert first.sentence().removesuffix("\n").isprintable()
-
-
-def test_a_neighbour_with_a_value_that_is_not_finite_is_refused(make_run):
-    run = make_run(2, 3)
-    run.directory.mkdir()
-    from grafting_cifar.models import build
-
-    state = build("resnet20", 2).state_dict()
-    state["layer2.0.conv1.weight"][0] = float("nan")
+    if spoil == "shape":
+        state = {"conv1.weight": torch.zeros(64, 3, 3, 3)}
+        words = r"conv1.weight: in the network \(16, 3, 3, 3\) float32, there \(64, 3, 3, 3\) float32"
+    elif spoil == "not finite":
+        state["layer2.0.conv1.weight"][0] = float("nan")
+        words = "layer2.0.conv1.weight.* not finite"
+    else:
+        state["\x1b[2J\nNetwork:1    epoch:9"] = torch.zeros(1)
+        words = "in the network missing"
     torch.save({"net": state}, run.checkpoint(2, 0))
     first = run.start(1)
     assert first.wait() == 1
-    assert "layer2.0.conv1.weight: its neighbour holds a value that is not finite" in first.sentence()
+    assert re.search(words, first.sentence()) and str(run.checkpoint(2, 0)) in first.sentence()
+    assert first.sentence().removesuffix("\n").isprintable()
 
 
 def test_a_second_process_of_the_same_network_is_refused_and_the_first_unharmed(make_run, undisturbed):
@@ -178,22 +165,25 @@ def test_a_second_process_of_the_same_network_is_refused_and_the_first_unharmed(
     for flags in (), ("--resume",):
         again = Process(CIFAR, run.arguments(1, *flags), run.logs / "again.log")
         assert again.wait() == 1
-        said = rf"network 1 is already running in .* \(process {first.pid} on .*\); wait for its end or stop it "
-        assert re.match(said, again.sentence())
+        assert re.match(rf"network 1 is already running in .* \(process {first.pid} on .*\); wait", again.sentence())
     assert {path: path.read_bytes() for path in run.directory.iterdir() if path.name != "network1.json"} == before
-    assert run.status(1)["pid"] == first.pid
-    assert run.start(2).wait() == 0
-    assert first.wait() == 0
+    assert (run.start(2).wait(), first.wait()) == (0, 0)
     assert_same_runs(run, undisturbed(2, 3))
 
 
-def test_a_directory_that_holds_a_run_is_refused(make_run):
+def test_a_refused_start_leaves_no_trace(make_run):
     run = make_run(2, 3).finish()
     before = {path: path.read_bytes() for path in run.directory.iterdir()}
-    again = Process(CIFAR, run.arguments(1), run.logs / "again.log")
-    assert again.wait() == 1
-    said = rf"network 1 has already run in {run.directory} \(state done, epoch 2\): there is ckpt1_2\.t7\. Continue "
-    assert re.match(said, again.sentence())
+    for flags, status, words in (
+        ([], 1, r"network 1 has already run in .* \(--resume continues it"),
+        (["--num", "3", "--i", "3", "--resume"], 1, "num is 3 here and 2 in the run"),
+        (["--epochs", "2", "--resume"], 1, "epochs is 2 here and 3 in the run"),
+        (["--data", "/nowhere", "--resume"], 1, "/nowhere"),
+        (["--device", "cuda", "--resume"], 2, "--device cpu trains on the CPU"),
+    ):
+        again = Process(CIFAR, run.arguments(1, *flags), run.logs / "again.log")
+        assert again.wait() == status, again.output()
+        assert re.search(words, again.sentence()) and again.sentence().count("\n") == 1, again.sentence()
     assert {path: path.read_bytes() for path in run.directory.iterdir()} == before
 
 
@@ -217,7 +207,7 @@ def test_a_ring_of_eight_comes_to_its_end_in_any_order(make_run):
 
 @pytest.mark.parametrize(("networks", "foreign"), [(2, 2), (3, 1)])
 def test_a_process_that_knows_only_the_wire_format_sits_in_the_ring(make_run, networks, foreign):
-    run = make_run(networks, 4)
+    run = make_run(networks, 4, "--model", "resnet20")
     arguments = [str(run.directory), str(foreign), str(networks), str(run.epochs)]
     stand_in = Process(STAND_IN, arguments, run.logs / "stand_in.log")
     run.started.append(stand_in)
@@ -229,11 +219,40 @@ def test_a_process_that_knows_only_the_wire_format_sits_in_the_ring(make_run, ne
         assert len(list(csv.DictReader(file))) == 3 * 19
 
 
-def test_a_stand_in_that_is_slow_is_described_by_its_files(make_run):
-    run = make_run(2, 3)
-    run.directory.mkdir()
-    from grafting_cifar.models import build
+# What a shell or another job has left in the environment
 
-    torch.save({"net": build("resnet20", 2).state_dict()}, run.checkpoint(2, 0))
-    run.start(1, plan=[["quicken"]])
-    says(run, 1, "network 2 keeps no status file; its newest checkpoint is of epoch 0")
+
+@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"WORLD_SIZE": ""}, {"RANK": "3", "WORLD_SIZE": "1"}], ids=str)
+def test_variables_that_another_job_has_left_do_not_keep_it_from_saving(make_run, variables):
+    run = make_run(1, 1)
+    result = subprocess.run(
+        [sys.executable, CIFAR, *run.arguments(1)], env=environment() | variables, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Network:1    epoch:0" in result.stdout and (run.directory / "final1.t7").exists()
+
+
+def test_a_terminal_shows_bars_and_the_lines(make_run):
+    run, primary, secondary = make_run(1, 1), *pty.openpty()
+    fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    with subprocess.Popen(
+        [sys.executable, CIFAR, *run.arguments(1)],
+        stdout=secondary,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        cwd=ROOT,
+    ) as process:
+        os.close(secondary)
+        text = b""
+        while True:
+            try:
+                part = os.read(primary, 1 << 16)
+            except OSError:  # Linux's end of a terminal
+                break
+            text += part
+            if not part:
+                break
+        os.close(primary)
+        assert process.wait() == 0, process.stderr.read()
+    for words in (b"epoch 0:", b"loss ", b"epoch 0 test:", b"Network:1    epoch:0    accuracy:"):
+        assert words in text

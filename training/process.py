@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from filter_grafting.errors import GraftingError, NeighbourTimeout
+from filter_grafting.membership import printable
 from filter_grafting.rings import FileRing
 from training.flags import HINTS, command, settings_of, world
 
@@ -134,7 +135,7 @@ def ending(args: argparse.Namespace) -> Iterator[Signals]:
                     traceback.print_exc(file=sys.stdout)
         with suppress(OSError):
             sys.stdout.flush()
-            print(sentence, file=sys.stderr, flush=True)
+            print(printable(sentence, 2000), file=sys.stderr, flush=True)
         raise SystemExit(status) from None
 
 
