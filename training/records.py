@@ -101,7 +101,8 @@ class Records:
         """
         check_finite(test.loss, "test", lr)  # the last step's doing, whose loss nobody has seen
         score = test.accuracy if val is None else val.accuracy
-        if score > self.best_score:
+        improved = score > self.best_score
+        if improved:
             self.best_score, self.best = score, test.accuracy
         seconds = {**self.seconds, "train": train.seconds, "test": test.seconds + (val.seconds if val else 0)}
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -111,7 +112,7 @@ class Records:
             **{f"{phase}_seconds": seconds[phase] for phase in PHASES},
             **{f"invalid_{threshold}": invalid_filters(model, threshold, False)[0] for threshold in (0.1, 0.01)},
             "information": sum(entropy(layer.weight) for layer in convolutions(model).values()),
-            "improved": score == self.best_score and test.accuracy == self.best,
+            "improved": improved,
             "best_score": self.best_score,
         }
         if val is not None:
