@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grafting_cifar.models import NAMES, build
+from grafting_cifar.models import NAMES, build, wide_resnet
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPTHS = (20, 32, 44, 56, 110)
@@ -31,7 +31,8 @@ def bn(name):
 
 
 def test_the_list_of_models():
-    assert sorted(NAMES) == sorted([*RESNETS, "mobilenetv2", "vgg16"])
+    narrow = [f"mobilenetv2_w0{width}" for width in (25, 50, 75)]
+    assert sorted(NAMES) == sorted([*RESNETS, "wrn28_10", "mobilenetv2", *narrow, "vgg16"])
 
 
 def test_the_names_are_known_without_importing_torch():
@@ -39,14 +40,12 @@ def test_the_names_are_known_without_importing_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["resnet31", "ResNet32", "vgg", ""])
-def test_an_unknown_name_is_refused_with_names_that_exist(name):
-    with pytest.raises(ValueError, match="unknown model") as caught:
-        build(name, 10)
-    assert any(known in str(caught.value) for known in NAMES)
+def test_an_unknown_name_is_refused_with_those_that_exist():
+    with pytest.raises(ValueError, match=r"unknown model 'resnet31': expected one of resnet20, .*vgg16"):
+        build("resnet31", 10)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "wrn28_10"])
 def test_logits_for_each_class_and_a_gradient_for_each_parameter(name):
     network = build(name, 7)
     logits = network(torch.randn(2, 3, 32, 32))
@@ -204,6 +203,54 @@ def test_mobilenetv2_leaves_slow_convolutions_out_of_autocast():
         block(torch.randn(2, 24, 8, 8))
     assert [kinds[f"conv{k}"] for k in (1, 2, 3)] == [torch.bfloat16, torch.float32, torch.bfloat16]
     block.double()(torch.randn(2, 24, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "count"), [("w025", 8, 254_794), ("w050", 16, 715_834), ("w075", 24, 1_402_586)]
+)
+def test_narrow_mobilenetv2(name, first, count):
+    network = build(f"mobilenetv2_{name}", 10)
+    assert (network.conv1.out_channels, network.conv2.out_channels) == (first, 1280)
+    assert parameters(network) == count
+    assert all(module.out_channels % 8 == 0 for module in convolutions(network).values())
+
+
+# ---- Wide ResNets
+
+
+def test_wide_resnet_sizes_and_filters():
+    with torch.device("meta"):
+        network = build("wrn28_10", 10)
+    assert parameters(network) == 36_479_194  # as its authors count it: 36.5 M
+    filters = {name: module.out_channels for name, module in convolutions(network).items()}
+    shortcuts = {name: count for name, count in filters.items() if "shortcut" in name}
+    assert list(shortcuts) == [f"layer{stage}.0.shortcut.0" for stage in (1, 2, 3)]
+    assert len(filters) - len(shortcuts) == 25 and sum(shortcuts.values()) == 160 + 320 + 640
+    assert network(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 10)
+
+
+def test_wide_resnet_computed_from_its_state_dict():
+    network = wide_resnet.WideResNet(1, 2, 10).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    state, images = network.state_dict(), torch.randn(3, 3, 32, 32)
+
+    def bn_relu(x, norm):
+        mean, var = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
+        return torch.relu((x - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + 1e-5).sqrt())
+
+    x = F.conv2d(images, state["conv1.weight"], padding=1)
+    for stage, stride in ((1, 1), (2, 2), (3, 2)):
+        block = f"layer{stage}.0"
+        activated = bn_relu(x, f"{block}.bn1")
+        out = bn_relu(F.conv2d(activated, state[f"{block}.conv1.weight"], stride=stride, padding=1), f"{block}.bn2")
+        x = F.conv2d(activated, state[f"{block}.shortcut.0.weight"], stride=stride)
+        x = x + F.conv2d(out, state[f"{block}.conv2.weight"], padding=1)
+    expected = bn_relu(x, "bn1").mean((2, 3)) @ state["linear.weight"].T
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), expected, rtol=1e-3, atol=1e-4)
 
 
 # ---- VGG
