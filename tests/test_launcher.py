@@ -196,10 +196,12 @@ def test_a_log_is_appended_to(project):
     assert (project.cwd / "x/1.log").read_text().startswith("precious\nNetwork:1")
 
 
-def test_a_network_that_fails_at_once_is_said_with_its_sentence(project, monkeypatch):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_network_that_fails_at_once_is_said_with_its_sentence(project, monkeypatch, ranks):
     monkeypatch.setenv("FAILS", "the disk is full: make room")
-    status, output, _ = project(*GLYPHS, "--num", "1", "--s", "x")
-    assert (status, "network 1 has failed: the disk is full: make room" in output) == (1, True)
+    flags = ("--data", project.cwd, "--device", "cpu", "--num", "1", "--gpus-per-network", ranks)
+    status, output, _ = project(*flags, folder="grafting_imagenet")
+    assert (status, "\nnetwork 1 has failed: the disk is full: make room\n" in output) == (1, True), output
 
 
 def test_a_directory_in_which_networks_run_or_have_run_is_refused(project, living):
@@ -363,14 +365,23 @@ def test_stop_within_moments_of_the_start_waits_for_what_is_starting(project, mo
     assert not view.started_here(project.cwd / "x")
 
 
-def test_stop_of_a_network_on_several_processes_waits_for_them_all(project):
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_stop_of_a_network_on_several_processes_waits_for_them_all(project, by_hand):
     project.trains_on()
     project.patch.setattr(launch, "cores", lambda: 2)
-    flags = ("--data", project.cwd, "--device", "cpu", "--num", "1", "--s", "x", "--gpus-per-network", "2")
-    status, output, errors = project(*flags, folder="grafting_imagenet")
-    assert status == 0, output + errors
+    flags = ("--data", str(project.cwd), "--device", "cpu", "--save_dir", "x", "--networks", "1")
+    if by_hand:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        line = shlex.join([*torchrun, str(project.root / "grafting_imagenet/grafting.py"), *flags])
+        (project.cwd / "checkpoint/x").mkdir(parents=True)
+        subprocess.run(["sh", "-c", f"{line} >by_hand 2>&1 </dev/null &"], check=True)
+    else:
+        status, output, errors = project(*flags, "--gpus-per-network", "2", folder="grafting_imagenet")
+        assert status == 0, output + errors
     assert [project.seen("checkpoint/x", 1, rank)["OMP_NUM_THREADS"] for rank in (0, 1)] == ["1", "1"]
-    assert project("stop", "x")[0] == 0
+    until(lambda: project.status("checkpoint/x", 1)["state"] == "training")
+    status, output, _ = project("stop", "x")
+    assert (status, output.splitlines()[-1]) == (0, "no network of checkpoint/x is alive")
     for path in project.pids.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.name), 0)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -314,14 +315,16 @@ def end(directory: Path, seconds: float = STOP_SECONDS) -> int:
 
     A process that has only just started has not said yet who it is, and is asked as soon as it has.
     """
-    asked, notes, deadline = {}, {}, time.monotonic() + seconds
-    while alive := view.living(directory):
+    asked, notes, torchruns, deadline = {}, {}, set(), time.monotonic() + seconds
+    while (alive := view.living(directory)) or any(about(pid, "stat")[:1] not in ("", "Z") for pid in torchruns):
         for one in alive:
             name = f"network {one.network} (process {one.pid})"
             if one.host not in ("", socket.gethostname()):
                 notes[one.network] = f"{name} is on {one.host}: stop it there"
             elif one.alive and one.pid and one.state not in view.ENDED and asked.get(one.network) != one.pid:
                 asked[one.network] = one.pid
+                if "torch.distributed.run" in one.command:
+                    torchruns.add(about(one.pid, "ppid"))  # which goes last
                 try:
                     os.kill(one.pid, signal.SIGTERM)
                     print(f"{name} is asked to stop", flush=True)
@@ -329,15 +332,25 @@ def end(directory: Path, seconds: float = STOP_SECONDS) -> int:
                     pass  # it has just ended by itself
                 except PermissionError:
                     notes[one.network] = f"{name} is another user's, who alone can stop it"
-        if all(one.network in notes for one in alive) or time.monotonic() > deadline:
+        if (alive and all(one.network in notes for one in alive)) or time.monotonic() > deadline:
             break
         time.sleep(0.1)
+    else:
+        print(f"no network of {view.short(directory)} is alive")
+        return 0
     for one in alive:
         late = f"(process {one.pid}) is still there after {seconds:g} s; asked again, it ends at once"
         print(notes.get(one.network, f"network {one.network} {late}"))
     if not alive:
-        print(f"no network of {view.short(directory)} is alive")
-    return int(bool(alive))
+        print(f"torchrun is still there after {seconds:g} s (process {' '.join(torchruns)})")
+    return 1
+
+
+def about(pid: int | str, what: str) -> str:
+    """What ps tells of a process; nothing if it is gone."""
+    with suppress(OSError):
+        return subprocess.run(["ps", "-o", f"{what}=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def resume(folder: str, words: Sequence[str]) -> int:
@@ -444,7 +457,7 @@ def slurm(folder: str, words: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     signal.signal(signal.SIGUSR1, lambda number, frame: at_limit.append(number) or network.process.terminate())
     network = spawn(f"network {i}", command, log, share_of(args, ranks, ()))
-    print(f"{network.line} (start {variables.get('SLURM_RESTART_COUNT', 0)} of job {job})", flush=True)
+    print(f"{shlex.join(command)} >>{log} (start {variables.get('SLURM_RESTART_COUNT', 0)} of job {job})", flush=True)
     if (result := network.process.wait()) and at_limit:
         subprocess.run(["scontrol", "requeue", job])
     return result if result >= 0 else 128 - result

@@ -37,7 +37,9 @@ class Started(NamedTuple):
         """How it has ended: what it said last, but for torchrun's report on it."""
         with open(self.log, errors="replace") as log:
             log.seek(self.size)
-            lines = log.read().partition("torch/distributed/")[0].splitlines()
+            lines = re.split(r"^.*torch/distributed/elastic/", log.read(), maxsplit=1, flags=re.MULTILINE)[
+                0
+            ].splitlines()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
         return f"{self.name} {'was stopped' if self.process.returncode in STOPPED else 'has failed'}: {printable(last)}"
 
