@@ -60,6 +60,8 @@ class Ranks:
             return model
         # Of 1x1 convolutions in channels_last format, whose gradients are the same numbers in the same places.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
+        # Newer torch has another name for it, which older torch does not know.
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def __enter__(self) -> "Ranks":
