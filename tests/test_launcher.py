@@ -79,6 +79,7 @@ def test_help_is_given_anywhere_and_nothing_is_touched(project, words):
         ("cifar", "--data glyphs --gpus-per-network 2", 2, "torchrun is for grafting_imagenet"),
         ("cifar", "resume", 2, "DIR"),
         ("cifar", "resume x --epoch 3", 2, "did you mean --epochs?"),
+        ("cifar", "demo --num=4", 2, "argument --num: the demo says itself what it trains"),
         ("cifar", "demo --epochs 0", 2, "argument --epochs: got '0'"),
         ("cifar", "demo --data /nonexistent", 1, "there is no folder /nonexistent"),
         ("cifar", "status nothing", 1, "nothing is not the save directory of a run"),

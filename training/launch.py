@@ -392,36 +392,47 @@ def go_on(directory: Path, epochs: int | None, own: argparse.Namespace) -> int:
 
 def demo(folder: str, words: Sequence[str]) -> int:
     """Trains a baseline and two grafted networks on images that are drawn on the spot, and compares them."""
+    flags = {word.partition("=")[0] for word in words}
+    if taken := sorted(flags & {"--s", "--save_dir", "--num", "--networks", "--i", "--resume"}):
+        wrong(f"{taken[0]}: the demo says itself what it trains, and where")
+    own, words = own_flags([*DEMO, *(() if "--data" in flags else DEMO_DATA), *words])
     folder, base = "grafting_cifar", Path("checkpoint", "demo")
-    has_data = any(word.partition("=")[0] == "--data" for word in words)
-    own, words = own_flags([*DEMO, *(() if has_data else DEMO_DATA), *words])
-    networks = {"baseline": (1, 1), "grafted 1": (2, 1), "grafted 2": (2, 2)}
     directories = [base / "baseline", base / "grafted"]
-    flags = {name: given(folder, words, s=base / name.split()[0], num=num, i=i) for name, (num, i) in networks.items()}
-    args = [check(folder, one) for one in flags.values()]
+    networks = [("baseline", directories[0], 1, 1), *((f"grafted {i}", directories[1], 2, i) for i in (1, 2))]
+    jobs = [(name, place, i, given(folder, words, s=place, num=num, i=i)) for name, place, num, i in networks]
+    args, *_ = [check(folder, words) for *_, words in jobs]
     set_up()
     replace(base, directories)
-    for kind in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(kind, lambda number, frame: sys.exit(128 + number))
-    names, started = gpus(args[0].device), []
-    share = share_of(args[0], len(flags), names)
     try:
-        for k, (name, one) in enumerate(flags.items(), 1):
-            log = base / name.split()[0] / f"{networks[name][1]}.log"
-            started.append(spawn(name, command_of(folder, one), log, gpus_of(k, 1, names) | share))
-            print(started[-1].line if own.verbose else f"{name}: {log}")
-        failed = view.follow(started, directories, args[0].epochs)
+        failed = train_side_by_side(folder, jobs, args, own.verbose)
     except KeyboardInterrupt:
         fail("stopped", 130)
+    if failed:
+        fail(failed.sentence())
+    print("comparing them …", flush=True)
+    report = [ROOT / "analysis" / "report.py", *directories, "--plots", base / "plots"]
+    return subprocess.run([sys.executable, *report]).returncode
+
+
+def train_side_by_side(
+    folder: str, jobs: Sequence[tuple], args: argparse.Namespace, verbose: bool
+) -> "view.Started | None":
+    """Trains the demo's networks and follows them; returns one that has failed. All have ended when it ends."""
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, lambda number, frame: sys.exit(128 + number))
+    names, started = gpus(args.device), []
+    share = share_of(args, len(jobs), names)
+    try:
+        for k, (name, directory, i, words) in enumerate(jobs, 1):
+            log = directory / f"{i}.{SUFFIXES[folder]}"
+            started.append(spawn(name, command_of(folder, words), log, gpus_of(k, 1, names) | share))
+            print(started[-1].line if verbose else f"{name}: {log}")
+        return view.follow(started, list(dict.fromkeys(job[1] for job in jobs)), args.epochs)
     finally:
         for one in started:
             one.process.terminate()
         for one in started:
             one.process.wait()
-    if failed:
-        fail(failed.sentence())
-    report = [ROOT / "analysis" / "report.py", *directories, "--plots", base / "plots"]
-    return subprocess.run([sys.executable, *report]).returncode
 
 
 def replace(base: Path, directories: Sequence[Path]) -> None:
