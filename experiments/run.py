@@ -11,7 +11,6 @@ which experiments/report.py makes the tables and plots.
 import argparse
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -25,10 +24,8 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
@@ -39,6 +36,7 @@ from filter_grafting.checkpoint import write_atomically
 from filter_grafting.membership import Status, duration, observe, read_status
 from training import launch
 from training.flags import Parser, number, path
+from training.machine import hardware, versions
 from training.process import Signals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -279,27 +277,6 @@ class Job:
                     write_atomically(self.results / file.name, file.read_bytes())
         write_atomically(self.results / "result.json", (json.dumps(record, indent=1) + "\n").encode())
         return ""
-
-
-def hardware() -> str:
-    """Processor, and GPU where there is one."""
-    cpus = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpus.read_text()) if cpus.exists() else []
-    words = f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
-    if torch.cuda.is_available():
-        words += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return words
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("torch", "torchvision"):
-        with suppress(metadata.PackageNotFoundError):  # built from source, or not there
-            found[name] = metadata.version(name)
-    with suppress(OSError, subprocess.SubprocessError):  # no git, or no checkout
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        found["project"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return found
 
 
 # ---- The queue
