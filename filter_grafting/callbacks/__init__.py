@@ -1,0 +1,50 @@
+"""Grafting inside a trainer: `callbacks.lightning` and `callbacks.transformers` have a GraftingCallback each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import GraftingError
+from ..grafting import Grafting, Layers
+from ..rings import Exchange
+
+
+class TrainerGrafting:
+    """What the callbacks share: grafts a model whose epochs or steps, and checkpoints, are a trainer's.
+
+    The trainer tests and saves the model at the end of an epoch, and this grafts it before the next batch. So what was
+    tested and saved is the network's own, a resumed network first grafts, and after the last epoch nothing is grafted.
+
+    Args:
+        exchange: a FileRing, or whatever has `swap(state, round)`.
+        every: of so many epochs or steps, the last one is followed by a graft.
+        options: `a`, `c`, `level`, `layers`, `exclude`, `criterion` and `warmup` of `Grafting`.
+    """
+
+    def __init__(self, exchange: Exchange, every: int, options: Mapping[str, Any]):
+        self.exchange, self.every, self.options = exchange, every, dict(options)
+
+    def start(self, model: nn.Module, processes: int) -> None:
+        """Takes the model; what the first graft would refuse is refused here, before it trains."""
+        if processes > 1:
+            raise GraftingError(
+                f"the trainer spreads one network over {processes} processes; start each network as one process of its "
+                f"own, without torchrun, and let them exchange by a FileRing"
+            )
+        self._grafting = Grafting(model, _SwapOnly(self.exchange), every=self.every, **self.options)
+
+    def step(self, finished: int) -> Layers | None:
+        """Grafts if that is due after so many epochs or steps of training, with `finished - 1` for the round."""
+        self._grafting.load_state_dict({"round": finished - 1})
+        return self._grafting.step()
+
+
+class _SwapOnly:
+    """A ring without its own checkpoints: a run is resumed from the trainer's, which the trainer has loaded."""
+
+    def __init__(self, exchange: Exchange):
+        self._exchange = exchange
+
+    def swap(self, state: Mapping[str, Tensor], round: int) -> Mapping[str, Tensor]:
+        return self._exchange.swap(state, round)
