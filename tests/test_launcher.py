@@ -205,6 +205,12 @@ def test_a_network_that_fails_at_once_is_said_with_its_sentence(project, monkeyp
     assert (status, "\nnetwork 1 has failed: the disk is full: make room\n" in output) == (1, True), output
 
 
+def test_a_directory_that_cannot_be_made_is_a_sentence(project):
+    (project.cwd / "file").touch()
+    status, _, errors = project(*GLYPHS, "--s", "file/x")
+    assert (status, errors) == (1, "file/x: Not a directory\n")
+
+
 def test_a_directory_in_which_networks_run_or_have_run_is_refused(project, living):
     write_status(project.cwd / "old", 2, state="stopped")
     living(project.cwd / "alive", 1)

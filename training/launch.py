@@ -49,10 +49,23 @@ DEMO_DATA = ("--data", "glyphs", "--images", "2000", "--test_images", "500")
 
 
 def main(arguments: Sequence[str]) -> int:
-    folder, *words = arguments
     sys.argv[0] = "grafting.sh"  # the name in the parsers' messages
     sys.stdout.reconfigure(errors="replace")  # a terminal that knows no "é" is no reason to fail
-    if {"-h", "--help"} & set(words) or words[:1] == ["help"]:
+    try:
+        status = run(*arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read this has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        fail(f"{error.filename or 'grafting.sh'}: {error.strerror or error}")
+    return status
+
+
+def run(folder: str, *words: str) -> int:
+    if {"-h", "--help"} & set(words) or words[:1] == ("help",):
         print(USAGE.format(script=shlex.quote(str(ROOT / folder / "grafting.py"))), end="")
         return 0
     commands = {"status": status, "stop": stop, "resume": resume, "demo": demo, "slurm": slurm}
@@ -83,7 +96,10 @@ def set_up() -> None:
     python = found.stdout.strip()
     if python != sys.executable:
         os.execv(python, [python, *sys.orig_argv[1:]])
-    view = importlib.import_module("training.view")
+    try:
+        view = importlib.import_module("training.view")
+    except ImportError as error:
+        fail(f"{python} cannot load what the project needs: {error}")
 
 
 # Flags
@@ -475,11 +491,4 @@ def slurm(folder: str, words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        result = main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read this has read enough
-        result = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) and 0
-    except KeyboardInterrupt:
-        result = 130
-    sys.exit(result)
+    sys.exit(main(sys.argv[1:]))
