@@ -92,7 +92,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                     neighbour = ring.wait(epoch - 1)
                 with records.timing("graft"):
                     if args.method == "papa":
-                        loop.pull(model, neighbour, loop.papa_share(rate(epoch) / rate(args.warmup), steps / 10))
+                        loop.pull(model, neighbour, rate(epoch) / rate(args.warmup), exchanges=steps / 10)
                     else:
                         criterion = CRITERIA[args.criterion]
                         grafted = graft(model, neighbour, args.a, args.c, args.level, criterion=criterion)

@@ -204,6 +204,10 @@ def test_the_command_that_starts_another_network(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/grafting.py", "--i=1", "--num", "3", "--i", "2", "--lr", "0.1"])
     assert command()[1:] == sys.argv
     assert command(3)[1:] == ["/x/grafting.py", "--num", "3", "--lr", "0.1", "--i", "3", "--resume"]
+    monkeypatch.setattr(sys, "argv", ["/x/grafting.py", "--resume", "--i", "2"])
+    assert command(3)[1:] == ["/x/grafting.py", "--resume", "--i", "3"]
+    monkeypatch.setattr(sys, "argv", ["/x/grafting.py", "--resume", "a.tar", "--i", "2"])
+    assert command(3)[1:] == ["/x/grafting.py", "--resume", "a.tar", "--i", "3", "--resume"]
     variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -194,14 +194,12 @@ def test_papa_pulls_as_its_exchanges_would_one_after_the_other():
     own, other = 1.0, 0.0
     for _ in range(39):
         own += 0.01 * 0.5 * (other - own)
-    share = loop.papa_share(0.5, 39)
-    assert 1 - share == pytest.approx(own)
     model = make_model()
     neighbour = {key: torch.full_like(entry, 3) for key, entry in model.state_dict().items()}
     before = copy.deepcopy(model.state_dict())
-    loop.pull(model, neighbour, share)
+    loop.pull(model, neighbour, rate=0.5, exchanges=39)
     for key, entry in model.state_dict().items():
-        expected = (1 - share) * before[key] + share * 3 if entry.is_floating_point() else before[key]
+        expected = own * before[key] + (1 - own) * 3 if entry.is_floating_point() else before[key]
         torch.testing.assert_close(entry, expected)
 
 

@@ -9,20 +9,26 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-# What to do about an error, in words of flags; the library's own messages know of none.
+# What to do about an error of the library, by its class, in words of flags, of which the library knows none.
 HINTS = {
     "AlreadyRunError": "--resume continues it, --s names another directory",
-    "SettingsError": "a resumed run may raise --epochs alone: while no other network is at work, and with neither --cos "
-    "nor averages over the epochs",
+    "SettingsError": "a resumed run may raise --epochs alone, while no other network is at work, and without --cos or "
+    "averages over epochs",
     "UnreadableError": "mend that, then continue with --resume",
     "NeighbourTimeout": "--timeout says how long to wait",
     "Diverged": "try a lower --lr, or do without --amp if it was given",
-    "memory": "the memory of the device is full: give a smaller batch, a smaller model, or another device",
-    "busy": "the GPU is taken by another process: choose another one with CUDA_VISIBLE_DEVICES",
-    "compiler": "--compile needs a C++ compiler (and on CUDA, triton), and found none: install it, or do without",
-    "batch norm": "a batch of one image has no statistics for batch norm: choose a batch size that leaves no such rest",
-    "deterministic": "a layer of this model has no deterministic gradient: do without --deterministic",
-    "connection": "the connection to another process of this network was lost: see what that one said last",
+}
+# What torch reports though the program is not at fault, and the sentence that it becomes.
+REPORTS = {
+    r"out of memory|can't allocate memory|^MemoryError": "the memory of the device is full: give a smaller batch, a "
+    "smaller model, or another device",
+    r"busy or unavailable": "the GPU is taken by another process: choose another one with CUDA_VISIBLE_DEVICES",
+    r"C\+\+ compiler|C compiler|working triton": "--compile needs a C++ compiler (and on CUDA, triton): install it, or "
+    "do without",
+    r"Expected more than 1 value per channel when training": "a batch of one image has no statistics for batch norm: "
+    "choose a batch size that leaves no such rest",
+    r"does not have a deterministic implementation": "a layer of this model has no deterministic gradient: do without "
+    "--deterministic",
 }
 
 
@@ -208,5 +214,8 @@ def command(network: int | None = None) -> list[str]:
         places = [k for k, word in enumerate(words) if word == "--i" or word.startswith("--i=")]
         for k in reversed(places):
             del words[k : k + 1 + (words[k] == "--i")]
-        words += ["--i", str(network)] + ([] if "--resume" in words else ["--resume"])
+        goes_on = any(
+            pair[0] == "--resume" and pair[1][:1] == "-" for pair in zip(words, [*words[1:], "-"], strict=True)
+        )
+        words += ["--i", str(network)] + ([] if goes_on else ["--resume"])  # beside --resume PATH, that says "go on"
     return [os.path.basename(sys.executable), *torchrun, sys.argv[0], *words]

@@ -5,7 +5,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +19,6 @@ class Diverged(GraftingError):
     """The loss is no number any more."""
 
 
-class Batches(Protocol):
-    """The images of one split, a batch at a time, on the training device."""
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """(images (b, c, h, w), labels (b,)) of one epoch; all that is random in it follows from the seed."""
-
-
 class Result(NamedTuple):
     """What came of an epoch over some images."""
 
@@ -35,16 +26,6 @@ class Result(NamedTuple):
     accuracy: float  # %
     top5: float | None  # %: the label is among the five highest scores (all, if the classes are fewer); if asked for
     seconds: float
-
-
-class Progress:
-    """Follows an epoch batch by batch. This one does nothing; see `records.Progress`."""
-
-    def follow(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
-        return batches
-
-    def report(self, batch: Tensor, totals: Tensor) -> None:
-        """After each batch: (loss, images, correct, correct among five), of the batch and so far, on the device."""
 
 
 # Seeds and rates
@@ -93,7 +74,7 @@ def cross_entropy(outputs: Tensor | tuple[Tensor, ...], labels: Tensor, smoothin
 
 def train_one_epoch(
     model: Callable[[Tensor], Any],
-    batches: Batches,
+    batches: Any,
     optimizer: torch.optim.Optimizer,
     rate: Callable[[float], float],
     *,
@@ -103,7 +84,7 @@ def train_one_epoch(
     amp: torch.dtype | None = None,
     loss_function: Callable[[Any, Tensor], Tensor] = cross_entropy,
     top5: bool = False,
-    progress: Progress | None = None,
+    progress: Any = None,
     reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
     rank: int = 0,
 ) -> Result:
@@ -111,19 +92,22 @@ def train_one_epoch(
 
     Args:
         model: in training mode.
+        batches: with `len`, and `epoch(seed)`, which yields (images (b, c, h, w), labels (b,)) on the device.
         rate: learning rate as a function of the epochs that are done, with the fraction of this one.
         seed: of the order, the augmentation and dropout.
         amp: the type for autocast; None computes in that of the weights.
+        progress: a `records.Progress`, which follows the epoch.
         reduce: sums the totals over all processes that train this network.
         rank: of this one among them; each has its own dropout.
 
     Raises:
         Diverged: if the loss was not finite.
     """
-    began, steps, progress = time.perf_counter(), len(batches), progress or Progress()
+    began, steps = time.perf_counter(), len(batches)
     torch.manual_seed(seed + rank)
     totals = torch.zeros(3 + top5, dtype=torch.float64, device=device)
-    for step, (images, labels) in enumerate(progress.follow(batches.epoch(seed))):
+    epoch_batches = batches.epoch(seed)
+    for step, (images, labels) in enumerate(progress.follow(epoch_batches) if progress else epoch_batches):
         for group in optimizer.param_groups:
             group["lr"] = rate(epoch + step / steps)
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -134,7 +118,8 @@ def train_one_epoch(
         optimizer.step()
         batch = _totals(loss.detach() * len(labels), outputs, labels, top5)
         totals += batch
-        progress.report(batch, totals)
+        if progress:
+            progress.report(batch, totals)
     result = means(reduce(totals), time.perf_counter() - began)
     check_finite(result.loss, "training", rate(epoch))
     return result
@@ -149,24 +134,26 @@ def check_finite(loss: float, which: str, lr: float) -> None:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    batches: Batches,
+    batches: Any,
     *,
     device: torch.device,
     amp: torch.dtype | None = None,
     top5: bool = False,
-    progress: Progress | None = None,
+    progress: Any = None,
     reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
 ) -> Result:
     """Loss and accuracy of a model, which is left in evaluation mode; the arguments are those of train_one_epoch."""
-    began, progress = time.perf_counter(), progress or Progress()
+    began = time.perf_counter()
     model.eval()
     totals = torch.zeros(3 + top5, dtype=torch.float64, device=device)
-    for images, labels in progress.follow(batches.epoch(0)):
+    epoch_batches = batches.epoch(0)
+    for images, labels in progress.follow(epoch_batches) if progress else epoch_batches:
         with torch.autocast(device.type, amp, enabled=amp is not None):
             scores = model(images)
         batch = _totals(F.cross_entropy(scores.float(), labels, reduction="sum"), scores, labels, top5)
         totals += batch
-        progress.report(batch, totals)
+        if progress:
+            progress.report(batch, totals)
     return means(reduce(totals), time.perf_counter() - began)
 
 
@@ -225,18 +212,17 @@ def add_to_mean(average: nn.Module, model: nn.Module, count: int, batches: Itera
         update_bn(batches, average)
 
 
-def papa_share(rate: float, exchanges: float) -> float:
-    """Share of the others' weights in one exchange that stands for many (PAPA, Jolicoeur-Martineau et al. 2024).
-
-    PAPA pulls every network towards the mean of all by beta = 0.01 every 10 steps: `exchanges` times an epoch, of which
-    1 - (1 - beta)^exchanges remains. beta falls with the learning rate: `rate` is lr_t / lr_0.
-    """
-    return 1 - (1 - 0.01 * rate) ** exchanges
-
-
 @torch.no_grad()
-def pull(model: nn.Module, neighbour: Mapping[str, Tensor], share: float) -> None:
-    """`W <- (1 - share) * W + share * W_neighbour` for every floating-point entry."""
+def pull(model: nn.Module, neighbour: Mapping[str, Tensor], rate: float, exchanges: float) -> None:
+    """Pulls every floating-point entry towards the neighbour's, once an epoch (PAPA, Jolicoeur-Martineau et al. 2024).
+
+    PAPA pulls every network towards the mean of all by `beta = 0.01 * lr_t / lr_0` every 10 steps, `exchanges` times an
+    epoch: so much of it in one exchange is `W <- (1 - beta)^exchanges * W + (1 - (1 - beta)^exchanges) * W_neighbour`.
+
+    Args:
+        rate: lr_t / lr_0.
+    """
+    share = 1 - (1 - 0.01 * rate) ** exchanges
     for key, entry in model.state_dict().items():
         if entry.is_floating_point():
             entry.lerp_(neighbour[key].to(entry.device), share)

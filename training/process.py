@@ -22,15 +22,8 @@ import torch
 from filter_grafting.errors import GraftingError, NeighbourTimeout
 from filter_grafting.membership import printable
 from filter_grafting.rings import FileRing
-from training.flags import HINTS, command, settings_of, world
+from training.flags import HINTS, REPORTS, command, settings_of, world
 
-KNOWN = {  # what torch says of things that are no fault of the program; the sentence is in HINTS
-    "memory": r"out of memory|can't allocate memory|^MemoryError",
-    "busy": r"busy or unavailable",
-    "compiler": r"C\+\+ compiler|C compiler|working triton",
-    "batch norm": r"Expected more than 1 value per channel when training",
-    "deterministic": r"does not have a deterministic implementation",
-}
 LOST_CONNECTION = re.compile("gloo|nccl|connection|socket|store", re.IGNORECASE)
 
 
@@ -141,15 +134,15 @@ def ending(args: argparse.Namespace) -> Iterator[Signals]:
 
 def explain(error: Exception) -> tuple[str, bool]:
     """(the sentence for the user, whether it says what to do)."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    hint = next((HINTS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in HINTS), "")
+    text = " ".join(str(error).split())
     if isinstance(error, GraftingError):
+        hint = next((HINTS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in HINTS), "")
         return text + (f" ({hint})" if hint else ""), True
     text = f"{type(error).__name__}: {text}"
-    known = [name for name, words in KNOWN.items() if re.search(words, text)]
+    sentences = [sentence for words, sentence in REPORTS.items() if re.search(words, text)]
     if world()[1] > 1 and LOST_CONNECTION.search(text):
-        known.append("connection")
-    return (f"{HINTS[known[0]]} ({text[:200]})", True) if known else (text[:500], False)
+        sentences.append("the connection to another process of this network was lost: see what that one said last")
+    return (f"{sentences[0]} ({text[:200]})", True) if sentences else (text[:500], False)
 
 
 # The device
@@ -167,8 +160,12 @@ def pick_device(name: str | None, gpu: int | None = None) -> torch.device:
     """
     if name == "cpu" or (name is None and gpu is None and not torch.cuda.is_available() and not _sees_gpu()):
         return torch.device("cpu")
-    problem = _problem_of_cuda()
-    if problem:
+    if not torch.cuda.is_available():
+        problem = "torch finds none"
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            problem = " ".join(str(error).split())[:200]
         raise UsageError(f"argument --device: no GPU can be used here ({problem}); --device cpu trains on the CPU")
     count, flag = torch.cuda.device_count(), "--gpu"
     if gpu is None and world()[1] > 1:
@@ -190,16 +187,6 @@ def pick_device(name: str | None, gpu: int | None = None) -> torch.device:
 def _sees_gpu() -> bool:
     """Whether there is an NVIDIA GPU that the user has not hidden."""
     return bool(glob("/dev/nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
-
-
-def _problem_of_cuda() -> str:
-    if torch.cuda.is_available():
-        return ""
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return " ".join(str(error).split())[:200]
-    return "torch finds none"
 
 
 def _runs_on(major: int, minor: int, built_for: list[str]) -> bool:

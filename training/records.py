@@ -110,11 +110,11 @@ class Records:
             **{"epoch": epoch, "lr": lr, "train_loss": train.loss, "train_accuracy": train.accuracy},
             **{"test_loss": test.loss, "test_accuracy": test.accuracy, "best": self.best},
             **{f"{phase}_seconds": seconds[phase] for phase in PHASES},
-            **{f"invalid_{threshold}": invalid_filters(model, threshold, False)[0] for threshold in (0.1, 0.01)},
-            "information": sum(entropy(layer.weight) for layer in convolutions(model).values()),
-            "improved": improved,
-            "best_score": self.best_score,
+            **{"best_score": self.best_score, "improved": improved},
         }
+        if layers := convolutions(model):
+            row |= {f"invalid_{threshold}": invalid_filters(model, threshold, False)[0] for threshold in (0.1, 0.01)}
+            row["information"] = sum(entropy(layer.weight) for layer in layers.values())
         if val is not None:
             row["val_accuracy"] = val.accuracy
         if test.top5 is not None:
@@ -225,7 +225,7 @@ class Table:
         return [row for row in rows if len(row) == len(self.columns) and row[0].isdecimal()]
 
 
-class Progress(loop.Progress):
+class Progress:
     """Follows one epoch: tells the ring, hears signals, shows a bar on a terminal, or prints a line every few batches.
 
     Args:
