@@ -4,95 +4,53 @@
     python benchmarks/data.py
     python benchmarks/data.py --data path/to/class/folders --images 50000 --repetitions 7
 
-Ours runs on 2 threads of the training process, torchvision's in a DataLoader with 2 workers, which are started
-before the clock. Both get the same images and take turns. Prints a Markdown table.
+Ours runs on 2 threads of the training process (or on the GPU), torchvision's in a DataLoader with 2 workers, which are
+started before the clock. Both get the same images and take turns.
 """
 
-import argparse
-import platform
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
-import torchvision
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
+from benchmarks import plain, tools
 from grafting_cifar import data
 
-CORES = 2
-BATCH_SIZE = 128
-
-
-class Pictures(Dataset):
-    """A split as torchvision's CIFAR10 gives it: a PIL image at a time, transformed."""
-
-    def __init__(self, split: data.Split) -> None:
-        self.images = split.images.numpy()
-        self.labels = split.labels.tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(data.SIZE, padding=data.PADDING),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(data.MEAN, data.STD),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, k: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.fromarray(self.images[k])), self.labels[k]
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+CORES, BATCH_SIZE = 2, 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="glyphs", help="as for grafting_cifar/grafting.py (default: glyphs)")
-    parser.add_argument("--images", type=int, default=10_000, help="of the training set (default: 10000)")
-    parser.add_argument("--repetitions", type=int, default=5, help="epochs of each (default: 5)")
+    parser = tools.parser(__doc__, repetitions=5)
+    tools.add_device(parser)
+    parser.add_argument("--data", default="glyphs", help="as for grafting_cifar/grafting.py")
+    parser.add_argument("--images", type=tools.count, default=10_000, help="of the training set")
     args = parser.parse_args()
+    device = tools.device_of(parser, args)
 
     torch.set_num_threads(CORES)
-    split = data.select(data.load(args.data), args.images)[0]
-    batches = data.Batches(split, BATCH_SIZE, "cpu", augment=True)
-    loader = DataLoader(Pictures(split), BATCH_SIZE, shuffle=True, num_workers=CORES, persistent_workers=True)
-    pipelines = {
-        f"ours, {CORES} threads": lambda k: batches.epoch(seed=k),
-        f"torchvision, {CORES} workers": lambda k: iter(loader),
-    }
-    seconds = {name: [] for name in pipelines}
-    for k in range(-1, args.repetitions):  # the first epoch of each starts workers and fills caches: it is not counted
-        for name, epoch in pipelines.items():
-            begun = time.perf_counter()
-            count = sum(len(labels) for _, labels in epoch(k + 1))
-            if k >= 0:
-                seconds[name].append(time.perf_counter() - begun)
-            assert count == len(split.labels)
+    split = data.select(data.load(args.data), args.images).train
+    batches = data.Batches(split, BATCH_SIZE, device, augment=True)
+    loader = plain.make_loader(split, BATCH_SIZE, CORES, train=True)
+    ways = {"ours": lambda seed: batches.epoch(seed), "torchvision": lambda seed: iter(loader)}
+    seconds = {way: [] for way in ways}
+    for seed in range(args.repetitions + 1):  # the first epoch starts workers and fills caches: it is not counted
+        for way, epoch in ways.items():
+            taken = tools.timed(lambda epoch=epoch, seed=seed: [len(labels) for _, labels in epoch(seed)], device)
+            if seed:
+                seconds[way].append(taken)
 
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ours, theirs = medians.values()
-    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}"
-    print(f"\n{processor()}; {versions}; {len(split.labels):,} images, batches of {BATCH_SIZE}, "
-          f"n = {args.repetitions}\n")  # fmt: skip
-    print("| pipeline | median | mean ± standard deviation | images per second | ratio |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for name, values in seconds.items():
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        print(f"| {name} | {medians[name]:.3f} s | {statistics.mean(values):.3f} ± {deviation:.3f} s "
-              f"| {len(split.labels) / medians[name]:,.0f} | {theirs / medians[name]:.1f} |")  # fmt: skip
-    print(f"\nOurs is {theirs / ours:.1f} times as fast.")
+    caption = f"{len(split.labels):,} images, batches of {BATCH_SIZE}; n = {args.repetitions} each, in turns."
+    table = tools.Table("data", caption, args.json, device)
+    for way, sample in seconds.items():
+        rate = len(split.labels) / statistics.median(sample)
+        speed = {"images/s": rate, ": torchvision": tools.ratio(seconds["torchvision"], sample)}
+        table.add(pipeline=way, **{"seconds": sample, "standard deviation": deviation(sample)}, **speed)
+
+
+def deviation(sample: list[float]) -> float:
+    return statistics.stdev(sample) if len(sample) > 1 else 0.0
 
 
 if __name__ == "__main__":

@@ -76,7 +76,6 @@ def test(network, loader, device):
 
 
 def make_training(name, classes, device):
-    """(network, criterion, optimizer)"""
     network = models.build(name, classes).to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     return network, nn.CrossEntropyLoss(), optimizer
@@ -93,11 +92,10 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args()
 
-    *_, classes = loaded = data.load(args.data)
-    train_split, _, test_split = data.select(loaded, args.images)
-    train_loader = make_loader(train_split, args.batch_size, args.workers, train=True)
-    test_loader = make_loader(test_split, 100, args.workers, train=False)
-    network, criterion, optimizer = make_training(args.model, classes, args.device)
+    images = data.select(data.load(args.data), args.images)
+    train_loader = make_loader(images.train, args.batch_size, args.workers, train=True)
+    test_loader = make_loader(images.test, 100, args.workers, train=False)
+    network, criterion, optimizer = make_training(args.model, len(images.classes), args.device)
     for epoch in range(args.epochs):
         began = time.time()
         loss, accuracy = train(network, train_loader, criterion, optimizer, args.device)

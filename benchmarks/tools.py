@@ -1,64 +1,56 @@
-"""What the benchmarks share: the machine in words, tables in Markdown, and the same as lines of JSON."""
+"""What the benchmarks share: flags, clocks, and tables whose rows are kept as soon as they are had."""
 
 import argparse
 import json
 import os
-import platform
+import signal
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
-from common.machine import processor
+from training.flags import Parser, number
+from training.machine import hardware, versions
+from training.process import UsageError, pick_device
+
+count = number(int, 1)
 
 
-def parser(description: str, repetitions: int | None = None) -> argparse.ArgumentParser:
+def parser(description: str, repetitions: int | None = None) -> Parser:
     """A parser with the flags that every benchmark has."""
-    flags = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    # Whoever ends a benchmark gets the rows that it has by then, and none of its processes stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    flags = Parser(description=description)
     if repetitions:
-        text = f"of each measurement (default: {repetitions})"
-        flags.add_argument("--repetitions", type=at_least(1), default=repetitions, help=text)
+        flags.add_argument("--repetitions", metavar="N", type=count, default=repetitions, help="of each measurement")
     flags.add_argument("--json", type=Path, metavar="FILE", help="append each row to FILE as a line of JSON")
     return flags
 
 
-def at_least(lowest: int) -> Callable[[str], int]:
-    """A converter for argparse."""
-
-    def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {lowest}")
-        return int(text)
-
-    return convert
+def add_device(flags: Parser) -> None:
+    flags.add_argument("--device", choices=("cuda", "cpu"), help="where to compute (default: cuda where there is one)")
 
 
-def add_device(flags: argparse.ArgumentParser) -> None:
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    flags.add_argument("--device", choices=("cpu", "cuda"), default=default, help=f"(default: {default})")
+def device_of(flags: Parser, args: argparse.Namespace) -> torch.device:
+    try:
+        return pick_device(args.device)
+    except UsageError as error:
+        flags.error(str(error))
 
 
-def machine(device: str = "cpu") -> str:
-    """Processor, GPU, versions and load in one line."""
-    words = [processor()]
-    if device == "cuda":
-        words.append(torch.cuda.get_device_name())
-    words.append(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}")
-    return "; ".join([*words, f"load {os.getloadavg()[0]:.1f}"])
-
-
-def wait_for(device: str) -> None:
+def wait_for(device: torch.device) -> None:
     """A GPU works on while the host goes on: before the clock is read, it has to be done."""
-    if device == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def timed(action: Callable[[], object], device: str = "cpu") -> float:
+def timed(action: Callable[[], object], device: torch.device) -> float:
     """Seconds that an action takes."""
     wait_for(device)
     began = time.perf_counter()
@@ -67,40 +59,76 @@ def timed(action: Callable[[], object], device: str = "cpu") -> float:
     return time.perf_counter() - began
 
 
-def report(
-    benchmark: str, caption: str, rows: Iterable[Mapping[str, Any]], file: Path | None, device: str = "cpu"
-) -> None:
-    """Prints rows as a Markdown table below its caption; appends them to a file.
+class Table:
+    """Prints a Markdown table row by row, and appends each row to a file as a line of JSON.
 
-    A list of numbers is a sample: the table has its median (lowest to highest), the file all of them.
+    A list of numbers is a sample: the table shows its median (lowest to highest), the file keeps all of them.
     """
-    rows, place = list(rows), machine(device)
-    print(f"{caption}\n{place}\n")
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + " --- |" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(cell(value) for value in row.values()) + " |")
-    print(flush=True)
-    if file:
-        with open(file, "a") as lines:
-            for row in rows:
-                record = {"benchmark": benchmark, "machine": place, "time": time.time(), **row}
-                lines.write(json.dumps(record) + "\n")
+
+    def __init__(self, benchmark: str, caption: str, file: Path | None, device: torch.device | str = "cpu"):
+        self.about = {"benchmark": benchmark, "device": str(device), "hardware": hardware(), "versions": versions()}
+        self.file, self.columns = file, None
+        place = ", ".join([self.about["hardware"], *(f"{name} {one}" for name, one in self.about["versions"].items())])
+        print(f"\n{caption}\n{place}; load {os.getloadavg()[0]:.1f}\n", flush=True)
+
+    def add(self, **row: Any) -> None:
+        if self.columns != list(row):
+            self.columns = list(row)
+            print("| " + " | ".join(row) + " |\n|" + " --- |" * len(row))
+        print("| " + " | ".join(map(cell, row.values())) + " |", flush=True)
+        if self.file:
+            append(self.file, {**self.about, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **row})
+
+
+def append(file: Path, record: dict[str, Any]) -> None:
+    """A line of its own, even after one that was only half-written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "ab+") as lines:
+        if lines.tell():
+            lines.seek(-1, os.SEEK_END)
+            lines.write(b"" if lines.read(1) == b"\n" else b"\n")
+        lines.write(json.dumps(record).encode() + b"\n")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The records of a file; a line that was only half-written is skipped."""
+    records = []
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in records if isinstance(record, dict)]
 
 
 def cell(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return f"{number(statistics.median(value))} ({number(min(value))} to {number(max(value))})"
-    return number(value) if isinstance(value, (int, float)) else str(value)
+    if isinstance(value, list) and value:
+        return f"{figure(statistics.median(value))} ({figure(min(value))} to {figure(max(value))})"
+    return figure(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def number(value: float) -> str:
+def figure(value: float) -> str:
     """Three significant digits, without an exponent."""
-    if isinstance(value, int) or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3g}"
 
 
 def ratio(over: list[float], under: list[float]) -> float:
     """Of two medians."""
     return statistics.median(over) / statistics.median(under)
+
+
+def make_images(folder: Path, images: int, size: tuple[int, int], classes: int = 10, suffix: str = "png") -> Path:
+    """Class folders train/ and test/ of made-up pictures, soft shapes with some noise; kept if they are there."""
+    done, shape = folder / f"made-{images}", (size[1], size[0], 3)
+    if not done.exists():
+        draw = np.random.default_rng(0)
+        for split, n in (("train", images), ("test", max(classes, images // 5))):
+            for k in range(n):
+                path = folder / split / f"class{k % classes}" / f"{k}.{suffix}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shapes = Image.fromarray(draw.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size)
+                noise = draw.integers(-8, 9, shape, dtype=np.int16)
+                pixels = (np.asarray(shapes, dtype=np.int16) + noise).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(path)
+        done.touch()
+    return folder
