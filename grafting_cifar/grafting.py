@@ -64,9 +64,9 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         optimizer = torch.optim.SGD(model.parameters(), args.lr, **recipe, fused=True)
         rate, steps = schedule(args), len(train_batches)
         average = averaged(args, model, optimizer, steps)
-        tested = average or model  # whose accuracy is reported, and whose weights are published
+        tested = model if average is None else average  # whose accuracy is reported, and whose weights are published
         forward = forward_tested = compiled(model, device) if args.compile else model
-        if average:
+        if tested is not model:
             forward_tested = compiled(tested, device) if args.compile else tested
 
         # Where it starts, or goes on
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         about = {"data": checksum, "model": args.model, "classes": images.classes, "image_size": data.SIZE}
         about |= {"mean": data.MEAN, "std": data.STD, "command": command()}
         records = Records(ring, settings, about, model, [machine(device), *notes, *images.notes], args.tensorboard)
-        trained = model if average else None
+        trained = None if tested is model else model
         first = 0
         if checkpoint := ring.newest():
             first, state = checkpoint.round + 1, checkpoint.state
@@ -113,7 +113,9 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
             ring.update("testing")
             follow = partial(progress, epoch, testing=True)
             test = evaluate(forward_tested, test_batches, progress=follow(len(test_batches)), **computing)
-            val = val_batches and evaluate(forward_tested, val_batches, progress=follow(len(val_batches)), **computing)
+            val = None
+            if val_batches is not None:
+                val = evaluate(forward_tested, val_batches, progress=follow(len(val_batches)), **computing)
             row, state = records.row(epoch, rate(epoch), train, test, val, tested), plain_state(tested)
             ring.publish(epoch, state, to_resume(optimizer, row, layers, settings, trained))
             records.epoch(row, layers, state)

@@ -26,6 +26,7 @@ from filter_grafting.errors import GraftingError
 from filter_grafting.grafting import graft
 from filter_grafting.information import entropy, l1_norm
 from filter_grafting.membership import read_json
+from filter_grafting.rings import Checkpoint
 from filter_grafting.states import plain_state
 from grafting_imagenet import data, models
 from training import loop
@@ -76,32 +77,26 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         rate, steps = partial(loop.learning_rate, args.lr, **options), len(train_batches)
 
         # Where it starts, or goes on
-        checkpoint = ranks.tell(ring and ring.newest())
-        start = args.start_epoch
-        if checkpoint:
-            start = checkpoint.extra["settings"]["start_epoch"] if start is None else start
-        elif start_from := ranks.tell(start_from):
-            start, lines = start_at(start_from, model, optimizer, args)
-            notes += lines
-        first = start = start or 0
-        if start >= args.epochs:
-            raise GraftingError(f"nothing to train: the first epoch would be {start}, and --epochs is {args.epochs}")
+        checkpoint, start_from = ranks.tell(ring and (ring.newest(), start_from))
+        start, lines = beginning(args, checkpoint, start_from, model, optimizer)
         agreed = {"classes": len(images.classes), "start_epoch": start, "data": checksum}
         settings = settings_of(args, SHARED + OWN) | agreed | {"images": len(images.train), "amp": bool(amp)}
         if ring:
             ring.agree(agreed)
             about = {"data": checksum, "model": args.arch, "classes": images.classes, "image_size": args.image_size}
             about |= {"mean": data.MEAN, "std": data.STD, "command": command()}
-            notes = [machine(device, ranks.size), *notes, *images.notes]
+            notes = [machine(device, ranks.size), *notes, *lines, *images.notes]
             records = Records(ring, settings, about, model, notes, args.tensorboard)
+        first = start
         if checkpoint:
             first, state = checkpoint.round + 1, checkpoint.state
             row, layers = restore(checkpoint, model, optimizer, settings)
             if ring:
                 records.resume(row, layers, state)
-        parallel = ranks.wrap(model)
-        forward_tested = compiled(model, device) if args.compile else model
-        forward = parallel if not args.compile else forward_tested if parallel is model else compiled(parallel, device)
+        forward, forward_tested = ranks.wrap(model), model
+        if args.compile:
+            forward_tested = compiled(model, device)
+            forward = forward_tested if ranks.size == 1 else compiled(forward, device)
         computing = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}
         weights = {"smoothing": args.label_smoothing, "aux": models.AUXILIARY_WEIGHT.get(args.arch, 0)}
         loss_function = partial(loop.cross_entropy, **weights)
@@ -132,7 +127,9 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                 ring.update("testing")
             follow = partial(progress, epoch, testing=True)
             test = evaluate(forward_tested, test_batches, progress=follow(len(test_batches)), **computing)
-            val = val_batches and evaluate(forward_tested, val_batches, progress=follow(len(val_batches)), **computing)
+            val = None
+            if val_batches is not None:  # though it may hold no images for this rank
+                val = evaluate(forward_tested, val_batches, progress=follow(len(val_batches)), **computing)
             if ring:
                 row, state = records.row(epoch, rate(epoch), train, test, val, model), plain_state(model)
                 ring.publish(epoch, state, to_resume(optimizer, row, layers, settings))
@@ -156,24 +153,34 @@ def first_checkpoint(args: argparse.Namespace) -> Path | None:
     return args.start_from and Path(os.path.abspath(args.start_from))
 
 
-def start_at(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace
+def beginning(
+    args: argparse.Namespace,
+    own: Checkpoint | None,
+    path: Path | None,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[int, list[str]]:
-    """Loads the weights and the momentum of a checkpoint to start from; returns the first epoch, and lines."""
-    if args.start_from is None and not path.exists():
-        raise GraftingError(
-            f"network {args.i} has no checkpoint of its own yet, and {path}, from which it started, is gone: put it "
-            "back, or say with --resume PATH --resume auto where it is now"
-        )
-    contents = models.read_checkpoint(path)
-    models.load_weights(model, contents, path, args.arch)
-    models.load_momentum(optimizer, contents, path)
-    epoch = contents.get("epoch")
-    start = 0
-    if isinstance(epoch, int):  # ours say which epoch they come after, those of PyTorch's example which is to come
-        start = epoch + ("settings" in contents)
+    """The run's first epoch, and lines; a network without a checkpoint of its own is loaded from the path."""
+    start, lines = 0, []
+    if own is not None:
+        start = ((own.extra or {}).get("settings") or {}).get("start_epoch", 0)
+    elif path is not None:
+        if args.start_from is None and not path.exists():
+            raise GraftingError(
+                f"network {args.i} has no checkpoint of its own yet, and {path}, from which it started, is gone: put "
+                "it back, or say with --resume PATH --resume auto where it is now"
+            )
+        contents = models.read_checkpoint(path)
+        models.load_weights(model, contents, path, args.arch)
+        models.load_momentum(optimizer, contents, path)
+        if isinstance(contents.get("epoch"), int):
+            # Ours say which epoch they come after, those of PyTorch's example which is to come.
+            start = contents["epoch"] + ("settings" in contents)
+        lines = size_differs(contents, path, args.image_size)
     start = start if args.start_epoch is None else args.start_epoch
-    return start, [f"started from {path}, at epoch {start}", *size_differs(contents, path, args.image_size)]
+    if start >= args.epochs:
+        raise GraftingError(f"nothing to train: the first epoch would be {start}, and --epochs is {args.epochs}")
+    return start, ([f"started from {path}, at epoch {start}"] if path and own is None else []) + lines
 
 
 def size_differs(contents: dict[str, Any], path: Path, image_size: int) -> list[str]:

@@ -108,8 +108,10 @@ def restore(
         RefusedError: if the settings differ.
         CheckpointError: if the checkpoint does not fit this network.
     """
+    extra = found.extra
+    if not isinstance(extra, Mapping) or "optimizer" not in extra:
+        raise CheckpointError(f"{found.path} holds no training state to go on from, as of another program")
     try:
-        extra = found.extra
         recorded = extra["settings"]
         differing = [key for key in settings if key != "epochs" and recorded.get(key) != settings[key]]
         if differing:
