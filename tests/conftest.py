@@ -2,12 +2,18 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from imagenet import ImageRun, make_class_folders
 from processes import Run, make_images
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Shells start background jobs so, and processes pass it on: those that the tests start shall hear Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture(scope="session")
