@@ -222,12 +222,10 @@ def test_a_process_that_knows_only_the_wire_format_sits_in_the_ring(make_run, ne
 # What a shell or another job has left in the environment
 
 
-@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"WORLD_SIZE": ""}, {"RANK": "3", "WORLD_SIZE": "1"}], ids=str)
-def test_variables_that_another_job_has_left_do_not_keep_it_from_saving(make_run, variables):
-    run = make_run(1, 1)
-    result = subprocess.run(
-        [sys.executable, CIFAR, *run.arguments(1)], env=environment() | variables, capture_output=True, text=True
-    )
+def test_variables_that_another_job_has_left_do_not_keep_it_from_saving(make_run):
+    run, variables = make_run(1, 1), {"RANK": "1", "WORLD_SIZE": "", "LOCAL_RANK": "3"}
+    line = [sys.executable, CIFAR, *run.arguments(1)]
+    result = subprocess.run(line, env=environment() | variables, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Network:1    epoch:0" in result.stdout and (run.directory / "final1.t7").exists()
 
