@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import GraftingError
-from ..grafting import Grafting, Layers
-from ..rings import Exchange
+from .. import Exchange, Grafting, GraftingError
+from ..grafting import Layers
 
 
 class TrainerGrafting:

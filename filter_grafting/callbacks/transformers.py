@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from .. import Exchange
 from ..grafting import Layers
-from ..rings import Exchange
 from . import TrainerGrafting
 
 try:
