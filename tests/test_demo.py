@@ -71,7 +71,10 @@ def test_the_demo_fails_with_the_reason_and_leaves_no_network_behind(folder, ima
     assert not [status for name in ("baseline", "grafted") for status in living(folder / "checkpoint/demo" / name)]
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, "stopped\n"), (signal.SIGTERM, "")])
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGINT, "stopped\n"), pytest.param(signal.SIGTERM, "", marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_the_demo_and_its_networks(folder, images, number, expected):
     command = [LAUNCHER, *flags_of(images), "--epochs", "100000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
