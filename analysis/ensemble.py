@@ -16,19 +16,19 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
-from analysis.loading import Trained, batches_of, load_images, load_trained, scores_of
+from analysis.loading import Trained, autocast, batches_of, compare, load_images, load_trained, scores_of
 from analysis.runs import ends, mean_and_deviation, program, table
 from filter_grafting.checkpoint import write_atomically
 from filter_grafting.errors import CheckpointError, GraftingError
 from filter_grafting.membership import networks_of, observe
 from training.flags import Parser, path
 from training.images import Images
-from training.process import amp_dtype, pick_device
+from training.process import pick_device
 
 BATCH = {True: 1000, False: 128}  # images whose statistics count alike, of CIFAR's size or larger
 MISSING = {
@@ -74,7 +74,7 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
     return 100 * (scores.argmax(1) == labels).double().mean().item()
 
 
-def reestimate(trained: Trained, model: nn.Module, images: Images, device: torch.device) -> None:
+def reestimate(trained: Trained, images: Images, device: torch.device) -> None:
     """Gives the batch norm of a model the mean and variance of what it sees now, averaged over all batches.
 
     The images are cropped and mirrored as in training, since such are the statistics that every other network is
@@ -82,9 +82,8 @@ def reestimate(trained: Trained, model: nn.Module, images: Images, device: torch
     """
     n, most = len(images.train.labels), BATCH[trained.is_cifar]
     batches = batches_of(trained, images.train, device, size=-(-n // -(-n // most)), train=True)
-    dtype, _ = amp_dtype(bool(trained.settings.get("amp")), device)
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        update_bn(batches.epoch(0), model)
+    with autocast(trained, device):
+        update_bn(batches.epoch(0), trained.model)
 
 
 # ---- The runs
@@ -97,13 +96,11 @@ def find(directory: Path, which: str) -> list[Path]:
         raise GraftingError(f"{directory} is not the save directory of a run: nothing has started there")
     paths = []
     for number in numbers:
-        there = [directory / f"{which}{number}{suffix}" for suffix in (".t7", ".tar")]
-        paths.append(next((path for path in there if path.exists()), there[0]))
-        if not paths[-1].exists():
+        paths += [path for suffix in (".t7", ".tar") if (path := directory / f"{which}{number}{suffix}").exists()]
+        if len(paths) < number:
             (seen,) = observe(directory, [number])
-            raise GraftingError(
-                f"{directory / f'{which}{number}'} is missing (network {number}: {seen}): {MISSING[which]}"
-            )
+            missing = f"{directory / f'{which}{number}'} is missing (network {number}: {seen})"
+            raise GraftingError(f"{missing}: {MISSING[which]}")
     return paths
 
 
@@ -117,9 +114,9 @@ def read(path: Path, device: torch.device) -> Trained:
 def different(members: Sequence[Trained], *keys: str) -> str:
     """`test_images (100, 200)`: the first of the settings that the networks do not share, or nothing."""
     for key in keys:
-        values = list(dict.fromkeys(str(getattr(one, key, one.settings.get(key))) for one in members))
+        values = dict.fromkeys(str(getattr(one, key, one.settings.get(key)))[:60] for one in members)
         if len(values) > 1:
-            return f"{key} ({', '.join(value if len(value) < 60 else f'{value[:60]}…' for value in values)})"
+            return f"{key} ({', '.join(values)})"
     return ""
 
 
@@ -133,55 +130,45 @@ def main() -> int:
     images = load_images(members[0], args.data)
     batches = batches_of(members[0], images.test, device)
 
-    scores, recorded = [], [one.contents["accuracy"] for one in members]
+    scores = []
     for one in tqdm(members, unit="network", leave=False, disable=None):  # None: no bar in a log
-        own, labels = scores_of(one.model, batches.epoch(), device, bool(one.settings.get("amp")))
+        own, labels = scores_of(one, batches.epoch(), device)
         scores.append(own)
     accuracies = [accuracy(own, labels) for own in scores]
     ensemble = accuracy(average_softmax(scores), labels)
     average, unlike = None, different(members, "name", "images", "val")
     if not unlike:
-        one, model = members[0], members[0].model
+        model = members[0].model
         model.load_state_dict(average_weights([member.model.state_dict() for member in members]))
-        reestimate(one, model, images, device)
-        average = accuracy(scores_of(model.eval(), batches.epoch(), device, bool(one.settings.get("amp")))[0], labels)
+        reestimate(members[0], images, device)
+        model.eval()
+        average = accuracy(scores_of(members[0], batches.epoch(), device)[0], labels)
 
     rows = [
-        [label, one.name, one.contents["epoch"], f"{value:.2f}", f"{before:.2f}"]
-        for label, one, value, before in zip(
-            ends([one.path for one in members]), members, accuracies, recorded, strict=True
-        )
+        [label, one.name, one.contents["epoch"], f"{value:.2f}", f"{one.contents['accuracy']:.2f}"]
+        for label, one, value in zip(ends([one.path for one in members]), members, accuracies, strict=True)
     ]
     rows.append([f"mean of {len(members)}", "", "", mean_and_deviation(accuracies, 2), ""])
     rows.append(["ensemble", "", "", f"{ensemble:.2f}", ""])
     rows.append(["weight average", "", "", "–" if average is None else f"{average:.2f}", ""])
-    columns = ["network", "model", "epoch", "accuracy (%)", "when saved (%)"]
-    print(
-        table(pd.DataFrame(rows, columns=columns), right=columns[2:]),
-        "",
-        *caption(args, members, images, unlike),
-        sep="\n",
-    )
-    for one, value, before in zip(members, accuracies, recorded, strict=True):
-        if abs(value - before) > 1:
-            asked = "is --data what it was in training?"
-            print(
-                f"{one.path} had {before:.2f} % when it was saved, and has {value:.2f} % here: {asked}", file=sys.stderr
-            )
+    frame = pd.DataFrame(rows, columns=["network", "model", "epoch", "accuracy (%)", "when saved (%)"])
+    print(table(frame, right=list(frame)[2:]), "", *caption(args.which, members, images, unlike), sep="\n")
+    for one, value in zip(members, accuracies, strict=True):
+        compare(one, value)
     if args.json:
         found = {"members": [str(one.path) for one in members], "networks": accuracies, "ensemble": ensemble}
         write_atomically(args.json, json.dumps(found | {"weight_average": average}, indent=1).encode() + b"\n")
     return 0
 
 
-def caption(args: argparse.Namespace, members: Sequence[Trained], images: Images, unlike: str) -> list[str]:
+def caption(which: str, members: Sequence[Trained], images: Images, unlike: str) -> list[str]:
     lines = [f"Accuracy on {len(images.test.labels):,} test images. Ensemble: the networks' softmax, averaged."]
     if unlike:
         lines.append(f"Weight average: there is none, as the networks differ in {unlike}.")
     else:
         lines.append("Weight average: one network of averaged weights, with batch-norm statistics of its own, taken on")
         lines.append(f"the {len(images.train.labels):,} training images as in training (cropped, mirrored).")
-    if args.which == "best":
+    if which == "best":
         held_out = dict.fromkeys(one.settings.get("val") for one in members)
         sets = [f"{val:,} images held out of training" if val else "these test images themselves" for val in held_out]
         lines.append(f"The best epoch of each network was chosen on {' or '.join(sets)}.")

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
-from analysis.loading import Trained, load_trained
-from analysis.runs import THRESHOLDS, count_invalid, program
+from analysis.loading import Trained, file_parser, load_trained
+from analysis.runs import count_filters, program
 from filter_grafting.errors import GraftingError
 from filter_grafting.membership import printable
-from training.flags import Parser, path
+from training.flags import path
 
 TOLERANCE = 1e-3  # of the largest score: what other kernels may differ by
 CARD = """\
@@ -37,39 +37,36 @@ tags: [filter-grafting, "{architecture}"]
 ---
 # {name}
 
-A {architecture} for {image_size}×{image_size} images in {number} classes, trained {with_what}.
+A {architecture} for {image_size}×{image_size} images in {num_classes} classes, trained {with_what}.
 
 {metrics}
 
 ## Use
 
 ```python
-model = torch.export.load("model.pt2").module()  # (n, 3, {image_size}, {image_size}) to scores (n, {number})
+model = torch.export.load("model.pt2").module()  # (n, 3, {image_size}, {image_size}) to scores (n, {num_classes})
 ```
 
-PyTorch is all that this needs. The images are RGB, {resize}, their values in [0, 1], then
+PyTorch is all that this needs. The images are RGB, {resized}, their values in [0, 1], then
 normalised: `(image - mean) / std` with mean {mean} and std {std}.
 The names of the classes are in `config.json`, in the order of the scores.
 {more}
 ## Training
 
-{command}
+{trained_by}
 
 | setting | value |
 |:--------|:------|
-{settings}
+{rows}
 
 Filter grafting: Meng et al., *Filter Grafting for Deep Neural Networks*, CVPR 2020, arXiv 2001.05868.
 """
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("file", metavar="FILE", type=path, help="best1.t7, final1.tar or the like of a run")
-    add("out", metavar="OUT", type=path, help="the folder to make; it must not exist, or be empty")
-    add("--name", help="of the model, in its card (default: the folder's)")
-    add("--model", metavar="NAME", help="the model, where the file does not say it")
+    parser = file_parser(__doc__)
+    parser.add_argument("out", metavar="OUT", type=path, help="the folder to make; it must not exist, or be empty")
+    parser.add_argument("--name", help="of the model, in its card (default: the folder's)")
     return parser.parse_args(arguments)
 
 
@@ -85,11 +82,7 @@ def main() -> int:
     with TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as temporary:
         folder = Path(temporary, "model")
         folder.mkdir()
-        notes = [
-            write_program(model, example, folder),
-            write_weights(model, folder),
-            write_onnx(model, example, folder),
-        ]
+        notes = [write(model, example, folder) for write in (write_program, write_weights, write_onnx)]
         config = config_of(trained)
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (folder / "README.md").write_text(card(trained, config, args.name or args.out.resolve().name, folder))
@@ -98,11 +91,11 @@ def main() -> int:
         shutil.move(folder, args.out)
     print(*notes, f"- {args.out / 'config.json'}, README.md", sep="\n")
     if trained.missing:
-        print(f"The file does not say: {', '.join(trained.missing)}. Mend config.json and README.md if that is wrong.")
+        print(f"{trained.missing} Mend config.json and README.md if that is wrong.")
     return 0
 
 
-# ---- The files
+# ---- The files, each loaded again and compared
 
 
 def write_program(model: nn.Module, example: Tensor, folder: Path) -> str:
@@ -116,7 +109,7 @@ def write_program(model: nn.Module, example: Tensor, folder: Path) -> str:
     return "- model.pt2"
 
 
-def write_weights(model: nn.Module, folder: Path) -> str:
+def write_weights(model: nn.Module, example: Tensor, folder: Path) -> str:
     state = {key: entry.contiguous().clone() for key, entry in model.state_dict().items()}
     if find_spec("safetensors") is None:
         torch.save(state, folder / "model.pt")
@@ -157,54 +150,45 @@ def check(name: str, found: Tensor, expected: Tensor) -> None:
 
 
 def config_of(trained: Trained) -> dict[str, Any]:
-    contents, (counts, _) = trained.contents, count_invalid(trained.model.state_dict(), THRESHOLDS)
-    resize = {"height": 32, "width": 32} if trained.is_cifar else {"shorter_side": trained.image_size * 256 // 224}
+    counts, size = count_filters(trained.model.state_dict()), trained.image_size
     return {
         "architecture": trained.name,
         "num_classes": len(trained.classes),
         "classes": trained.classes,
-        "image_size": trained.image_size,
-        "resize": resize,  # bilinear, antialiased; then the centre is cut out
+        "image_size": size,
+        # Bilinear, antialiased; then the centre is cut out.
+        "resize": {"height": 32, "width": 32} if trained.is_cifar else {"shorter_side": size * 256 // 224},
         "mean": trained.mean,
         "std": trained.std,
-        "accuracy": contents.get("accuracy"),  # % of the test images
-        "epoch": contents.get("epoch"),
-        "invalid_filters": {f"{k:g}": invalid for k, (invalid, _) in zip(THRESHOLDS, counts, strict=True)},
-        "filters": counts[0][1],
+        "accuracy": trained.contents.get("accuracy"),  # % of the test images
+        "epoch": trained.contents.get("epoch"),
+        "invalid_filters": counts["invalid"],  # by threshold of the L1 norm
+        "filters": counts["total"],
         "settings": {key: value for key, value in trained.settings.items() if key != "classes"},
-        "command": contents.get("command"),
+        "command": trained.contents.get("command"),
     }
 
 
 def card(trained: Trained, config: dict[str, Any], name: str, folder: Path) -> str:
-    settings, command = config["settings"], config["command"]
-    num, size = settings.get("num", 1), trained.image_size
-    metrics = []
+    num, command, more, metrics = trained.settings.get("num", 1), config["command"], "", ""
     if isinstance(config["accuracy"], float):
-        metrics.append(f"Test accuracy: {config['accuracy']:.2f} % after epoch {config['epoch']} (counted from 0).")
-    invalid = ", ".join(f"{count} below {k}" for k, count in config["invalid_filters"].items())
-    metrics.append(f"Filters by L1 norm, of {config['filters']:,}: {invalid}.")
-    more = ""
+        metrics = f"Test accuracy: {config['accuracy']:.2f} % after epoch {config['epoch']} (counted from 0).\n"
+    invalid = ", ".join(f"{count} below {threshold}" for threshold, count in config["invalid_filters"].items())
+    side = config["resize"].get("shorter_side")
     if not trained.is_cifar and ":" not in trained.name and (folder / "model.safetensors").exists():
         build = f'torchvision.models.get_model("{trained.name}", num_classes={len(trained.classes)})'
         more = f"\nTo train it further: `model = {build}`, then\n"
         more += '`model.load_state_dict(safetensors.torch.load_file("model.safetensors"))`.\n'
     line = command if isinstance(command, str) else shlex.join(map(str, command or []))
     return CARD.format(
+        **config,
         name=name,
-        architecture=trained.name,
-        image_size=size,
-        number=len(trained.classes),
         with_what="by itself" if num == 1 else f"with filter grafting, as one of {num} networks side by side",
-        metrics="\n".join(metrics),
-        resize=f"resized to {size}×{size}"
-        if trained.is_cifar
-        else f"their shorter side resized to {size * 256 // 224} pixels and the centre of {size}×{size} cut out",
-        mean=trained.mean,
-        std=trained.std,
+        metrics=f"{metrics}Filters by L1 norm, of {config['filters']:,}: {invalid}.",
+        resized=f"their shorter side resized to {side} pixels and the centre cut out" if side else "resized to 32×32",
         more=more,
-        command=f"    {line}" if line else "The file does not say which command trained it.",
-        settings="\n".join(f"| {printable(key)} | {printable(value, 80)} |" for key, value in settings.items()),
+        trained_by=f"    {line}" if line else "The file does not say which command trained it.",
+        rows="\n".join(f"| {printable(key)} | {printable(value, 80)} |" for key, value in config["settings"].items()),
     )
 
 

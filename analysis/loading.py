@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +17,12 @@ from grafting_cifar import data as cifar
 from grafting_cifar import models
 from grafting_imagenet import data as imagenet
 from grafting_imagenet import models as zoo
+from training.flags import Parser, path
 from training.images import DataError, Images
 from training.models import own_model
 from training.process import amp_dtype
 
 WORKERS, FEW = 2, 500  # processes that decode images, where these are not few
-
-
-CPU = torch.device("cpu")
 
 
 class Trained(NamedTuple):
@@ -36,20 +35,28 @@ class Trained(NamedTuple):
     image_size: int
     mean: list[float]
     std: list[float]
-    settings: dict[str, Any]  # by flag
-    contents: dict[str, Any]  # all that the file holds
-    missing: list[str]  # what it does not say, and what was taken instead: older files say less
+    contents: dict[str, Any]  # all that the file holds, with its settings by flag
+    missing: str  # a sentence: what it does not say, and what was taken instead, as older files say less
 
     @property
     def is_cifar(self) -> bool:
         return "state_dict" not in self.contents
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.contents["settings"]
 
-def load_trained(path: Path, name: str | None = None, device: torch.device = CPU) -> Trained:
-    """Reads and builds a model.
 
-    Args:
-        name: the model's, for a file that does not say it.
+def file_parser(description: str) -> Parser:
+    """A parser with the flags of a program that uses one model."""
+    parser = Parser(description=description)
+    parser.add_argument("file", metavar="FILE", type=path, help="best1.t7, final1.tar or the like of a run")
+    parser.add_argument("--model", metavar="NAME", help="the model, where the file does not say it")
+    return parser
+
+
+def load_trained(path: Path, name: str | None = None, device: torch.device | str = "cpu") -> Trained:
+    """Reads and builds a model; `name` is the model's, for a file that does not say it.
 
     Raises:
         GraftingError: naming the file, if it cannot be read, or does not say enough, or says what does not fit.
@@ -58,44 +65,33 @@ def load_trained(path: Path, name: str | None = None, device: torch.device = CPU
         state, contents = read_checkpoint(path)
     except FileNotFoundError:
         raise GraftingError(f"{path}: there is no such file; expected best1.t7 or the like of a run") from None
-    settings = contents["settings"] if isinstance(contents.get("settings"), dict) else {}
-    said = [contents.get("model"), contents.get("arch"), settings.get("model"), settings.get("arch")]
-    name = name or next((value for value in said if isinstance(value, str)), None)
+    settings, is_cifar = contents["settings"], "state_dict" not in contents
+    said = [name, contents.get("model"), contents.get("arch"), settings.get("model"), settings.get("arch")]
+    name = next((value for value in said if isinstance(value, str)), None)
     if name is None:
         raise GraftingError(f"{path} does not say which model it holds: give it with --model")
-    is_cifar = "state_dict" not in contents
-    script = cifar if is_cifar else imagenet
-    missing = []
-
-    def take(key: str, instead: Any, words: str) -> Any:
-        if contents.get(key) is not None:
-            return contents[key]
-        missing.append(f"{key} (taken: {words})")
-        return instead
-
-    state = plain_names(state)
-    numbers = [str(k) for k in range(next(len(entry) for entry in reversed(state.values()) if entry.dim()))]
-    classes = list(map(str, take("classes", numbers, "their numbers")))
-    size = 32 if is_cifar else int(settings.get("image_size") or 224)
-    size = int(take("image_size", size, f"{size} pixels"))
-    mean, std = (list(take(key, getattr(script, key.upper()), "the script's")) for key in ("mean", "std"))
-    model = build(name, len(classes), size, is_cifar, bool(settings.get("pretrained")), path)
-    try:
-        load_plain_state(model, State(state, str(path)))
-    except MismatchError as error:
-        raise CheckpointError(f"{path} does not fit {name} with {len(classes)} classes: {error}") from error
-    model.eval().to(device, memory_format=torch.channels_last)
-    return Trained(path, model, name, classes, size, mean, std, settings, contents, missing)
-
-
-def build(name: str, classes: int, image_size: int, is_cifar: bool, pretrained: bool, path: Path) -> nn.Module:
-    """A model of grafting_cifar, of torchvision, or what package.module:function returns."""
+    state, script = plain_names(state), cifar if is_cifar else imagenet
+    scores = next(len(entry) for entry in reversed(state.values()) if entry.dim())
+    instead = {"classes": [str(k) for k in range(scores)], "mean": list(script.MEAN), "std": list(script.STD)}
+    instead["image_size"] = 32 if is_cifar else int(settings.get("image_size") or 224)
+    missing = ", ".join(key for key in instead if contents.get(key) is None)
+    known = {key: value if contents.get(key) is None else contents[key] for key, value in instead.items()}
     try:
         if ":" in name:
-            return own_model(name, classes, image_size)
-        return models.build(name, classes) if is_cifar else zoo.build(name, classes, image_size, pretrained)
+            model = own_model(name, len(known["classes"]), known["image_size"])
+        elif is_cifar:
+            model = models.build(name, len(known["classes"]))
+        else:
+            model = zoo.build(name, len(known["classes"]), known["image_size"], bool(settings.get("pretrained")))
+        load_plain_state(model, State(state, str(path)))
     except (GraftingError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be built as {name} with {classes} classes: {error}") from error
+        how = "does not fit" if isinstance(error, MismatchError) else "cannot be built as"
+        raise CheckpointError(f"{path} {how} {name} with {len(known['classes'])} classes: {error}") from error
+    model.eval().to(device, memory_format=torch.channels_last)
+    missing = (
+        f"The file does not say: {missing}. Numbers of classes, and the script's values, are taken." if missing else ""
+    )
+    return Trained(path, model, name, **known, contents=contents, missing=missing)
 
 
 def image(trained: Trained, path: Path) -> Tensor:
@@ -104,8 +100,8 @@ def image(trained: Trained, path: Path) -> Tensor:
         pixels = torch.from_numpy(cifar.read_image(path).copy())[None]
     else:
         pixels = imagenet.central(imagenet.read_image(str(path)), trained.image_size).permute(1, 2, 0)[None]
-    scale = torch.tensor([trained.mean, trained.std]) * 255
-    return ((pixels.float() - scale[0]) / scale[1]).permute(0, 3, 1, 2)
+    mean, std = torch.tensor([trained.mean, trained.std]) * 255
+    return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)
 
 
 def load_images(trained: Trained, source: str | Path | None = None) -> Images:
@@ -115,29 +111,21 @@ def load_images(trained: Trained, source: str | Path | None = None) -> Images:
     recorded = re.findall(r"(?m)^--data[=\n](.+)$", "\n".join(words))
     default = cifar.DEFAULT_FOLDER if trained.is_cifar else "imagenet"
     source = source or (recorded[-1] if recorded else default)
-    if not trained.is_cifar:
-        images = imagenet.load(source)
-    else:
-        images = cifar.load(source, 100 if len(trained.classes) == 100 and not is_own(source) else 10)
-        chosen = {key: trained.settings[key] for key in ("val", "test_images") if trained.settings.get(key)}
-        n = trained.settings.get("images")
+    if trained.is_cifar:
+        settings = trained.settings
+        images = cifar.load(source, 100 if settings.get("cifar") == 100 or len(trained.classes) == 100 else 10)
         try:
-            images = cifar.select(images, n=n, **chosen)
+            chosen = settings.get("images"), settings.get("val") or 0, settings.get("test_images")
+            images = cifar.select(images, *chosen)
         except DataError as error:
             raise DataError(f"{source} is not what {trained.path} was trained on: {error}") from error
-    has_names = "classes" in trained.contents
-    if len(images.classes) != len(trained.classes) or (has_names and images.classes != trained.classes):
-        there, here = (
-            f"{len(names)} classes ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
-            for names in (images.classes, trained.classes)
-        )
+    else:
+        images = imagenet.load(source)
+    own = trained.contents.get("classes")
+    if len(images.classes) != len(trained.classes) or own not in (None, images.classes):
+        there, here = (f"{len(names)} classes ({', '.join(names[:3])}…)" for names in (images.classes, trained.classes))
         raise DataError(f"{source} has {there}, {trained.path} has {here}: give the --data of its training")
     return images
-
-
-def is_own(source: str | Path) -> bool:
-    """Whether a source has classes of its own, rather than CIFAR's."""
-    return str(source) == "glyphs" or (Path(source).expanduser() / "train").is_dir()
 
 
 def batches_of(trained: Trained, split: Any, device: torch.device, size: int | None = None, train: bool = False) -> Any:
@@ -148,19 +136,26 @@ def batches_of(trained: Trained, split: Any, device: torch.device, size: int | N
     return imagenet.Batches(split, size or 64, device, train=train, image_size=trained.image_size, workers=workers)
 
 
+def autocast(trained: Trained, device: torch.device) -> torch.autocast:
+    """The precision that it was trained in: bfloat16, where that was asked for and the hardware computes in it."""
+    dtype, _ = amp_dtype(bool(trained.settings.get("amp")), device)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 @torch.inference_mode()
 def scores_of(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: bool = False
+    trained: Trained, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Class scores (n, classes) of all images in order, fp32, and their labels (n,), on the CPU.
-
-    Args:
-        amp: whether in bfloat16, where the hardware computes in it, as in training.
-    """
-    dtype, _ = amp_dtype(amp, device)
-    scores, labels = [], []
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        for images, own in batches:
-            scores.append(model(images).float().cpu())
-            labels.append(own.cpu())
+    """Class scores (n, classes) of all images in order, fp32, and their labels (n,), on the CPU."""
+    with autocast(trained, device):
+        found = [(trained.model(images).float().cpu(), labels.cpu()) for images, labels in batches]
+    scores, labels = zip(*found, strict=True)
     return torch.cat(scores), torch.cat(labels)
+
+
+def compare(trained: Trained, accuracy: float) -> None:
+    """Says so if a model has not the accuracy that its file records."""
+    before = trained.contents.get("accuracy")
+    if isinstance(before, float) and abs(accuracy - before) > 1:
+        asked = f"{trained.path} had {before:.2f} % when it was saved, and has {accuracy:.2f} % here"
+        print(f"{asked}: is --data what it was in training?", file=sys.stderr)

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -36,9 +35,9 @@ THRESHOLDS = (0.1, 0.01)  # of the L1 norm, below which a filter is invalid
 SECONDS = ["train_seconds", "test_seconds", "wait_seconds", "graft_seconds"]
 METRICS = ["epoch", "test_accuracy", "best", *SECONDS]
 COEFFICIENTS = ["epoch", "layer", "coefficient"]
-GRAFTING_SETTINGS = {"num", "a", "c", "level", "method", "scion", "criterion", "difflr"}  # which a baseline lacks
+FILTERS = ["total", "invalid", "shortcut_total", "shortcut_invalid"]  # see `count_filters`
+MARKS = ("run.json", "result.json", "network*.json", "metrics*.csv")  # files that only a run leaves
 tabulate.MIN_PADDING = 0  # columns no wider than need be
-Counts = list[tuple[int, int]]  # (invalid, total) at each threshold
 
 
 @dataclass(eq=False)
@@ -50,10 +49,8 @@ class Network:
     metrics: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=METRICS))  # a row per epoch
     coefficients: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=COEFFICIENTS))
     best_file: Path | None = None  # the checkpoint of its best epoch
-    counted_in: str = ""  # the checkpoint that the filters were counted in
+    filters: dict[str, Any] = field(default_factory=dict)  # see `count_filters`
     norms: np.ndarray = field(default_factory=lambda: np.empty(0))  # L1, of all filters but the shortcuts'
-    invalid: Counts = field(default_factory=list)
-    shortcuts: Counts = field(default_factory=list)  # the same of shortcut convolutions
 
     @property
     def last(self) -> float:
@@ -67,6 +64,7 @@ class Network:
 
     @property
     def seconds_per_epoch(self) -> float:
+        """By the median, which leaves out the few epochs in which the machine had paused."""
         return float(self.metrics[SECONDS].sum(axis=1).median())
 
 
@@ -102,17 +100,15 @@ def method(settings: dict[str, Any], num: int) -> str:
     """`baseline`, or `grafting of 2`, with what was not left at its default."""
     name, scion = printable(settings.get("method", "grafting")), printable(settings.get("scion", "external"))
     words = [f"{name} of {num}" if num > 1 else "baseline" if name == "grafting" else name]
-    if scion != "external":
-        words.append(f"{scion} scions")
-    if num > 1 and settings.get("level") == "filter":
-        words.append("filter level")
-    if num > 1 and settings.get("criterion") == "l1":
-        words.append("by L1 norm")
-    for coefficient, default in (("a", 0.4), ("c", 500)) if num > 1 and name == "grafting" else ():
-        if isinstance(settings.get(coefficient), int | float) and settings[coefficient] != default:
-            words.append(f"{coefficient} {settings[coefficient]:g}")
-    schedules = {"cos": "cosine", "steplr": "steps"} | ({"difflr": "dlr"} if num > 1 else {})
-    return ", ".join(words + [word for key, word in schedules.items() if settings.get(key)])
+    words += [f"{scion} scions"] * (scion != "external") + ["cosine"] * bool(settings.get("cos"))
+    words += ["steps"] * bool(settings.get("steplr"))
+    if num > 1:
+        words += ["dlr"] * bool(settings.get("difflr"))
+        words += ["filter level"] * (settings.get("level") == "filter")
+        words += ["by L1 norm"] * (settings.get("criterion") == "l1")
+        own = [(key, settings.get(key, default), default) for key, default in (("a", 0.4), ("c", 500))]
+        words += [f"{key} {value:g}" for key, value, default in own if value != default and name == "grafting"]
+    return ", ".join(words)
 
 
 # ---- Reading
@@ -120,10 +116,9 @@ def method(settings: dict[str, Any], num: int) -> str:
 
 def find_runs(directory: Path) -> list[Path]:
     """The directory itself if a run has left something there, else all such below it; itself if there are none."""
-    marks = ("run.json", "result.json", "network*.json", "metrics*.csv")
-    if any(next(directory.glob(mark), None) for mark in marks):
+    if any(next(directory.glob(mark), None) for mark in MARKS):
         return [directory]
-    return sorted({path.parent for mark in marks for path in directory.rglob(mark)}) or [directory]
+    return sorted({path.parent for mark in MARKS for path in directory.rglob(mark)}) or [directory]
 
 
 def read_run(directory: Path, label: str = "") -> Run:
@@ -140,25 +135,18 @@ def read_run(directory: Path, label: str = "") -> Run:
         run.settings = read_record(directory)[1]
     except FileNotFoundError:
         run.errors.append("run.json is missing")
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         run.errors.append("run.json is unreadable")
-    for status in observe(directory, numbers):
-        run.networks.append(_read_network(run, status, len(numbers)))
+    run.networks = [_read_network(run, status, len(numbers)) for status in observe(directory, numbers)]
     return run
 
 
 def _read_network(run: Run, status: Status, num: int) -> Network:
-    network, i = Network(status.network, status), status.network
+    network, i, is_done = Network(status.network, status), status.network, status.state == "done"
     checkpoints = find_checkpoints(run.directory, i, num)
-    metrics = run.directory / f"metrics{i}.csv"
-    is_done = status.state == "done"
-    if not is_done and not checkpoints and not metrics.exists():
+    if not is_done and not checkpoints and not (run.directory / f"metrics{i}.csv").exists():
         return network  # no epoch has ended
-    network.metrics = _read_csv(run, metrics, METRICS)
-    if is_done and len(network.metrics) and status.epochs and network.metrics["epoch"].iloc[-1] != status.epochs - 1:
-        run.errors.append(f"{metrics.name} ends at epoch {network.metrics['epoch'].iloc[-1]} of {status.epochs}")
-    if num > 1 and len(network.metrics) > 1:  # nothing is grafted before the first epoch
-        network.coefficients = _read_coefficients(run, i, network.metrics)
+    _read_tables(run, network, status.epochs if is_done else None)
     if is_done and not any(path.stem == f"final{i}" for path in checkpoints):
         run.errors.append(f"final{i} is missing")
     network.best_file = next((path for path in checkpoints if path.stem == f"best{i}"), None)
@@ -166,77 +154,55 @@ def _read_network(run: Run, status: Status, num: int) -> Network:
     return network
 
 
-def _read_csv(run: Run, path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A frame of whole rows; a last one without its newline is being written, and is left out."""
-    empty = pd.DataFrame(columns=columns)
-    try:
-        whole, _, rest = path.read_bytes().decode().rpartition("\n")
-        frame = pd.read_csv(io.StringIO(whole)) if whole else empty
-        if not isinstance(frame.index, pd.RangeIndex):
-            raise ValueError("its rows have more fields than its first line")
-        if rest and run.record:  # nothing writes to a finished experiment's file any more
-            raise ValueError("its last row is half-written")
-        for column in columns:
-            if column not in frame:
-                raise ValueError(f"it has no column {column}")
-            if column != "layer":
-                frame[column] = pd.to_numeric(frame[column])
-                if not np.isfinite(frame[column]).all():
-                    raise ValueError(f"column {column} has values that are not finite")
-        if not (path.name.startswith("coefficients") or (frame["epoch"].diff().iloc[1:] == 1).all()):
-            raise ValueError("its epochs do not follow one another")
-    except FileNotFoundError:
-        run.errors.append(f"{path.name} is missing")
-        return empty
-    except (OSError, ValueError, pd.errors.ParserError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
-        run.errors.append(f"{path.name} is damaged: {reason}")
-        return empty
-    return frame
-
-
-def _read_coefficients(run: Run, i: int, metrics: pd.DataFrame) -> pd.DataFrame:
-    frame = _read_csv(run, run.directory / f"coefficients{i}.csv", COEFFICIENTS)
-    # A network that was killed between the two files writes an epoch's rows once more.
-    frame = frame.drop_duplicates(["epoch", "layer"], keep="last")
-    return frame[frame["epoch"].isin(metrics["epoch"])].reset_index(drop=True)
-
-
 def _read_result(run: Run) -> None:
     """results/<preset>/<run>/seed<k>: result.json has the settings and the counts, beside the networks' CSV files."""
-    path = run.directory / "result.json"
     try:
-        record = json.loads(path.read_bytes())
-        if not isinstance(record, dict):
-            raise ValueError("it holds no result")
-        run.record, run.settings = record, dict(record.get("settings") or {})
-        filters = list(record.get("filters") or [])
-        for i, counts in enumerate(filters, 1):
-            network = Network(i, counted_in="final")
-            network.metrics = _read_csv(run, run.directory / f"metrics{i}.csv", METRICS)
-            epochs = run.settings.get("epochs")
-            if not len(network.metrics) or network.metrics["epoch"].iloc[-1] + 1 != epochs:
-                run.errors.append(f"metrics{i}.csv ends after {len(network.metrics)} epochs, expected {epochs}")
-            if (run.directory / f"coefficients{i}.csv").exists():
-                network.coefficients = _read_coefficients(run, i, network.metrics)
-            for kind, found in ("", network.invalid), ("shortcut_", network.shortcuts):
-                invalid = counts[f"{kind}invalid"]
-                found += [(int(invalid[f"{k:g}"]), int(counts[f"{kind}total"])) for k in THRESHOLDS]
+        run.record = dict(json.loads((run.directory / "result.json").read_bytes()))
+        run.settings = dict(run.record.get("settings") or {})
+        for i, filters in enumerate(run.record.get("filters") or (), 1):
+            network = Network(i, filters={key: filters[key] for key in FILTERS})
+            _read_tables(run, network, run.settings["epochs"])
             run.networks.append(network)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        run.errors.append(f"{path.name} is damaged ({type(error).__name__}: {error})")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        run.errors.append(f"result.json is damaged ({type(error).__name__}: {error})")
+
+
+def _read_tables(run: Run, network: Network, epochs: int | None) -> None:
+    """The CSV files of a network; epochs: how many there must be."""
+    i = network.number
+    network.metrics = _read_csv(run, f"metrics{i}.csv", METRICS)
+    ended = network.metrics["epoch"].iloc[-1] + 1 if len(network.metrics) else epochs
+    if epochs and ended != epochs:
+        run.errors.append(f"metrics{i}.csv ends after {ended} of {epochs} epochs")
+    if (run.directory / f"coefficients{i}.csv").exists():
+        # A network that was killed between the two files writes an epoch's rows once more.
+        frame = _read_csv(run, f"coefficients{i}.csv", COEFFICIENTS).drop_duplicates(["epoch", "layer"], keep="last")
+        network.coefficients = frame[frame["epoch"].isin(network.metrics["epoch"])].reset_index(drop=True)
+
+
+def _read_csv(run: Run, name: str, columns: Sequence[str]) -> pd.DataFrame:
+    """A frame of whole rows; a last one without its newline is being written, and is left out."""
+    try:
+        whole = (run.directory / name).read_bytes().decode().rpartition("\n")[0]
+        frame = pd.read_csv(io.StringIO(whole), dtype=dict.fromkeys(columns, float) | {"epoch": int, "layer": str})
+        if not isinstance(frame.index, pd.RangeIndex) or not {*columns} <= {*frame}:
+            raise ValueError(f"expected rows of {', '.join(columns)} and others")
+        if not np.isfinite(frame[[column for column in columns if column != "layer"]]).all(axis=None):
+            raise ValueError("it has values that are not finite")
+        return frame
+    except FileNotFoundError:
+        run.errors.append(f"{name} is missing")
+    except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
+        run.errors.append(f"{name} is damaged: {str(error).partition(chr(10))[0]}")
+    return pd.DataFrame(columns=columns)
 
 
 def find_checkpoints(directory: Path, i: int, num: int) -> list[Path]:
     """The final network, the best one, then the published ones from the newest: as far as they are there."""
-    kept, published = {}, {}
-    for path in directory.iterdir():
-        if match := re.fullmatch(rf"(final|best){i}\.(t7|tar)", path.name):
-            kept[match[1]] = path
-        elif match := re.fullmatch(rf"(ckpt|pth){i % num}_(\d{{1,9}})\.(t7|tar)", path.name):
-            published[int(match[2])] = path
-    newest_first = [published[epoch] for epoch in sorted(published, reverse=True)]
-    return [kept[name] for name in ("final", "best") if name in kept] + newest_first
+    name = re.compile(rf"(?:(final|best){i}|(?:ckpt|pth){i % num}_(\d{{1,9}}))\.(?:t7|tar)")
+    found = [match for path in directory.iterdir() if (match := name.fullmatch(path.name))]
+    found.sort(key=lambda match: (match[1] or "", int(match[2] or 0)), reverse=True)  # "final" > "best" > ""
+    return [directory / match[0] for match in found]
 
 
 def _read_filters(run: Run, network: Network, checkpoints: Iterable[Path]) -> None:
@@ -244,18 +210,16 @@ def _read_filters(run: Run, network: Network, checkpoints: Iterable[Path]) -> No
     for path in checkpoints:
         try:
             state, contents = read_checkpoint(path)
+            network.filters = count_filters(state)
             norms = norms_by_layer(state, shortcuts=False)
-            network.invalid, network.shortcuts = count_invalid(state, THRESHOLDS)
         except FileNotFoundError:
             continue  # a network at work has deleted it in between, and published a newer one
         except (GraftingError, RuntimeError, ValueError) as error:
             run.errors.append(str(error).replace(f"{path.parent}/", ""))
             continue
-        network.norms = torch.cat([torch.as_tensor(layer) for layer in norms.values()]).double().numpy()
-        network.counted_in = path.stem.rstrip("0123456789") if path.stem.isalnum() else path.name
-        settings = contents["settings"] if isinstance(contents.get("settings"), dict) else {}
+        network.norms = torch.cat(list(norms.values())).double().numpy()
         data = {"data": contents["data"]} if isinstance(contents.get("data"), str) else {}  # the images' checksum
-        run.settings = settings | data | run.settings
+        run.settings = contents["settings"] | data | run.settings
         return
     run.errors.append(f"no checkpoint of network {network.number} can be read")
 
@@ -263,19 +227,29 @@ def _read_filters(run: Run, network: Network, checkpoints: Iterable[Path]) -> No
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict in a checkpoint (its `net` or `state_dict`, or all that it holds), and the whole contents.
 
+    These have `settings` in any case, empty where the file has none.
     Raises FileNotFoundError; CheckpointError, naming the file, if it holds no state dict or cannot be loaded.
     """
     contents = load(path)
     state = contents.get("net", contents.get("state_dict", contents))
     if isinstance(state, dict) and state and all(isinstance(entry, Tensor) for entry in state.values()):
-        return state, contents
+        settings = contents.get("settings")
+        return state, {**contents, "settings": settings if isinstance(settings, dict) else {}}
     keys = printable(", ".join(map(str, contents)), 100)
     raise CheckpointError(f"{path} holds no state dict: it has the keys {keys}; expected net or state_dict")
 
 
-def count_invalid(state: dict[str, Tensor], thresholds: Sequence[float]) -> list[Counts]:
-    """(invalid, total) at each threshold: first of the filters outside shortcuts, then of those in them."""
-    return [[invalid_filters(state, threshold, shortcuts) for threshold in thresholds] for shortcuts in (False, True)]
+def count_filters(state: dict[str, Tensor], thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Any]:
+    """`total` filters and `invalid` ones by threshold, and the same of shortcut convolutions with `shortcut_` before.
+
+    {"total": 688, "invalid": {"0.1": 3, "0.01": 0}, "shortcut_total": 0, "shortcut_invalid": {"0.1": 0, "0.01": 0}}
+    """
+    counts: dict[str, Any] = {}
+    for kind, shortcuts in ("", False), ("shortcut_", True):
+        pairs = {f"{t:g}": invalid_filters(state, t, shortcuts) for t in thresholds}
+        counts[f"{kind}total"] = max(total for _, total in pairs.values())
+        counts[f"{kind}invalid"] = {threshold: invalid for threshold, (invalid, _) in pairs.items()}
+    return counts
 
 
 # ---- Comparing
@@ -286,15 +260,6 @@ def recipe(run: Run, without: Iterable[str] = ()) -> dict[str, str]:
     left_out = {"seed", "i", "s", "start_lr", *without}
     settings = {key: value for key, value in run.settings.items() if key not in left_out}
     return {key: f"{value:g}" if type(value) in (int, float) else str(value) for key, value in settings.items()}
-
-
-def baselines_of(run: Run, runs: Iterable[Run]) -> list[Run]:
-    """The baselines of the same settings but those of grafting: that of the same seed, or else all."""
-    if run.is_baseline or not run.settings:
-        return []
-    own = recipe(run, GRAFTING_SETTINGS)
-    found = [other for other in runs if other.is_baseline and recipe(other, GRAFTING_SETTINGS) == own]
-    return [other for other in found if other.settings.get("seed") == run.settings.get("seed")] or found
 
 
 def groups_of(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -326,42 +291,39 @@ def ends(paths: Sequence[Path]) -> list[str]:
 def labels(paths: Sequence[Path]) -> list[str]:
     """Names of runs, shortened to what differs between them: `baseline` and `grafting_num4` of …_cifar10_resnet32."""
     names = ends(paths)
-    if len(names) == 1:
-        return names
-    words = [re.split(r"(?<=[/_])", name) for name in names]
+    words = [re.findall(r"[^/_]*[/_]?", name) for name in names]
     shared = set.intersection(*({word.strip("/_") for word in own} for own in words))
-    short = ["".join(word for word in own if word.strip("/_") not in shared).strip("/_") for own in words]
-    if not all(short):  # one that is the others' beginning keeps its first word, and so do they
-        shared -= {words[short.index("")][0].strip("/_")}
-        short = ["".join(word for word in own if word.strip("/_") not in shared).strip("/_") for own in words]
-    return short if all(short) and len(set(short)) == len(set(names)) else names
+    for kept in (0, 1):  # a name that is the others' beginning keeps its first word, and so do they
+        short = [
+            "".join(word for k, word in enumerate(own) if k < kept or word.strip("/_") not in shared).strip("/_")
+            for own in words
+        ]
+        if len(names) > 1 and all(short) and len(set(short)) == len(names):
+            return short
+    return names
 
 
 def mean_and_deviation(values: Iterable[float], digits: int) -> str:
     """Mean ± sample standard deviation of the values that are there: `69.50 ± 1.06`, `69.50 (1 of 2)`."""
-    values = list(values)
-    there = [value for value in values if not math.isnan(value)]
-    if not there:
+    values = pd.Series(list(values), dtype=float)
+    there = values.dropna()
+    if there.empty:
         return "–"
-    deviation = f" ± {statistics.stdev(there):.{digits}f}" if len(there) > 1 else ""
-    missing = f" ({len(there)} of {len(values)})" if len(there) < len(values) else ""
-    return f"{statistics.mean(there):.{digits}f}{deviation}{missing}"
-
-
-def cell(value: object) -> str:
-    """Fit for a table, whoever wrote the run's files."""
-    return printable(value).replace("|", "\\|")
+    deviation = f" ± {there.std():.{digits}f}" * (len(there) > 1)
+    return f"{there.mean():.{digits}f}{deviation}" + f" ({len(there)} of {len(values)})" * (len(there) < len(values))
 
 
 def table(frame: pd.DataFrame, style: str = "markdown", right: Iterable[str] = ()) -> str:
     """A frame of texts as `markdown`, `csv` or `latex`; the columns named in `right` are flush right."""
     if style == "csv":
         return frame.to_csv(index=False).rstrip("\n")
+    cells = frame.map(printable)  # whoever wrote the run's files
+    if style == "markdown":
+        cells = cells.map(lambda text: text.replace("|", "\\|"))
     align = ["right" if column in set(right) else "left" for column in frame]
-    options = {"headers": list(frame), "colalign": align, "disable_numparse": True, "showindex": False}
-    if style == "latex":
-        return tabulate.tabulate(frame.map(printable).values.tolist(), tablefmt="latex_booktabs", **options)
-    return frame.map(cell).to_markdown(index=False, colalign=align, disable_numparse=True)
+    form = {"markdown": "pipe", "latex": "latex_booktabs"}[style]
+    options = {"headers": list(frame), "colalign": align, "disable_numparse": True}
+    return tabulate.tabulate(cells.values.tolist(), tablefmt=form, **options)
 
 
 def program(main: Callable[[], int]) -> int:
@@ -377,13 +339,13 @@ def program(main: Callable[[], int]) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except GraftingError as error:
-        sentence, status = str(error), 2 if isinstance(error, UsageError) else 1
-    except OSError as error:
-        sentence, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
-    except (RuntimeError, MemoryError) as error:
-        (sentence, is_known), status = explain(error), 1  # as of a GPU that is full
-        if not is_known:
-            raise
-    print(printable(sentence, 1000), file=sys.stderr)
-    return status
+    except (OSError, GraftingError, RuntimeError, MemoryError) as error:
+        sentence = str(error)
+        if isinstance(error, OSError) and error.filename:
+            sentence = f"{error.filename}: {error.strerror}"
+        elif not isinstance(error, OSError | GraftingError):
+            sentence, is_known = explain(error)  # as of a GPU that is full
+            if not is_known:
+                raise
+        print(printable(sentence, 1000), file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1

@@ -18,22 +18,23 @@ from typing import Any
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
-from analysis.runs import THRESHOLDS, cell, mean_and_deviation, program, table
+from analysis.runs import THRESHOLDS, mean_and_deviation, program, table
 from experiments import plots
 from experiments.results import (
     Cell,
     Cells,
-    Pair,
+    Pairs,
     against_baseline,
     against_rivals,
     against_steps,
     cells_of,
     gain,
+    gain_by_validation,
     read_results,
 )
 from experiments.tables import PRESETS, REFERENCE, TABLES
 from filter_grafting.checkpoint import write_atomically
-from filter_grafting.membership import duration
+from filter_grafting.membership import duration, printable
 from training.flags import Parser, path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,7 @@ says nothing of others. † An ensemble has one accuracy, that of its networks' 
 is compared with the mean of these networks where they are those of its baseline."""
 PICKED = {True: "by validation", False: "on the test set"}
 RIVALS = "Grafting against rivals on the same schedule that cost no more training"
+VERDICTS = ("ahead", "level", "behind", "open for want of seeds")
 NAMED = 5  # rivals, in the sentence that names those that grafting is behind
 
 
@@ -88,7 +90,7 @@ def report(tables: Tables, preset: str, damages: Sequence[str], out: Path) -> st
     drawn = plots.draw(tables, preset, out)
     parts = [f"# Results of the preset {preset}", reading(tables, preset, damages), contents(tables)]
     if damages:
-        listed = "\n".join(f"- {cell(damage)}" for damage in damages)
+        listed = "\n".join(f"- {printable(damage)}" for damage in damages)
         parts.append(f"Damaged, unfinished or of other settings, and counted as not run:\n\n{listed}")
     parts.append(LEGEND)
     for name, found in tables.items():
@@ -133,9 +135,9 @@ def reading(tables: Tables, preset: str, damages: Sequence[str]) -> str:
         return "**Reading.** No grafting run stands beside a baseline or a rival yet: nothing can be said of it."
     lines = [tally(own, "Grafting against the single network of its row's baseline"), tally(rivals, RIVALS)]
     lines += [
-        f"The cosine alone, without grafting, gains {pair.last()} after the last epoch "
-        f"({pair.one.row.label} against {pair.other.row.label}, {pair.one.row.dataset})."
-        for pair in pairs(tables, against_steps)
+        f"The cosine alone, without grafting, gains {gain(one, other, 'last')} after the last epoch "
+        f"({one.row.label} against {other.row.label}, {one.row.dataset})."
+        for one, other in pairs(tables, against_steps)
     ]
     return (
         "**Reading**, counted from the tables below:\n\n" + "\n".join(f"- {line}" for line in lines if line) + "\n\n"
@@ -145,31 +147,31 @@ def reading(tables: Tables, preset: str, damages: Sequence[str]) -> str:
     )
 
 
-def pairs(tables: Tables, find: Callable[[Cells], Iterator[Pair]]) -> list[Pair]:
+def pairs(tables: Tables, find: Callable[[Cells], Pairs]) -> list[tuple[Cell, Cell]]:
     """Those of all tables that report accuracies; tables share runs, and each pair of them counts once."""
-    found = (
-        pair
-        for name in tables
-        if TABLES[name].kind != "filters"
-        for cells in tables[name].values()
-        for pair in find(cells)
-    )
-    return list({(pair.one.row.run, pair.other.row.run, pair.one.row.dataset): pair for pair in found}.values())
+    named = (found for name, found in tables.items() if TABLES[name].kind != "filters")
+    every = (pair for found in named for cells in found.values() for pair in find(cells))
+    return list({(one.row.run, other.row.run, one.row.dataset): (one, other) for one, other in every}.values())
 
 
-def tally(compared: Sequence[Pair], what: str) -> str:
+def tally(compared: Sequence[tuple[Cell, Cell]], what: str) -> str:
     """`what: after the last epoch ahead 1, level 3, behind 1 of 5 (…); at the epoch picked by validation ….`"""
     parts = []
-    for figure, when in (Pair.last, "after the last epoch"), (Pair.best, "at the epoch picked by validation"):
-        found = [(pair, difference) for pair in compared if math.isfinite((difference := figure(pair)).mean)]
-        counts = Counter(difference.verdict for _, difference in found)
-        verdicts = [word for word in ("ahead", "level", "behind", "open for want of seeds") if counts[word]]
-        beaten = sorted((one for one in found if one[1].verdict == "behind"), key=lambda one: one[1].mean)
-        named = [f"{pair} ({difference})" for pair, difference in beaten[:NAMED]]
-        named += [f"{len(beaten) - NAMED} more, see below"] * (len(beaten) > NAMED)
-        if found:
-            words = ", ".join(f"{word} {counts[word]}" for word in verdicts)
-            parts.append(f"{when} {words} of {len(found)}" + f" ({'; '.join(named)})" * bool(named))
+    for when, found in (
+        ("after the last epoch", [(gain(one, other, "last"), one.row, other.row) for one, other in compared]),
+        (
+            "at the epoch picked by validation",
+            [(gain_by_validation(*pair), *(c.row for c in pair)) for pair in compared],
+        ),
+    ):
+        known = sorted((each for each in found if math.isfinite(each[0].mean)), key=lambda each: each[0].mean)
+        counts = Counter(difference.verdict for difference, *_ in known)
+        words = [f"{word} {counts[word]}" for word in VERDICTS if counts[word]]
+        behind = [each for each in known if each[0].verdict == "behind"]
+        named = [f"{one.label} behind {other.label} on {one.dataset} ({by})" for by, one, other in behind[:NAMED]]
+        named += [f"{len(behind) - NAMED} more, see below"] * (len(behind) > NAMED)
+        if known:
+            parts.append(f"{when} {', '.join(words)} of {len(known)}" + f" ({'; '.join(named)})" * bool(named))
     return f"{what}: {'; '.join(parts)}." if parts else ""
 
 
@@ -182,14 +184,14 @@ def section(name: str, dataset: str, cells: Cells) -> list[str]:
     parts = [f"### {TABLES[name].title}: {dataset}", table(frame), *footnotes(cells)]
     rivals = pd.DataFrame(
         {
-            "grafting": pair.one.row.label,
-            "against": pair.other.row.label,
-            "epochs of all": f"{pair.one.first('cost'):g} : {pair.other.first('cost'):g}",
-            "difference of last": pair.last(),
-            "difference of best, by validation": pair.best(),
-            "n": len(pair.one.results.index.intersection(pair.other.results.index)),
+            "grafting": one.row.label,
+            "against": other.row.label,
+            "epochs of all": f"{one.first('cost'):g} : {other.first('cost'):g}",
+            "difference of last": gain(one, other, "last"),
+            "difference of best, by validation": gain_by_validation(one, other),
+            "n": len(one.results.index.intersection(other.results.index)),
         }
-        for pair in against_rivals(cells)
+        for one, other in against_rivals(cells)
     )
     if kind != "filters" and len(rivals):
         parts += [f"{RIVALS} (an ensemble costs more to use):", table(rivals)]
@@ -202,14 +204,14 @@ def accuracy_table(cells: Cells, has_top5: bool) -> pd.DataFrame:
     best = f"best, {PICKED[picked.copy().pop()]}" if len(picked) == 1 else "best"
     lines = []
     for label, one in cells.items():
-        line = {"method": label + " †" * one.is_ensemble, "paper": paper(one)}
+        line = {"method": label + " †" * bool(one.first("members")), "paper": paper(one)}
         line |= {best: mean(one, "best"), "last": mean(one, "last")}
         if len(picked) > 1 and line[best][0].isdigit():
             line[best] += f" ({PICKED[one.first('validated')]})"
         line |= {"top-5, last": mean(one, "top5")} if has_top5 else {}
         line |= {f"gain of {figure}": gain(one, cells.get(one.row.baseline), figure) for figure in ("best", "last")}
         if len(ran) and ran[f"invalid_{THRESHOLDS[0]}"].max() > 0:
-            line[f"invalid at {THRESHOLDS[0]}"] = count(one, "invalid", THRESHOLDS[0])
+            line[f"invalid at {THRESHOLDS[0]}"] = count(one, "", THRESHOLDS[0])
         if len(ran) and ran["information"].notna().any():
             line["information (nats)"] = mean(one, "information", 1)
         lines.append(line | {"n": len(one.results)})
@@ -221,9 +223,9 @@ def filters_table(cells: Cells) -> pd.DataFrame:
     lines = []
     for label, one in cells.items():
         line = {"method": label, "paper": paper(one)}
-        line |= {f"invalid at {threshold}": count(one, "invalid", threshold) for threshold in THRESHOLDS}
-        beside = [count(one, "shortcuts", threshold) for threshold in THRESHOLDS]
-        line["in shortcuts"] = ", ".join(beside) if one.first("shortcuts_total") else "–"
+        line |= {f"invalid at {threshold}": count(one, "", threshold) for threshold in THRESHOLDS}
+        beside = [count(one, "shortcut_", threshold) for threshold in THRESHOLDS]
+        line["in shortcuts"] = ", ".join(beside) if one.first("shortcut_total") else "–"
         lines.append(line | {"n": len(one.results)})
     return pd.DataFrame(lines)
 
@@ -239,15 +241,15 @@ def mean(one: Cell, figure: str, digits: int = 2) -> str:
 
 def count(one: Cell, kind: str, threshold: float) -> str:
     """`36.5 ± 0.7 of 1136`: means over the networks of each seed, mean and deviation over seeds."""
-    text = mean(one, f"{kind}_{threshold}", 1)
-    return f"{text} of {one.first(f'{kind}_total'):g}" if text[0].isdigit() else text
+    text = mean(one, f"{kind}invalid_{threshold}", 1)
+    return f"{text} of {one.first(f'{kind}total'):g}" if text[0].isdigit() else text
 
 
 def footnotes(cells: Cells) -> list[str]:
     """What else is known of ensembles, of scions that were never needed, and of rows of unlike precision."""
     notes = []
     for label, one in cells.items():
-        if one.is_ensemble:
+        if bool(one.first("members")):
             alone, average = mean(one, "alone"), mean(one, "weight_average")
             notes.append(f"† {label}: its networks alone {alone} (mean); their uniform weight average {average}.")
         elif len(one.results) and one.first("settings").get("scion", "external") != "external":

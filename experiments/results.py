@@ -13,7 +13,8 @@ from analysis.runs import THRESHOLDS, read_run
 from experiments.tables import SEEDS, TABLES, Row, Run, rows, runs, without_steps
 
 # Figures that some results have none of: NaN there.
-ABSENT = ("best", "validated", "top5", "information", "cost", "seconds", "alone", "weight_average")
+SOME = ["best", "validated", "top5", "information", "cost", "seconds", "alone", "weight_average", "total"]
+SOME += [f"{kind}invalid_{threshold}" for kind in ("", "shortcut_") for threshold in THRESHOLDS]
 
 
 class OtherCommand(ValueError):
@@ -29,10 +30,6 @@ class Cell(NamedTuple):
     def first(self, column: str) -> Any:
         """What all seeds have in common; None if nothing was run."""
         return self.results[column].iloc[0] if len(self.results) else None
-
-    @property
-    def is_ensemble(self) -> bool:
-        return bool(self.first("members"))
 
 
 Cells = dict[str, Cell]  # of one table on one data set, by label of the row
@@ -65,31 +62,27 @@ class Gain(NamedTuple):
 def read_results(directory: Path, preset: str) -> tuple[pd.DataFrame, list[str]]:
     """A line for each run and seed in a preset's folder of results, and what is wrong with those left out."""
     expected = {str(run): run for run in runs(TABLES, preset, SEEDS)}
-    lines, damages = [], []
-    for folder in directory.glob("*/seed*"):
+    lines, damages = {}, []
+    for folder in sorted(directory.glob("*/seed*")):
         name = f"{folder.parent.name}/{folder.name}"
         if name in expected:
             try:
-                lines.append(read_result(folder, expected[name]))
+                lines[name] = read_result(folder, expected[name])
             except ValueError as error:
                 damages.append(f"{name}: {error}")
-    if not lines:
-        return pd.DataFrame(columns=["run", "seed"]), sorted(damages)
-    frame = pd.DataFrame(lines).sort_values(["run", "seed"], ignore_index=True)
-    cost = dict(zip(frame["run"] + "/seed" + frame["seed"].astype(str), frame["cost"], strict=True))
-    for place, members in frame["members"].items():
+    frame = pd.DataFrame.from_dict(lines, orient="index")
+    frame = frame.reindex(columns=list(dict.fromkeys([*frame, "run", "seed", *SOME])))
+    for name, members in frame.get("members", pd.Series()).items():
         if members:  # an ensemble costs what its networks do
-            frame.loc[place, "cost"] = sum(cost.get(member, math.nan) for member in members)
-    return frame, sorted(damages)
+            frame.loc[name, "cost"] = frame["cost"].reindex(members).sum(skipna=False)
+    return frame.sort_values(["run", "seed"]), damages
 
 
 def read_result(folder: Path, expected: Run) -> dict[str, Any]:
-    """Every figure of one run with one seed, accuracies in %, NaN where it has none.
+    """Every figure of one run with one seed, accuracies in %.
 
     Raises ValueError, in a sentence, if it is missing, damaged, unfinished or of another command.
     """
-    if not (folder / "result.json").exists():
-        raise ValueError("result.json is missing")
     run = read_run(folder)
     if run.errors:
         raise ValueError("; ".join(run.errors))
@@ -97,8 +90,7 @@ def read_result(folder: Path, expected: Run) -> dict[str, Any]:
         # The words behind the script's name, which may have moved: results stay what they are.
         if without_steps(shlex.split(str(run.record["command"])))[2:] != shlex.split(expected.command)[2:]:
             raise OtherCommand(f"result.json is of another command: {run.record['command']}")
-        found = dict.fromkeys(ABSENT, math.nan) | {"run": expected.name, "seed": expected.seed}
-        found |= {"result": run, "settings": run.settings, "precision": "", "is_grafting": False}
+        found = {"run": expected.name, "seed": expected.seed, "result": run, "settings": run.settings, "precision": ""}
         found |= {"hardware": str(run.record["hardware"]), "data": str(run.record.get("data", ""))}
         found["versions"] = ", ".join(f"{name} {version}" for name, version in run.record["versions"].items())
         return found | (of_ensemble(run.record["ensemble"]) if expected.members else of_networks(run))
@@ -107,14 +99,9 @@ def read_result(folder: Path, expected: Run) -> dict[str, Any]:
 
 
 def of_ensemble(record: dict[str, Any]) -> dict[str, Any]:
-    alone, average = [float(value) for value in record["networks"]], record["weight_average"]
-    return {
-        "members": list(map(str, record["members"])),
-        "networks": len(alone),
-        "alone": sum(alone) / len(alone),
-        "last": float(record["ensemble"]),
-        "weight_average": math.nan if average is None else float(average),
-    }
+    alone = pd.Series(record["networks"], dtype=float)
+    found = {"members": [str(member) for member in record["members"]], "networks": len(alone), "is_grafting": False}
+    return found | {"alone": alone.mean(), "last": record["ensemble"], "weight_average": record["weight_average"]}
 
 
 def of_networks(run: Any) -> dict[str, Any]:
@@ -122,32 +109,26 @@ def of_networks(run: Any) -> dict[str, Any]:
     if len(networks) != run.record["networks"]:
         raise ValueError(f"result.json counts filters of {len(networks)} networks, not {run.record['networks']}")
     epochs = pd.concat([network.metrics for network in networks], ignore_index=True)
-    judge = "val_accuracy" if settings.get("val") else "test_accuracy"
-    if epochs[judge].isna().any():
-        raise ValueError(f"metrics1.csv has gaps in {judge}")
+    judge = epochs["val_accuracy" if settings.get("val") else "test_accuracy"]
+    if judge.isna().any():
+        raise ValueError(f"metrics1.csv has gaps in {judge.name}")
     ends = epochs.groupby("epoch").mean(numeric_only=True).iloc[-1]  # means over the networks
-    is_scion = settings.get("scion", "external") != "external"
+    is_external = settings.get("scion", "external") == "external"
     is_average = settings.get("method", "grafting") != "grafting" or settings.get("a") == 0
     found = {
         "members": [],
         "networks": len(networks),
+        "is_grafting": len(networks) > 1 and is_external and not is_average,
         "validated": bool(settings.get("val")),  # whether the best epoch was picked on held-out images
-        "best": epochs["test_accuracy"][epochs[judge].idxmax()],
+        "best": epochs["test_accuracy"][judge.idxmax()],
         "last": ends["test_accuracy"],
-        "top5": ends.get("test_top5", math.nan),
-        "information": ends.get("information", math.nan),
+        "top5": ends.get("test_top5"),
+        "information": ends.get("information"),
         "cost": float(len(epochs)),  # epochs of training, over all networks
-        # By the median, which leaves out the few epochs in which the machine had paused.
         "seconds": max(len(network.metrics) * network.seconds_per_epoch for network in networks),
         "precision": "bfloat16" if settings.get("amp") else "float32",
-        "is_grafting": len(networks) > 1 and not is_scion and not is_average,
     }
-    for place, threshold in enumerate(THRESHOLDS):
-        for kind in ("invalid", "shortcuts"):
-            counts = [getattr(network, kind)[place] for network in networks]
-            found[f"{kind}_{threshold}"] = sum(count for count, _ in counts) / len(counts)
-            found[f"{kind}_total"] = counts[0][1]
-    return found
+    return found | pd.json_normalize([network.filters for network in networks], sep="_").mean().to_dict()
 
 
 def cells_of(table: str, preset: str, results: pd.DataFrame) -> dict[str, Cells]:
@@ -185,42 +166,33 @@ def gain(one: Cell, other: Cell | None, figure: str) -> Gain:
     return Gain(differences.mean(), interval.low, interval.high)
 
 
-class Pair(NamedTuple):
-    """Two rows on one data set that both have run."""
-
-    one: Cell
-    other: Cell
-
-    def last(self) -> Gain:
-        return gain(self.one, self.other, "last")
-
-    def best(self) -> Gain:
-        """Of rows that pick their best by validation: others pick what they are measured on."""
-        is_fair = self.one.first("validated") == 1 and self.other.first("validated") == 1
-        return gain(self.one, self.other, "best") if is_fair else Gain(math.nan)
-
-    def __str__(self) -> str:
-        return f"{self.one.row.label} behind {self.other.row.label} on {self.one.row.dataset}"
+def gain_by_validation(one: Cell, other: Cell) -> Gain:
+    """That of the best epochs, of rows that pick them by validation: others pick what they are measured on."""
+    is_fair = one.first("validated") == 1 and other.first("validated") == 1
+    return gain(one, other, "best") if is_fair else Gain(math.nan)
 
 
-def against_baseline(cells: Cells) -> Iterator[Pair]:
+Pairs = Iterator[tuple[Cell, Cell]]  # of rows on one data set that both have run
+
+
+def against_baseline(cells: Cells) -> Pairs:
     """Each grafting row against the single network that it is compared with."""
     for one in cells.values():
         baseline = cells.get(one.row.baseline)
         if one.first("is_grafting") and baseline and len(baseline.results):
-            yield Pair(one, baseline)
+            yield one, baseline
 
 
-def against_rivals(cells: Cells) -> Iterator[Pair]:
+def against_rivals(cells: Cells) -> Pairs:
     """Each grafting row against the others of its baseline whose training costs no more."""
     for one in cells.values():
         for other in cells.values() if one.first("is_grafting") else ():
             is_rival = len(other.results) and not other.first("is_grafting") and other.row.baseline == one.row.baseline
             if is_rival and other.first("cost") <= one.first("cost"):
-                yield Pair(one, other)
+                yield one, other
 
 
-def against_steps(cells: Cells) -> Iterator[Pair]:
+def against_steps(cells: Cells) -> Pairs:
     """Each baseline on a cosine against that of the same network on steps: what the schedule alone does."""
     baselines = [one for one in cells.values() if one.row.baseline is None and len(one.results)]
     for one in baselines:
@@ -228,4 +200,4 @@ def against_steps(cells: Cells) -> Iterator[Pair]:
             own, others = one.first("settings"), other.first("settings")
             alike = all(own.get(name) == others.get(name) for name in ("model", "lr"))
             if alike and own.get("cos") is True and others.get("cos") is False:
-                yield Pair(one, other)
+                yield one, other

@@ -11,37 +11,36 @@ which experiments/report.py makes the tables and plots.
 import argparse
 import json
 import os
+import platform
 import re
 import shlex
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
-from analysis.runs import THRESHOLDS, count_invalid, read_checkpoint
+from analysis.runs import count_filters, program, read_checkpoint
 from experiments.results import OtherCommand, read_result
 from experiments.tables import PRESETS, SEEDS, TABLES, Run, runs
 from filter_grafting.checkpoint import write_atomically
-from filter_grafting.membership import Status, duration, observe, read_status
+from filter_grafting.membership import observe, read_status
 from training import launch
 from training.flags import Parser, number, path
-from training.machine import hardware, versions
 from training.process import Signals
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS_PER_GPU = 4  # on CIFAR; one on ImageNet
-POLL_SECONDS, LINE_SECONDS, END_SECONDS = 0.5, 60.0, 120.0
+POLL_SECONDS, END_SECONDS = 0.5, 120.0
 SLURM = """\
 #!/bin/bash
 #SBATCH --job-name=grafting
@@ -58,16 +57,9 @@ runs=(
 {names}
 )
 {again} --only "${{runs[$SLURM_ARRAY_TASK_ID]}}" &
-queue=$! at_limit= status=0
-trap 'kill -TERM "$queue"' TERM
-trap 'at_limit=yes; kill -TERM "$queue"' USR1
-while kill -0 "$queue" 2>/dev/null; do  # a signal ends a wait before its time
-    wait "$queue" && status=0 || status=$?
-done
-if [ -n "$at_limit" ] && [ "$status" -ne 0 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$status"
+trap 'kill $!; wait $!; exit 143' TERM
+trap 'kill $!; wait $!; scontrol requeue "$SLURM_JOB_ID"; exit 143' USR1
+wait $!
 """
 
 
@@ -120,18 +112,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def data_flags(run: Run, folders: dict[str, str]) -> list[str] | None:
     """The flags that name the run's images; None if no folder was given that has them."""
+    folder = folders.get(run.data, folders.get("") if run.data != "imagenet" else None)
     if run.data == "glyphs":
         return ["--data", "glyphs"]
-    if run.data in folders:
-        return ["--data", folders[run.data]]
-    if run.data == "imagenet":
+    if folder is None:
+        return None if run.data == "imagenet" else []
+    classes = [entry for entry in Path(folder, "train").glob("*") if entry.is_dir()]
+    if run.data not in folders and classes and len(classes) != int(run.data.removeprefix("cifar")):
         return None
-    if "" not in folders:
-        return []
-    train = Path(folders[""], "train")
-    if train.is_dir() and sum(entry.is_dir() for entry in train.iterdir()) != int(run.data.removeprefix("cifar")):
-        return None
-    return ["--data", folders[""]]
+    return ["--data", folder]
 
 
 # ---- A run
@@ -141,20 +130,18 @@ class Job:
     """A run of the tables, its folders, and the processes that train its networks."""
 
     def __init__(self, run: Run, args: argparse.Namespace, images: list[str]):
-        self.run, self.preset, self.failure = run, args.preset, ""
+        self.run, self.preset, self.failure, self.gpus = run, args.preset, "", []
         self.save, self.results = args.work / args.preset / str(run), args.results / args.preset / str(run)
+        self.numbers = [1] if run.members else list(range(1, run.networks + 1))  # an ensemble is one process
         if run.members:
-            self.numbers = [1]  # one process
             members = [str(args.work / args.preset / name) for name in run.member_names]
             command = ["analysis/ensemble.py", *members, *images, "--json", str(self.save / "ensemble.json")]
         else:
-            self.numbers = list(range(1, run.networks + 1))
             command = [f"{run.script}/grafting.py", *run.flags, *images, "--s", str(self.save), "--resume"]
         self.command = [sys.executable, str(ROOT / command[0]), *command[1:]]
-        self.gpus: list[str] = []
 
     def command_of(self, i: int) -> list[str]:
-        return self.command if self.run.members else [*self.command, "--i", str(i)]
+        return self.command + ([] if self.run.members else ["--i", str(i)])
 
     def is_finished(self) -> bool:
         """Whether its results are there, and such as a report takes."""
@@ -165,60 +152,53 @@ class Job:
     def final(self, i: int) -> Path:
         return self.save / f"final{i}.{'tar' if self.run.data == 'imagenet' else 't7'}"
 
-    def share(self) -> float:
-        """How much of its training is done."""
+    def cost(self) -> float:
+        """Of what is done of it."""
         statuses = [read_status(self.save, i) for i in self.numbers]
-        shares = [
-            1 if one.get("state") == "done" else (one.get("epoch") or 0) / (self.run.epochs or 1) for one in statuses
-        ]
-        return min(1.0, sum(shares) / len(shares))
+        epochs = sum(self.run.epochs if one.get("state") == "done" else one.get("epoch") or 0 for one in statuses)
+        return self.run.cost * epochs / (len(statuses) * max(1, self.run.epochs))
 
     def execute(self, threads: int, signals: Signals) -> str:
         """Trains what is missing and leaves the results; in a thread of its own. A sentence if it failed."""
         self.save.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.save / "queue.lock", timeout=0):
-                return self.refusal() or self.train(threads, signals) or self.collect()
+                return self.train(threads, signals) or self.collect()
         except Timeout:
             return "another queue is at work on it"
 
-    def refusal(self) -> str:
-        """Results of another command are not written over."""
+    def train(self, threads: int, signals: Signals) -> str:
+        """Starts the networks that neither are done nor live on from a killed queue, and waits for all of them."""
         try:
             read_result(self.results, self.run)
-        except OtherCommand as error:
+        except OtherCommand as error:  # not to be written over
             return f"{self.results}: {error}; move it and {self.save} elsewhere"
         except ValueError:  # none, or damaged
             pass
-        return ""
-
-    def train(self, threads: int, signals: Signals) -> str:
-        """Starts the networks that neither are done nor live on from a killed queue, and waits for all of them."""
-        living = {status.network for status in self.observe(self.numbers) if status.alive}
+        alive = set() if self.run.members else {one.network for one in observe(self.save, self.numbers) if one.alive}
         done = {i for i in self.numbers if read_status(self.save, i).get("state") == "done" and self.final(i).exists()}
         processes: dict[int, subprocess.Popen] = {}
         try:
-            for k, i in enumerate(sorted({*self.numbers} - living - done)):
+            for k, i in enumerate(sorted({*self.numbers} - alive - done)):
                 processes[i] = self.start(i, threads, self.gpus[k : k + 1])
             while not signals.received:
-                running = [i for i, process in processes.items() if process.poll() is None]
-                lost = [i for i, process in processes.items() if process.returncode]
-                # Not ours, or lost because a killed queue had only just started it as well.
-                others = self.observe([i for i in self.numbers if i not in processes or i in lost])
-                for status in others:
-                    if not status.alive and status.state != "done":
-                        return self.reason(status.network, processes) or f"network {status.network}: {status}"
-                if lost and not others:
-                    return self.reason(lost[0], processes)
-                if not running and not any(status.alive for status in others):
+                running = [process for process in processes.values() if process.poll() is None]
+                for i, process in processes.items():
+                    if process.returncode:
+                        return self.last_words(i, process.returncode)
+                if not running and not alive:
                     return ""
                 time.sleep(POLL_SECONDS)
+                alive = alive and {one.network for one in observe(self.save, alive) if one.alive}
             return "stopped"
-        finally:
-            self.end(processes)
-
-    def observe(self, numbers: Sequence[int]) -> list[Status]:
-        return [] if self.run.members or not numbers else observe(self.save, numbers)
+        finally:  # networks that still run would wait for those that have ended
+            for process in processes.values():
+                process.terminate()
+            for process in processes.values():
+                try:
+                    process.wait(END_SECONDS)
+                except subprocess.TimeoutExpired:
+                    process.kill()
 
     def start(self, i: int, threads: int, gpu: list[str]) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -228,28 +208,10 @@ class Job:
         with open(self.save / f"{i}.log", "ab") as log:
             return subprocess.Popen(self.command_of(i), stdout=log, stderr=log, **options)
 
-    def reason(self, i: int, processes: dict[int, subprocess.Popen]) -> str:
-        """Why a process of ours has failed, with its last words."""
-        status = processes[i].returncode if i in processes else None
-        if status is None:
-            return ""
+    def last_words(self, i: int, status: int) -> str:
         how = f"exit status {status}" if status > 0 else f"signal {-status}" + " (out of memory?)" * (status == -9)
         lines = (self.save / f"{i}.log").read_text(errors="replace").strip().splitlines() or ["without a word"]
         return f"network {i} ended with {how}: {lines[-1]}"
-
-    def end(self, processes: dict[int, subprocess.Popen]) -> None:
-        """Asks networks that still run to end, as they do after their batch: they would wait for one another."""
-        for process in processes.values():
-            process.terminate()
-        for status in self.observe([i for i in self.numbers if i not in processes]):
-            if status.alive and status.pid and status.host == socket.gethostname():
-                with suppress(ProcessLookupError):
-                    os.kill(status.pid, signal.SIGTERM)
-        for process in processes.values():
-            try:
-                process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
     def collect(self) -> str:
         """Leaves what a report needs in the folder of results; result.json last: it says that all is there."""
@@ -260,23 +222,36 @@ class Job:
         if self.run.members:
             found = json.loads((self.save / "ensemble.json").read_text())
             record["ensemble"] = found | {"members": self.run.member_names}
-        else:
-            record["filters"] = []
-            for i in self.numbers:
-                state, contents = read_checkpoint(self.final(i))
-                counts = {}
-                for which, pairs in zip(("", "shortcut_"), count_invalid(state, THRESHOLDS), strict=True):
-                    counts[f"{which}total"] = pairs[0][1]
-                    counts[f"{which}invalid"] = {f"{t:g}": n for t, (n, _) in zip(THRESHOLDS, pairs, strict=True)}
-                record["filters"].append(counts)
-                record |= {"settings": contents["settings"], "data": contents.get("data", "")}
-                copied = [self.save / f"metrics{i}.csv"]
-                if self.run.seed == 0:  # coefficients are the most of it, and a plot needs those of one seed
-                    copied += self.save.glob(f"coefficients{i}.csv")
-                for file in copied:
-                    write_atomically(self.results / file.name, file.read_bytes())
+        for i in self.numbers if not self.run.members else ():
+            state, contents = read_checkpoint(self.final(i))
+            record.setdefault("filters", []).append(count_filters(state))
+            record |= {"settings": contents["settings"], "data": contents.get("data", "")}
+            copied = [self.save / f"metrics{i}.csv"]
+            if self.run.seed == 0:  # coefficients are the most of it, and a plot needs those of one seed
+                copied += self.save.glob(f"coefficients{i}.csv")
+            for file in copied:
+                write_atomically(self.results / file.name, file.read_bytes())
         write_atomically(self.results / "result.json", (json.dumps(record, indent=1) + "\n").encode())
         return ""
+
+
+def hardware() -> str:
+    """Processor, and GPU where there is one."""
+    cpus = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpus.read_text()) if cpus.exists() else []
+    gpu = f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}{gpu}"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision"):
+        with suppress(metadata.PackageNotFoundError):  # built from source, or not there
+            found[name] = metadata.version(name)
+    with suppress(OSError, subprocess.SubprocessError):  # no git, or no checkout
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        found["project"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return found
 
 
 # ---- The queue
@@ -285,8 +260,15 @@ class Job:
 def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], signals: Signals) -> None:
     """Runs the jobs, cheapest first and as many at once as their networks fit into the slots, until all have ended."""
     waiting, running = sorted(jobs, key=lambda job: job.run.cost), {}
-    progress = Progress(jobs)
-    with ThreadPoolExecutor(slots) as pool:
+    # disable=None: in a log there is no bar, but a line for each run.
+    bar = tqdm(
+        total=sum(job.run.cost for job in jobs),
+        disable=None,
+        smoothing=0,
+        bar_format="{l_bar}{bar}| {remaining} left{postfix}",
+    )
+    bar.update(sum(job.cost() for job in jobs))
+    with bar, ThreadPoolExecutor(slots) as pool:
         while running or (waiting and not signals.received):
             while not signals.received and (job := next_job(waiting, list(running.values()), slots, bool(gpus))):
                 waiting.remove(job)
@@ -299,8 +281,10 @@ def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], signals: Si
                 error = future.exception()
                 job.failure = f"{type(error).__name__}: {error}" if error else future.result()
                 if not signals.received:
-                    progress.say(f"{job.run}: {'failed: ' + job.failure if job.failure else 'done'}")
-            progress(list(running.values()), waiting)
+                    tqdm.write(f"{job.run}: {'failed: ' + job.failure if job.failure else 'done'}")
+                    sys.stdout.flush()
+            bar.set_postfix_str(", ".join(str(job.run) for job in running.values()))
+            bar.update(sum(job.cost() for job in jobs) - bar.n)
 
 
 def next_job(waiting: list[Job], running: list[Job], slots: int, on_gpus: bool) -> Job | None:
@@ -312,34 +296,6 @@ def next_job(waiting: list[Job], running: list[Job], slots: int, on_gpus: bool) 
     unfinished = {(job.run.name, job.run.seed) for job in (*waiting, *running)}
     ready = next((job for job in waiting if not unfinished & {*job.run.members}), None)
     return ready if ready and (not running or size(ready) + sum(map(size, running)) <= slots) else None
-
-
-class Progress:
-    """A line about the runs at work and the time that is left: kept up to date on a terminal, now and then in a log."""
-
-    def __init__(self, jobs: list[Job]):
-        self.jobs, self.on_terminal = jobs, sys.stdout.isatty()
-        self.began, self.shown, self.at_start = time.monotonic(), -LINE_SECONDS, self.cost(jobs)  # by earlier queues
-
-    def cost(self, jobs: list[Job]) -> float:
-        return sum(job.run.cost * job.share() for job in jobs if not job.failure)
-
-    def __call__(self, running: list[Job], waiting: list[Job]) -> None:
-        now = time.monotonic()
-        if not running or now - self.shown < (1 if self.on_terminal else LINE_SECONDS):
-            return
-        self.shown, done = now, self.cost(self.jobs) - self.at_start
-        left = sum(job.run.cost for job in (*running, *waiting)) - self.cost([*running, *waiting])
-        rest = f", about {duration(left * (now - self.began) / done)} left" if done > 0 else ""
-        parts = ", ".join(f"{job.run} {100 * job.share():.0f} %" for job in running)
-        line = f"{len(running)} running, {len(waiting)} waiting{rest}: {parts}"
-        if self.on_terminal:
-            line = line[: shutil.get_terminal_size().columns - 1]
-        self.say(line, end="" if self.on_terminal else "\n")
-
-    def say(self, text: str, end: str = "\n") -> None:
-        with suppress(OSError):  # a full disk or a closed pipe stops no training
-            print(("\r\033[K" if self.on_terminal else "") + text, end=end, flush=True)
 
 
 def unfinished(jobs: list[Job]) -> list[Job]:
@@ -376,21 +332,13 @@ def main() -> int:
     if not jobs:
         return 2
     if args.slurm:
-        single = [job for job in missing if not job.run.members]
-        if not single:
-            print("no run is missing but ensembles: nothing for a job array", file=sys.stderr)
-        print(slurm(args, single) if single else "", end="")
+        print(slurm(args, [job for job in missing if not job.run.members]), end="")
         return 0
     if args.dry_run:
         print("".join(f"{job.run}: {shlex.join(job.command_of(i))}\n" for job in missing for i in job.numbers), end="")
         return 0
     for folder in args.work, args.results:  # before the hours that training takes
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            print(f"{folder} cannot be written: {error.strerror or error}; nothing was started", file=sys.stderr)
-            return 2
+        folder.mkdir(parents=True, exist_ok=True)
     gpus = launch.gpus(None)
     slots = args.jobs or NETWORKS_PER_GPU * len(gpus) or launch.cores()
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done; {slots} networks at once", flush=True)
@@ -408,4 +356,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(main))

@@ -75,7 +75,7 @@ def test_batch_norm_gets_the_statistics_of_the_training_images(monkeypatch, tmp_
     images = load_images(trained, folders)
     model = trained.model
     model.bn1.running_mean += 100  # of what has been before, nothing is left
-    ensemble.reestimate(trained, model, images, CPU)
+    ensemble.reestimate(trained, images, CPU)
 
     ((pixels, _),) = data.Batches(images.train, rows, CPU, augment=True).epoch(0)
     padded = np.pad(pixels.numpy().astype(float), ((0, 0), (0, 0), (1, 1), (1, 1)))
@@ -140,7 +140,7 @@ def test_all_three_accuracies_of_two_runs(tmp_path, folders, run):
 
 def test_images_are_those_that_the_run_used(tmp_path, folders, run, monkeypatch):
     seen = []
-    monkeypatch.setattr(ensemble, "reestimate", lambda trained, model, images, device: seen.append(images))
+    monkeypatch.setattr(ensemble, "reestimate", lambda trained, images, device: seen.append(images))
     state = trained_like(0)
     directory = write_run(tmp_path / "run", [state], "best", images=20, val=5, test_images=3)
     status, found, output, _ = run(directory, "--which", "best")

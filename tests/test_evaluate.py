@@ -141,7 +141,7 @@ def test_older_files_say_less_and_what_is_taken_instead_is_said(tmp_path, folder
     file = write_checkpoint(tmp_path / "best1.t7", **left_out)
     status, output, _ = run(evaluate, file, "--data", folders)
     assert status == 0
-    assert "The file does not say: classes (taken: their numbers), image_size (taken: 32 pixels)" in output
+    assert "The file does not say: classes, mean, std, image_size." in output
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -210,7 +210,7 @@ REFUSED = {
     nameless: "does not say which model it holds: give it with --model",
     other_model: "does not fit resnet32 with 2 classes: ",
     unknown_model: "cannot be built as resnet21 with 2 classes: unknown model",
-    other_classes: "has 2 classes (dark, light), ",
+    other_classes: "has 2 classes (dark, light…), ",
     no_state: "it has the keys model, optimizer; expected net or state_dict",
 }
 

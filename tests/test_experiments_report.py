@@ -318,7 +318,7 @@ def test_the_end_of_the_course_shows_runs_of_all_lengths(tmp_path):
     frame, _ = read_results(tmp_path / "small", "small")
     rows = [Row("CIFAR-10", "short", None, BASE, None), Row("CIFAR-10", "long", "short", TWO, None)]
     cells = {row.label: Cell(row, frame[frame["run"] == row.run].set_index("seed")) for row in rows}
-    _, end = plots.accuracy(cells, "").axes
+    end = dict(plots.plots(cells, "", "accuracy", set()))["accuracy"].axes[1]
     assert [(line.get_label(), list(line.get_xdata())) for line in end.lines] == [
         ("short", pytest.approx([100 * epoch / 24 for epoch in range(19, 25)])),
         ("long", pytest.approx([100 * epoch / 48 for epoch in range(37, 49)])),

