@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.loop import Batches, Result, _totals, check_finite, cross_entropy, means
+from training.loop import Result, _totals, check_finite, cross_entropy, means
 
 WARM_UP = 3  # steps before the capture, in which cuDNN chooses its algorithms; they train, as all others do
 
@@ -33,7 +33,7 @@ class GraphedTraining:
     def __init__(
         self,
         model: Callable[[Tensor], Any],
-        batches: Batches,
+        batches: Any,
         optimizer: torch.optim.Optimizer,
         *,
         device: torch.device,
