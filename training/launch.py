@@ -257,13 +257,13 @@ def spawn(
             fail(f"{name} is alive: a process writes to {log}")
         except OSError:  # a file system without locks: the network's own tells later
             pass
-        heard = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as the process inherits it
+        size, heard = output.tell(), signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the process inherits
         options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "start_new_session": True}
         process = subprocess.Popen(command, cwd=cwd, env=os.environ | variables, **options)
         signal.signal(signal.SIGHUP, heard)
         values = " ".join(f"{key}={shlex.quote(value)}" for key, value in variables.items())
         line = f"{values} nohup {shlex.join(command)} >>{shlex.quote(str(log))} 2>&1 </dev/null &".lstrip()
-        return view.Started(name, process, log, output.tell(), line)
+        return view.Started(name, process, log, size, line)
 
 
 def how(folder: str, command: str, directory: Path) -> str:
