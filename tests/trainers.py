@@ -73,6 +73,24 @@ def data(network: int) -> TensorDataset:
     return TensorDataset(torch.randn(STEPS * 8, 1, 4, 4), torch.randint(2, (STEPS * 8,)))
 
 
+class Resumable(DataLoader):
+    """Batches that go on within an epoch: of others, Lightning begins anew."""
+
+    first = done = 0
+
+    def __iter__(self):
+        first, self.first = self.first, 0
+        for self.done, batch in enumerate(super().__iter__(), 1):
+            if self.done > first:
+                yield batch
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.first = state["done"] % STEPS
+
+
 def kill_after(step: int, done: int) -> None:
     if 0 < step == done:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -110,7 +128,7 @@ def lightning(directory: Path, network: int, ring: FileRing, case: Case, kill: i
     saving = ModelCheckpoint(directory / f"trainer{network}", save_last=True, **case.save)
     callbacks = [Kill(), GraftingCallback(ring, **case.graft), saving]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    batches = DataLoader(data(network), batch_size=8)
+    batches = Resumable(data(network), batch_size=8)
     trainer = Trainer(accelerator="cpu", max_epochs=EPOCHS, callbacks=callbacks, **quiet)
     trainer.fit(module, batches, batches if case.validate else None, ckpt_path="last")
     return module
@@ -125,6 +143,9 @@ def transformers(directory: Path, network: int, ring: FileRing, case: Case, kill
     class Kill(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             kill_after(kill, state.global_step)
+
+        def on_epoch_begin(self, *arguments, **kwargs):
+            self.on_step_begin(*arguments)
 
     model, output = Network(), directory / f"trainer{network}"
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
