@@ -14,20 +14,20 @@ import signal
 import sys
 import threading
 import traceback
+from importlib import import_module
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-# ruff: noqa: E402, F401 (all that the scripts and the faults import, however lazily)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import faults
 import PIL.Image
 import torch
-import torch._dynamo
-import torch.distributed.run
-import torchvision.models
 
-import grafting_cifar.grafting
-import grafting_cifar.models.resnet
-import grafting_imagenet.grafting
+# All that the scripts import, however lazily.
+for module in ("torch._dynamo", "torch.distributed.run", "torchvision.models", "grafting_cifar.models.resnet"):
+    import_module(module)
+for script in ("grafting_cifar", "grafting_imagenet"):
+    import_module(f"{script}.grafting")
 
 PR_SET_PDEATHSIG = 1
 

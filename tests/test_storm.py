@@ -62,7 +62,8 @@ def test_eight_networks_do_not_grow(make_run):
     while any(process.poll() is None for process in processes.values()):
         for network, process in processes.items():
             used, status = resident(process.pid), run.status(network)
-            if status.get("state") in ("training", "testing", "waiting") and used:  # the end of Python itself takes some more
+            # Not at the end: that of Python itself takes some more.
+            if status.get("state") in ("training", "testing", "waiting") and used:
                 memory[network][status["epoch"]] = max(used, memory[network].get(status["epoch"], 0))
         time.sleep(0.02)
     for network, process in processes.items():
