@@ -156,7 +156,12 @@ def test_a_wait_that_someone_adds_to_the_step_is_found(wait):
             loop.train_one_epoch(model, cifar_batches(), optimizer, lambda progress: 0.1, seed=0, **options)
 
 
-def test_momentum_of_another_memory_layout_is_found():
+def from_an_example(optimizer, state):
+    imagenet_models.load_momentum(optimizer, {"optimizer": state}, Path("file"))
+
+
+@pytest.mark.parametrize("load", [load_optimizer, from_an_example])
+def test_momentum_of_another_memory_layout_is_found_and_no_script_keeps_it(load):
     model = models.build("resnet20", 10)
     momenta = {k: {"momentum_buffer": torch.zeros(one.shape)} for k, one in enumerate(model.parameters())}
     model.to(memory_format=torch.channels_last)
@@ -167,5 +172,5 @@ def test_momentum_of_another_memory_layout_is_found():
         with pytest.raises(RuntimeError, match="must have same dtype, device, and layout"):
             train(watch, model, optimizer, cifar_batches(), None)
         watch.strict = False
-        load_optimizer(optimizer, saved)
+        load(optimizer, saved)
         train(watch, model, optimizer, cifar_batches(), None)
