@@ -87,7 +87,16 @@ def frame_of(runs: Sequence[Run]) -> pd.DataFrame:
             row |= {"gain": gain(run, network, runs), "seconds_per_epoch": network.seconds_per_epoch, **network.filters}
             row |= {"state": progress(run, network), "file": network.best_file or "", "directory": run.directory}
             rows.append(row | {"classes": str(run.settings.get("classes", ""))})
-    needed = ["directory", "best", "last", "gain", "total", *(f"invalid_{threshold}" for threshold in THRESHOLDS)]
+    needed = [
+        "directory",
+        "model",
+        "classes",
+        "best",
+        "last",
+        "gain",
+        "total",
+        *(f"invalid_{threshold}" for threshold in THRESHOLDS),
+    ]
     frame = pd.json_normalize(rows, sep="_")  # invalid_0.1 of {"invalid": {"0.1": ...}}
     return frame.reindex(columns=list(dict.fromkeys([*frame, *needed]))).round(4)
 
@@ -104,23 +113,22 @@ def text_table(runs: Sequence[Run], frame: pd.DataFrame, style: str) -> tuple[st
     best = best_networks(frame).index
     several_models = len({run.model for run in runs if run.model}) > 1
     for run in runs:
-        name = f"{run.label}: {run.model + ', ' if several_models else ''}{run.method}"
-        name = name if (run.networks or run.record) and run.method != run.label else run.label
-        own = frame[frame["directory"] == run.directory]
-        marks = ""
+        own, marks = frame[frame["directory"] == run.directory], ""
+        name = f"{run.label}: {f'{run.model}, ' * several_models}{run.method}"
+        name = run.label if run.method == run.label or not (run.networks or run.record) else name
         for error in run.errors:
             notes.append(f"{run.label}: {error}")
             marks += f" [{len(notes)}]"
         if len(own) != 1:
             rows.append(row_of(name, own, marks))
+            name, marks = "", ""
         for place, known in own.iterrows():
             if known["state"] != "done":
                 notes.append(f"{run.label}, network {known['network']}: {known['state']}")
-            state = f" [{len(notes)}]" * (known["state"] != "done")
-            is_one = len(own) == 1
-            title = name if is_one else f"· network {known['network']}"
-            rows.append(row_of(title, own.loc[[place]], marks * is_one + state))
+                marks += f" [{len(notes)}]"
+            rows.append(row_of(name or f"· network {known['network']}", own.loc[[place]], marks))
             rows[-1]["best %"] += " *" * (place in best)
+            marks = ""
         if "ensemble" in run.record:
             rows[-1]["last %"] = f"{run.record['ensemble'].get('ensemble', math.nan):.2f}"
     texts = pd.DataFrame(rows)
@@ -139,10 +147,8 @@ def row_of(name: str, networks: pd.DataFrame, marks: str) -> dict[str, str]:
         value = networks[column].mean() if len(networks) else math.nan
         return "–" if math.isnan(value) else format(value, form)
 
-    row = {
-        "run": name,
-        "epochs": "/".join(map(str, sorted(set(networks["epochs"])))) + marks if len(networks) else marks,
-    }
+    epochs = "/".join(map(str, sorted(set(networks["epochs"])))) if len(networks) else ""
+    row = {"run": name, "epochs": epochs + marks}
     row |= {f"{which} %": mean_and_deviation(networks[which], 2) for which in ("best", "last")}
     row |= {"gain": mean("gain", "+.2f").removesuffix("–")}
     row |= {f"<{threshold}": mean(f"invalid_{threshold}", ".1f").removesuffix(".0") for threshold in THRESHOLDS}
@@ -157,10 +163,8 @@ def sentences(frame: pd.DataFrame) -> list[str]:
         which = f" in {one['classes']} classes" * (len(best) > 1)
         said.append(f"* Best{which}: network {one['network']} of {one['run']}, {one['best']:.2f} %{file}")
     said.append(CAPTION)
-    totals = frame.dropna(subset="total").drop_duplicates("model")
-    said.append(
-        " ".join(f"A {one['model'] or 'network'} has {one['total']:,.0f} filters." for _, one in totals.iterrows())
-    )
+    totals = frame.dropna(subset="total").groupby("model")["total"].first()
+    said.append(" ".join(f"A {model or 'network'} has {total:,.0f} filters." for model, total in totals.items()))
     for _, one in frame.iterrows():
         counts = [one.get(f"shortcut_invalid_{threshold}", 0) for threshold in THRESHOLDS]
         if max(counts) > 0:

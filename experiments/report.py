@@ -11,9 +11,8 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -49,6 +48,10 @@ says nothing of others. † An ensemble has one accuracy, that of its networks' 
 is compared with the mean of these networks where they are those of its baseline."""
 PICKED = {True: "by validation", False: "on the test set"}
 RIVALS = "Grafting against rivals on the same schedule that cost no more training"
+WHEN = {
+    "after the last epoch": lambda one, other: gain(one, other, "last"),
+    "at the epoch picked by validation": gain_by_validation,
+}
 VERDICTS = ("ahead", "level", "behind", "open for want of seeds")
 NAMED = 5  # rivals, in the sentence that names those that grafting is behind
 
@@ -75,14 +78,16 @@ def main() -> int:
     write_atomically(out / "report.md", text.encode())
     print(text, end="", flush=True)
     print(f"written to {out / 'report.md'}", file=sys.stderr)
-    return int(bool(damages) and not any(len(one.results) for one in everything(cells)))
+    return int(bool(damages) and not counts_of(cells))
 
 
 Tables = dict[str, dict[str, Cells]]  # the chosen tables' cells, by name of the table and by data set
 
 
-def everything(tables: Tables) -> Iterator[Cell]:
-    return (one for found in tables.values() for cells in found.values() for one in cells.values())
+def counts_of(tables: Tables) -> list[int]:
+    """How many seeds have run, of each row that has."""
+    every = (one for found in tables.values() for cells in found.values() for one in cells.values())
+    return [len(one.results) for one in every if len(one.results)]
 
 
 def report(tables: Tables, preset: str, damages: Sequence[str], out: Path) -> str:
@@ -114,7 +119,7 @@ def contents(tables: Tables) -> str:
         title = TABLES[name].title
         anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
         for dataset, cells in found.items():
-            counts = [len(one.results) for one in cells.values() if len(one.results)]
+            counts = counts_of({name: {dataset: cells}})
             done = f"{len(counts)} of {len(cells)}" if counts else "not run"
             line = {"table": f"[{title}](#{anchor})", "name": f"`{name}`", "data set": dataset}
             lines.append(line | {"rows run": done, "seeds": extent(counts)})
@@ -126,7 +131,7 @@ def contents(tables: Tables) -> str:
 
 def reading(tables: Tables, preset: str, damages: Sequence[str]) -> str:
     """What the figures say of grafting, counted from them."""
-    counts = [len(one.results) for one in everything(tables) if len(one.results)]
+    counts = counts_of(tables)
     if not counts:
         what = "No result could be read" if damages else "Nothing has been run yet"
         return f"**{what}.** To fill this report: `python experiments/run.py {' '.join(tables)} --preset {preset}`"
@@ -157,21 +162,18 @@ def pairs(tables: Tables, find: Callable[[Cells], Pairs]) -> list[tuple[Cell, Ce
 def tally(compared: Sequence[tuple[Cell, Cell]], what: str) -> str:
     """`what: after the last epoch ahead 1, level 3, behind 1 of 5 (…); at the epoch picked by validation ….`"""
     parts = []
-    for when, found in (
-        ("after the last epoch", [(gain(one, other, "last"), one.row, other.row) for one, other in compared]),
-        (
-            "at the epoch picked by validation",
-            [(gain_by_validation(*pair), *(c.row for c in pair)) for pair in compared],
-        ),
-    ):
-        known = sorted((each for each in found if math.isfinite(each[0].mean)), key=lambda each: each[0].mean)
-        counts = Counter(difference.verdict for difference, *_ in known)
-        words = [f"{word} {counts[word]}" for word in VERDICTS if counts[word]]
-        behind = [each for each in known if each[0].verdict == "behind"]
-        named = [f"{one.label} behind {other.label} on {one.dataset} ({by})" for by, one, other in behind[:NAMED]]
-        named += [f"{len(behind) - NAMED} more, see below"] * (len(behind) > NAMED)
+    for when, of_pair in WHEN.items():
+        every = [
+            (of_pair(one, other), f"{one.row.label} behind {other.row.label} on {one.row.dataset}")
+            for one, other in compared
+        ]
+        known = sorted((each for each in every if math.isfinite(each[0].mean)), key=lambda each: each[0].mean)
+        counts = Counter(difference.verdict for difference, _ in known)
+        words = ", ".join(f"{word} {counts[word]}" for word in VERDICTS if counts[word])
+        behind = [f"{text} ({difference})" for difference, text in known if difference.verdict == "behind"]
+        named = "; ".join(behind[:NAMED] + [f"{len(behind) - NAMED} more, see below"] * (len(behind) > NAMED))
         if known:
-            parts.append(f"{when} {', '.join(words)} of {len(known)}" + f" ({'; '.join(named)})" * bool(named))
+            parts.append(f"{when} {words} of {len(known)}" + f" ({named})" * bool(named))
     return f"{what}: {'; '.join(parts)}." if parts else ""
 
 
@@ -200,8 +202,8 @@ def section(name: str, dataset: str, cells: Cells) -> list[str]:
 
 def accuracy_table(cells: Cells, has_top5: bool) -> pd.DataFrame:
     ran = pd.concat([one.results for one in cells.values()])
-    picked = set(ran["validated"].dropna()) if len(ran) else set()
-    best = f"best, {PICKED[picked.copy().pop()]}" if len(picked) == 1 else "best"
+    picked = set(ran["validated"].dropna())
+    best = f"best, {PICKED[min(picked)]}" if len(picked) == 1 else "best"
     lines = []
     for label, one in cells.items():
         line = {"method": label + " †" * bool(one.first("members")), "paper": paper(one)}
@@ -210,13 +212,13 @@ def accuracy_table(cells: Cells, has_top5: bool) -> pd.DataFrame:
             line[best] += f" ({PICKED[one.first('validated')]})"
         line |= {"top-5, last": mean(one, "top5")} if has_top5 else {}
         line |= {f"gain of {figure}": gain(one, cells.get(one.row.baseline), figure) for figure in ("best", "last")}
-        if len(ran) and ran[f"invalid_{THRESHOLDS[0]}"].max() > 0:
+        if ran[f"invalid_{THRESHOLDS[0]}"].max() > 0:
             line[f"invalid at {THRESHOLDS[0]}"] = count(one, "", THRESHOLDS[0])
-        if len(ran) and ran["information"].notna().any():
+        if ran["information"].notna().any():
             line["information (nats)"] = mean(one, "information", 1)
         lines.append(line | {"n": len(one.results)})
     frame = pd.DataFrame(lines)
-    return frame if any(one.row.paper is not None for one in cells.values()) else frame.drop(columns="paper")
+    return frame if (frame["paper"] != "–").any() else frame.drop(columns="paper")
 
 
 def filters_table(cells: Cells) -> pd.DataFrame:
@@ -224,9 +226,8 @@ def filters_table(cells: Cells) -> pd.DataFrame:
     for label, one in cells.items():
         line = {"method": label, "paper": paper(one)}
         line |= {f"invalid at {threshold}": count(one, "", threshold) for threshold in THRESHOLDS}
-        beside = [count(one, "shortcut_", threshold) for threshold in THRESHOLDS]
-        line["in shortcuts"] = ", ".join(beside) if one.first("shortcut_total") else "–"
-        lines.append(line | {"n": len(one.results)})
+        beside = ", ".join(count(one, "shortcut_", threshold) for threshold in THRESHOLDS)
+        lines.append(line | {"in shortcuts": beside if one.first("shortcut_total") else "–", "n": len(one.results)})
     return pd.DataFrame(lines)
 
 
@@ -246,7 +247,7 @@ def count(one: Cell, kind: str, threshold: float) -> str:
 
 
 def footnotes(cells: Cells) -> list[str]:
-    """What else is known of ensembles, of scions that were never needed, and of rows of unlike precision."""
+    """What else is known of ensembles, and of scions that were never needed."""
     notes = []
     for label, one in cells.items():
         if bool(one.first("members")):
@@ -256,13 +257,6 @@ def footnotes(cells: Cells) -> list[str]:
             metrics = pd.concat([network.metrics for run in one.results["result"] for network in run.networks])
             if metrics.get(f"invalid_{THRESHOLDS[0]}", pd.Series([1])).max() == 0:
                 notes.append(f"{label}: no filter was invalid after any epoch, so that nothing was grafted.")
-        baseline = cells.get(one.row.baseline)
-        if baseline and len(one.results) and len(baseline.results):
-            own, others = (sorted({*side.results["precision"]} - {""}) for side in (one, baseline))
-            if own and own != others:
-                notes.append(
-                    f"**{label} was computed in {' and '.join(own)}, its baseline in {' and '.join(others)}.**"
-                )
     return notes
 
 
@@ -271,7 +265,7 @@ def small_print(cells: Cells) -> list[str]:
     ran = {label: one for label, one in cells.items() if len(one.results)}
     if not ran:
         return []
-    settings = {label: settings_of(one.results["settings"]) for label, one in ran.items()}
+    settings = {label: settings_of(one) for label, one in ran.items()}
     trained = [own for own in settings.values() if own] or [{}]  # an ensemble has none of its own
     shared = {key: value for key, value in trained[0].items() if all(own.get(key) == value for own in trained)}
     lines = []
@@ -294,15 +288,11 @@ def small_print(cells: Cells) -> list[str]:
     ]
 
 
-def settings_of(results: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """What a run's seeds were trained with, but the seed; all values where they differ."""
-    found: dict[str, dict[str, None]] = {}
-    for settings in results:
-        without = {"seed", "step_epochs"} if settings.get("cos") else {"seed"}  # a cosine has no steps
-        for key, value in settings.items():
-            if key not in without:
-                found.setdefault(key, {})[str(value)] = None
-    return {key: " / ".join(values) for key, values in found.items()}
+def settings_of(one: Cell) -> dict[str, str]:
+    """What a run's seeds were trained with, but the seed; all values where they differ. A cosine has no steps."""
+    without = ["seed", "step_epochs"] if one.first("settings").get("cos") else ["seed"]
+    frame = pd.DataFrame(list(one.results["settings"])).astype(str).drop(columns=without, errors="ignore")
+    return {key: " / ".join(frame[key].unique()) for key in frame}
 
 
 def flags(settings: dict[str, str]) -> str:

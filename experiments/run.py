@@ -11,7 +11,6 @@ which experiments/report.py makes the tables and plots.
 import argparse
 import json
 import os
-import platform
 import re
 import shlex
 import signal
@@ -21,10 +20,8 @@ import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -36,11 +33,12 @@ from filter_grafting.checkpoint import write_atomically
 from filter_grafting.membership import observe, read_status
 from training import launch
 from training.flags import Parser, number, path
+from training.machine import hardware, versions
 from training.process import Signals
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS_PER_GPU = 4  # on CIFAR; one on ImageNet
-POLL_SECONDS, END_SECONDS = 0.5, 120.0
+POLL_SECONDS = 0.5
 SLURM = """\
 #!/bin/bash
 #SBATCH --job-name=grafting
@@ -70,14 +68,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     presets = "paper: as published; small: for hours on 2 cores; smoke: a test"
     flag("--preset", choices=PRESETS, default="paper", help=presets)
     flag("--seeds", metavar="K", type=number(int, 1, SEEDS), default=3, help="runs of each row")
-    images = (
-        "the images: the folder of the standard CIFAR files, or one of class folders, for the data set that has as "
-        "many classes; NAME (cifar10, cifar100, imagenet) says for which alone (default: the script's own)"
-    )
+    images = "the images, of class folders or CIFAR's files; NAME: of cifar10, cifar100 or imagenet alone"
     flag("--data", metavar="[NAME=]DIR", nargs="+", default=[], help=images)
     at_once = (
-        "networks that train at once; a run begins when its own fit in, one that has more begins alone (default: one "
-        f"for each core, or {NETWORKS_PER_GPU} for each GPU, where one of ImageNet counts as that many)"
+        f"networks at once (default: one a core, or {NETWORKS_PER_GPU} a GPU, of ImageNet one); a larger run goes alone"
     )
     flag("--jobs", metavar="J", type=number(int, 1), help=at_once)
     only = "of these runs only those named, as NAME or NAME/seedK, see --dry-run"
@@ -195,10 +189,7 @@ class Job:
             for process in processes.values():
                 process.terminate()
             for process in processes.values():
-                try:
-                    process.wait(END_SECONDS)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+                process.wait()
 
     def start(self, i: int, threads: int, gpu: list[str]) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -233,25 +224,6 @@ class Job:
                 write_atomically(self.results / file.name, file.read_bytes())
         write_atomically(self.results / "result.json", (json.dumps(record, indent=1) + "\n").encode())
         return ""
-
-
-def hardware() -> str:
-    """Processor, and GPU where there is one."""
-    cpus = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpus.read_text()) if cpus.exists() else []
-    gpu = f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}{gpu}"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("torch", "torchvision"):
-        with suppress(metadata.PackageNotFoundError):  # built from source, or not there
-            found[name] = metadata.version(name)
-    with suppress(OSError, subprocess.SubprocessError):  # no git, or no checkout
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        found["project"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return found
 
 
 # ---- The queue
@@ -331,11 +303,9 @@ def main() -> int:
     jobs, missing = plan(args)
     if not jobs:
         return 2
-    if args.slurm:
-        print(slurm(args, [job for job in missing if not job.run.members]), end="")
-        return 0
-    if args.dry_run:
-        print("".join(f"{job.run}: {shlex.join(job.command_of(i))}\n" for job in missing for i in job.numbers), end="")
+    if args.slurm or args.dry_run:
+        lines = [f"{job.run}: {shlex.join(job.command_of(i))}\n" for job in missing for i in job.numbers]
+        print("".join(lines) if args.dry_run else slurm(args, [job for job in missing if not job.run.members]), end="")
         return 0
     for folder in args.work, args.results:  # before the hours that training takes
         folder.mkdir(parents=True, exist_ok=True)

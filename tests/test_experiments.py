@@ -154,12 +154,6 @@ def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, call, monkeypa
     assert f"--results {tmp_path}/$HOME's" in said and said.endswith("--only cifar10_resnet32_num2/seed1\n")
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_anything_is_started(tmp_path, call):
-    (tmp_path / "results").touch()
-    status, _, errors = call("main", "--preset", "smoke")
-    assert status == 1 and errors == f"{tmp_path}/results: File exists\n"
-
-
 # ---- The order
 
 
@@ -218,13 +212,6 @@ def test_networks_of_imagenet_have_a_gpu_each_and_others_the_least_used(tmp_path
         assert len(of_imagenet) == len(set(of_imagenet))
     assert {gpu for job in jobs for gpu in job.gpus} == {"3", "5"}
     assert all(len({*job.gpus}) == len(job.numbers) for job in jobs)
-
-
-def test_a_failed_run_does_not_end_the_others(tmp_path, simulate, capsys):
-    jobs = make_jobs(tmp_path, "main")
-    simulate(jobs, 2, outcome=lambda job: "a reason" if job is jobs[1] else "")
-    assert [job.failure for job in jobs] == ["", "a reason", "", ""]
-    assert f"{jobs[1].run}: failed: a reason\n" in capsys.readouterr().out
 
 
 # ---- What is missing

@@ -135,12 +135,6 @@ def test_confusions_are_shares_of_their_row():
     assert figure.axes[0].images[0].get_array().tolist() == [[75, 25], [0, 0]]
 
 
-def test_many_networks_share_an_entry_of_the_legend(tmp_path):
-    runs = [read_run(make_run(tmp_path / f"run{k}", [[50.0, 60.0, 61.0]] * 8)) for k in range(2)]
-    (legend,) = plots.accuracy(runs).legends
-    assert [text.get_text() for text in legend.get_texts()] == ["run0 (8 networks)", "run1 (8 networks)"]
-
-
 def test_a_damaged_run_is_plotted_as_far_as_it_goes(tmp_path):
     directory = make_run(tmp_path / "run", [[50.0, 60.0, 70.0]] * 2)
     (directory / "metrics1.csv").unlink()

@@ -123,10 +123,8 @@ def test_the_most_accurate_run_comes_first(tmp_path, run_report):
     ("settings", "num", "name"),
     [
         ({"method": "grafting", "scion": "external", "a": 0.4, "c": 500}, 1, "baseline"),
-        ({"cos": True, "difflr": True}, 1, "baseline, cosine"),
         ({"cos": True, "difflr": True}, 2, "grafting of 2, cosine, dlr"),
         ({"method": "average", "a": 0.0}, 3, "average of 3"),
-        ({"method": "ema"}, 1, "ema"),
         ({"scion": "noise"}, 1, "baseline, noise scions"),
         ({"criterion": "l1", "level": "filter", "c": 5}, 3, "grafting of 3, filter level, by L1 norm, c 5"),
         ({"steplr": True, "a": 0.6}, 2, "grafting of 2, steps, a 0.6"),
@@ -139,7 +137,6 @@ def test_methods_have_a_name_each(settings, num, name):
 @pytest.mark.parametrize(
     ("paths", "short"),
     [
-        (["x/grafting_cifar10_resnet32"], ["grafting_cifar10_resnet32"]),
         (["c/baseline_cifar10_resnet32", "c/grafting_cifar10_resnet32_num4"], ["baseline", "grafting_num4"]),
         (["c/grafting_resnet32", "c/grafting_resnet32_a0.6"], ["grafting", "grafting_a0.6"]),
         (["x/run", "y/run"], ["x", "y"]),
@@ -227,14 +224,6 @@ def test_a_network_without_an_epoch_is_no_damage(tmp_path, run_report):
     assert run_report(directory)[1][0]["best %"] == "–"
 
 
-def test_a_row_that_is_being_written_is_left_out(tmp_path, run_report):
-    directory = make_run(tmp_path / "run", [[50.0, 60.0]], epochs=9, states=("stopped by SIGINT",))
-    with open(directory / "metrics1.csv", "a") as file:
-        file.write("2,0.1,1,50,1,99.")
-    status, (row,), _ = run_report(directory)
-    assert (status, row["epochs"], row["best %"]) == (0, "2 [1]", "60.00 *")
-
-
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -305,7 +294,4 @@ def test_the_script_runs_from_anywhere_and_ends_quietly_when_its_reader_has_gone
     os.close(reader)
     closed = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "| a run: baseline " in result.stdout
     assert (closed.communicate()[1], closed.returncode) == (b"", 0)
