@@ -44,7 +44,7 @@ def test_an_example_runs_as_its_docstring_says_and_its_networks_learn(path, tmp_
     package = path.stem.removesuffix("_trainer")
     if package != path.stem and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    [line] = re.findall(r"^    (\S.*)$", ast.get_docstring(ast.parse(path.read_text())), re.MULTILINE)
+    [line] = re.findall(r"^ *((?:python|torchrun) .*)$", ast.get_docstring(ast.parse(path.read_text())), re.MULTILINE)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     out = shell(line, tmp_path)
     accuracies = [[float(value) for value in re.findall(r"0\.\d+", text)] for text in re.findall("accurac.*", out)]
