@@ -102,12 +102,13 @@ def main() -> int:
     flag("--flags", type=shlex.split, default=[], metavar="WORDS", help="further ones of grafting_cifar/grafting.py")
     flag("--data", metavar="DIR", help="as for grafting_cifar/grafting.py (default: made-up images)")
     flag("--images", type=tools.count, default=50_000, metavar="N", help="made-up images")
+    flag("--made", type=Path, metavar="DIR", help="where to keep these for the next time (default: nowhere)")
     flag("--same", action="store_true", help="run it twice: the outcome must be the same")
     flag("--killed", action="store_true", help="kill and resume network 1: the outcome must be the same")
     args = parser.parse_args()
     args.device = tools.device_of(parser, args).type
     with tempfile.TemporaryDirectory() as made:
-        args.data = args.data or tools.make_images(Path(made) / "images", args.images, (32, 32))
+        args.data = args.data or tools.make_images(args.made or Path(made) / "images", args.images, (32, 32))
         images = len(data.load(args.data).train.labels)  # decodes them, which is not to be measured
         caption = f"Rings from the command line, {images:,} images, on {args.device}; {args.epochs} epochs."
         table, rings, result = tools.Table("ring", caption, args.json, args.device), {}, {}
