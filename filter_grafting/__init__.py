@@ -16,9 +16,10 @@ from .errors import (
     UnreadableError,
     WriteError,
 )
-from .grafting import FilterLayer, Grafting, Layer, coefficient, graft, graft_ring
+from .grafting import FilterLayer, Layer, coefficient, graft, graft_ring
 from .information import entropy, invalid_filters, l1_norm
 from .rings import Exchange, FileRing, ProcessGroupRing
+from .scheduler import Grafting
 from .states import State, plain_state
 
 __version__ = "1.0.0"

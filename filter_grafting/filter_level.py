@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import MismatchError
 from .information import convolutions
-from .states import plain_modules
+from .states import local, plain_modules
 
 
 class Chain(NamedTuple):
@@ -74,6 +74,8 @@ def coefficients(chain: Chain, own: Mapping[str, Tensor], neighbour: Mapping[str
         for key in f"{name}.weight", f"{norm}.weight":
             if key not in own:
                 raise MismatchError(f"{key} is excluded or parametrized: level 'filter' needs it; use level 'layer'")
+            if local(own[key]) is not own[key]:
+                raise MismatchError("the model is sharded (DTensor): level 'filter' needs it whole; use level 'layer'")
         gamma = own[f"{norm}.weight"].detach()
         kind = torch.promote_types(gamma.dtype, torch.float32)
         mine, other = gamma.to(kind).abs(), neighbour[f"{norm}.weight"].to(kind).abs()

@@ -1,41 +1,30 @@
-"""Grafting: how much of its own a layer keeps, and the blend with its neighbour's (paper, section 3.3)."""
+"""Grafting: how much of its own a layer keeps, and the blend with its neighbour's (paper, section 3.3).
+
+Every layer of a network with weights W is blended with the same layer of its neighbour in the ring:
+
+    W  <-  w * W + (1 - w) * W_neighbour        w = A/pi * arctan(c * (H - H_neighbour)) + 1/2
+
+so that the more information (entropy H) a layer holds, compared with its neighbour's, the more of its own it keeps.
+`coefficient` is w, `blend` the sum, `graft` does it to a model, and `compute` shows how, step by step.
+"""
 
 import functools
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from . import filter_level
-from .errors import GraftingError, MismatchError
+from .errors import MismatchError
 from .information import entropy
-from .rings import Checkpoint, Exchange, FileRing
-from .states import (
-    State,
-    advice,
-    as_patterns,
-    blendable,
-    check_alike,
-    check_patterns,
-    is_excluded,
-    load_plain_state,
-    local,
-    placed,
-    plain_modules,
-    plain_names,
-    plain_state,
-    storage,
-    whole,
-)
+from .states import State, advice, local, paired, placed, plain_modules, plain_state, whole
 
 logger = logging.getLogger("filter_grafting")
-
-LEVELS = ("layer", "filter")
 
 
 class Layer(NamedTuple):
@@ -54,17 +43,10 @@ class FilterLayer(NamedTuple):
     coefficient: Tensor
 
 
-class Stateful(Protocol):
-    """An optimizer, a learning rate schedule, or whatever else has a state."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
-
-
 Layers: TypeAlias = dict[str, Layer] | dict[str, FilterLayer]
+Level: TypeAlias = Literal["layer", "filter"]
 Selection: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool] | None
 Criterion: TypeAlias = Callable[[Tensor], float]
-Blend: TypeAlias = tuple[Tensor, Tensor, float | Tensor]  # own values, the neighbour's, share of the own
 
 
 def coefficient(own_entropy: float, neighbour_entropy: float, a: float = 0.4, c: float = 500) -> float:
@@ -90,16 +72,14 @@ def coefficient(own_entropy: float, neighbour_entropy: float, a: float = 0.4, c:
     return round(a / math.pi * math.atan(c * (own_entropy - neighbour_entropy)) + 0.5, 2)
 
 
-def check_arguments(a: float, c: float, level: str, layers: Selection = None) -> None:
-    """Raises a ValueError that names the first argument of `graft` that is not what it should be."""
-    coefficient(0, 0, a, c)
-    if level not in LEVELS:
-        raise ValueError(f"level: got {level!r}, expected one of {', '.join(LEVELS)}")
-    if level == "filter" and layers is not None:
-        raise ValueError("layers: at level 'filter' the chain's batch norms set the coefficients; expected None")
-    kinds = layers if isinstance(layers, tuple) else () if layers is None or callable(layers) else (layers,)
-    if not all(isinstance(kind, type) for kind in kinds):
-        raise ValueError(f"layers: got {layers!r}, expected a type, a tuple of types, or a function of a module")
+def blend(own: Tensor, neighbour: Tensor, w: float | Tensor) -> Tensor:
+    """`w * own + (1 - w) * neighbour`, computed in fp32 or better, in the type of `own`.
+
+    By `lerp`, own + (1 - w) * (neighbour - own), which leaves constants that both have exactly as they are.
+    """
+    kind = torch.promote_types(torch.promote_types(own.dtype, neighbour.dtype), torch.float32)
+    w = w.to(kind) if isinstance(w, Tensor) else w
+    return torch.lerp(own.to(kind), neighbour.to(kind), 1 - w).to(own.dtype)
 
 
 @overload
@@ -125,24 +105,12 @@ def graft(
     exclude: Sequence[str] = ...,
     criterion: Criterion = ...,
 ) -> dict[str, FilterLayer]: ...
-@overload
-def graft(
-    model: nn.Module,
-    neighbour: Mapping[str, Tensor],
-    a: float = ...,
-    c: float = ...,
-    level: str = ...,
-    *,
-    layers: Selection = ...,
-    exclude: Sequence[str] = ...,
-    criterion: Criterion = ...,
-) -> Layers: ...
 def graft(
     model: nn.Module,
     neighbour: Mapping[str, Tensor],
     a: float = 0.4,
     c: float = 500,
-    level: str = "layer",
+    level: Level = "layer",
     *,
     layers: Selection = None,
     exclude: Sequence[str] = (),
@@ -156,8 +124,9 @@ def graft(
     which is not the method.
 
     Every floating-point or complex entry of the state dict is blended, in its own type, computed in fp32 or better;
-    integers and booleans (`num_batches_tracked`, masks) stay the network's own. A wrapped model (torch.compile,
-    DistributedDataParallel, FSDP2) is looked through, as is a neighbour's state dict under wrapped names.
+    integers and booleans (`num_batches_tracked`, masks) stay the network's own. Of entries that share memory, the
+    first one's coefficient counts. A wrapped model (torch.compile, DistributedDataParallel, FSDP2) is looked through,
+    as is a neighbour's state dict under wrapped names.
 
     Args:
         model: any module with a convolution (or see `layers`), on any device; at filter level, a chain of them.
@@ -169,59 +138,37 @@ def graft(
             |gamma_neighbour,j|), with the scale gamma of the batch norm that follows.
         layers: which modules set a coefficient: types, or a function of a module. None: every convolution, found by
             type. (The published code looks for "conv" in names, so that there a shortcut's convolution takes the
-            coefficient of the one before it.) A parametrized layer is judged by the largest of the tensors that its
-            weight is computed from, a pruned one by what is left of it.
+            coefficient of the one before it.) A layer is judged by its `weight`, or else by the largest of the tensors
+            that it has or that a parametrization computes its weight from; a pruned one by what is left of it.
         exclude: patterns of entries, by plain name (`("head.*",)`), that stay the network's own and are not compared.
         criterion: what is compared in the place of entropy: a function of a weight to a float, such as `l1_norm`.
 
     Returns: by plain module name, both entropies and the coefficient, at filter level a tensor (filters,).
 
     Raises:
-        ValueError: if a, c, level or exclude is not what it should be.
+        ValueError: if a, c, level, layers or exclude is not what it should be.
         MismatchError: (a ValueError) naming the first entry that differs in name, shape or kind, holds a value that
             is not finite, or cannot be blended. The model is untouched in any of these cases.
     """
-    found, blends = _plan(model, neighbour, a, c, level, layers, exclude, criterion)
-    _blend(blends)
+    found, blends = compute(model, neighbour, a, c, level, layers, exclude, criterion)
+    write(blends)
     return found
 
 
-@overload
-def graft_ring(
-    models: Sequence[nn.Module],
-    a: float = ...,
-    c: float = ...,
-    level: Literal["layer"] = ...,
-    *,
-    layers: Selection = ...,
-    exclude: Sequence[str] = ...,
-    criterion: Criterion = ...,
-) -> list[dict[str, Layer]]: ...
-@overload
-def graft_ring(
-    models: Sequence[nn.Module],
-    a: float = ...,
-    c: float = ...,
-    level: str = ...,
-    *,
-    layers: Selection = ...,
-    exclude: Sequence[str] = ...,
-    criterion: Criterion = ...,
-) -> list[Layers]: ...
 def graft_ring(
     models: Sequence[nn.Module],
     a: float = 0.4,
     c: float = 500,
-    level: str = "layer",
+    level: Level = "layer",
     *,
     layers: Selection = None,
     exclude: Sequence[str] = (),
     criterion: Criterion = entropy,
-) -> Sequence[Layers]:
+) -> list[Layers]:
     """Grafts a ring of N models in one process, in place: each with the weights that the one before it had.
 
-    The first model's neighbour is the last. All weights are copied before the first is changed. Two networks hold
-    the same weights after it, since their coefficients of a layer add up to 1; more do not.
+    The first model's neighbour is the last. All blends are computed before the first model is changed. Two networks
+    hold the same weights after it, since their coefficients of a layer add up to 1; more do not.
 
     Args:
         models: at least two, all different; see `graft` for the rest, and for the errors raised.
@@ -230,103 +177,140 @@ def graft_ring(
     """
     if len(models) < 2 or len({id(model) for model in models}) < len(models):
         raise ValueError(f"models: got {len(models)}, expected at least two, each a model of its own")
-    states = [
-        {key: entry.clone() if isinstance(entry, Tensor) else entry for key, entry in plain_state(model).items()}
-        for model in models
-    ]
-    plans = [_plan(model, states[k - 1], a, c, level, layers, exclude, criterion) for k, model in enumerate(models)]
-    for _, blends in plans:
-        _blend(blends)
-    return [found for found, _ in plans]
+    states = [plain_state(model) for model in models]
+    grafts = [compute(model, states[k - 1], a, c, level, layers, exclude, criterion) for k, model in enumerate(models)]
+    for _, blends in grafts:
+        write(blends)
+    return [found for found, _ in grafts]
+
+
+Blends: TypeAlias = list[tuple[Tensor, Tensor]]  # a tensor of the model, and what it becomes
 
 
 @torch.no_grad()
-def _plan(
+def compute(
     model: nn.Module,
     neighbour: Mapping[str, Tensor],
     a: float,
     c: float,
-    level: str,
+    level: Level,
     layers: Selection,
     exclude: Sequence[str],
     criterion: Criterion,
-) -> tuple[Layers, list[Blend]]:
-    """What a graft finds and what it will do; raises all of its errors, and changes nothing."""
-    check_arguments(a, c, level, layers)
-    if not isinstance(neighbour, Mapping):
-        raise MismatchError(f"the neighbour is a {type(neighbour).__name__}: expected its state dict")
-    own = plain_names(model.state_dict(keep_vars=True))
-    other = State(
-        {key: whole(entry) for key, entry in plain_names(neighbour).items()}, getattr(neighbour, "source", "")
-    )
-    check_patterns(exclude, [*own, *other])
-    check_alike(own, other, exclude)
-    entries = blendable(model, {key: entry for key, entry in own.items() if not is_excluded(key, exclude)}, other)
-    weights = _weights(model, own, entries, layers)
+) -> tuple[Layers, Blends]:
+    """What a graft finds, and what it makes of each entry. Raises all errors of `graft`, and changes nothing."""
+    coefficient(0, 0, a, c)  # refuses a and c that are out of their ranges
+    if level not in ("layer", "filter"):
+        raise ValueError(f"level: got {level!r}, expected 'layer' or 'filter'")
+    if level == "filter" and layers is not None:
+        raise ValueError("layers: at level 'filter' the chain's batch norms set the coefficients; expected None")
+    entries, own, other = paired(model, neighbour, exclude)
+    weights = _weights(model, entries, layers)  # of the layers that set a coefficient, by module
+    information = _information(own, other, entries, weights, criterion)
 
-    values = _judged(own, other, entries, set(weights.values()), criterion)
+    found: Layers
+    shares: Iterable[tuple[str, float | Tensor]]  # w of each entry
     if level == "filter":
-        if any(local(entry) is not entry for entry in entries.values()):
-            raise MismatchError("the model is sharded (DTensor): level 'filter' needs it whole; use level 'layer'")
         chain = filter_level.chain(model)
-        shares = filter_level.coefficients(chain, entries, other)
-        filters = {name: FilterLayer(*values[key], shares[name]) for name, key in weights.items()}
-        return filters, _blends(entries, other, filter_level.shares(chain, entries, shares))
-    found = {name: Layer(*values[key], coefficient(*values[key], a, c)) for name, key in weights.items()}
-    return found, _blends(entries, other, _layer_shares(entries, found))
+        of_filters = filter_level.coefficients(chain, entries, other)
+        found = {name: FilterLayer(*information[name], of_filters[name]) for name in weights}
+        shares = filter_level.shares(chain, entries, of_filters)
+    else:
+        found = {name: Layer(*information[name], coefficient(*information[name], a, c)) for name in weights}
+        shares = _shares(entries, found)
+    blends = []
+    for key, w in shares:  # of a sharded entry, this process's shard
+        entry = local(entries[key].detach())
+        blends.append((entry, blend(entry, local(placed(other[key], entries[key])), w)))
+    return found, blends
 
 
-def _judged(
-    own: Mapping[str, Any], other: State, entries: Iterable[str], weights: Collection[str], criterion: Criterion
-) -> dict[str, tuple[float, float]]:
-    """By key: what the criterion gives for both sides' weights. All entries are checked, and brought to one device."""
-    sides = ("the network", own), (f"its neighbour{f' ({other.source})' if other.source else ''}", other)
-    values = {}
+@torch.no_grad()
+def write(blends: Blends) -> None:
+    """Changes the model. Of entries that share memory, the first is written last: it counts, wherever it lies."""
+    for entry, blended in reversed(blends):
+        if 0 in entry.stride():  # a value that is repeated without a copy is written once
+            once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in entry.stride())
+            entry, blended = entry[once], blended[once]
+        entry.copy_(blended)
+
+
+def _shares(entries: Iterable[str], found: Mapping[str, Layer]) -> Iterator[tuple[str, float]]:
+    """(key, w) of each entry, in state-dict order: that of its own layer, or of the nearest before it that has one."""
+    layer = next(iter(found.values()))
     for key in entries:
-        other[key] = other[key].to(own[key].device)
-        for side, state in sides:
-            if not _is_finite(whole(state[key])):
+        layer = found.get(_module_of(key), layer)
+        yield key, layer.coefficient
+
+
+def _module_of(key: str) -> str:
+    """The module that an entry belongs to: what a parametrization keeps belongs to the layer that it parametrizes."""
+    parts = key.split(".")
+    return ".".join(parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts[:-1])
+
+
+def _information(
+    own: Mapping[str, Any],
+    other: State,
+    entries: Mapping[str, Tensor],
+    weights: Mapping[str, str],
+    criterion: Criterion,
+) -> dict[str, tuple[float, float]]:
+    """(the network's, its neighbour's) entropy of each layer, by module. All entries are checked to be finite."""
+    neighbour = f"its neighbour ({other.source})" if other.source else "its neighbour"
+    values: dict[str, list[float]] = defaultdict(list)
+    names = {key: name for name, key in weights.items()}
+    for key, entry in entries.items():
+        for side, state in ("the network", own), (neighbour, other):
+            weight = whole(state[key]).detach().to(entry.device)
+            if weight.numel() > 0 and not math.isfinite(weight.abs().max()):  # sooner than isfinite().all()
                 raise MismatchError(f"{key}: {side} holds a value that is not finite{advice(key)}")
-        if key in weights:
-            try:
-                values[key] = float(criterion(_effective(key, own))), float(criterion(_effective(key, other)))
-                coefficient(*values[key])  # refuses what is not finite
-            except ValueError as error:
-                raise MismatchError(f"{key}: {error}{advice(key)}") from error
-    return values
+            if key in names:
+                mask = state.get(f"{key.removesuffix('_orig')}_mask")  # of a pruned layer, what is left
+                try:
+                    value = float(criterion(weight if mask is None else weight * mask.to(weight)))
+                    coefficient(value, value)  # refuses what is not finite
+                except ValueError as error:
+                    raise MismatchError(f"{key}: {error}{advice(key)}") from error
+                values[names[key]].append(value)
+    return {name: (mine, theirs) for name, (mine, theirs) in values.items()}
 
 
-def _weights(
-    model: nn.Module, own: Mapping[str, Any], entries: Mapping[str, Tensor], layers: Selection
-) -> dict[str, str]:
+def _weights(model: nn.Module, entries: Mapping[str, Tensor], layers: Selection) -> dict[str, str]:
     """By plain module name: the entry that each layer which sets a coefficient is judged by."""
+    modules, selects = plain_modules(model), _selector(layers)
     parts: dict[str, list[str]] = defaultdict(list)
-    for key, entry in own.items():
-        if isinstance(entry, Tensor) and (entry.is_floating_point() or entry.is_complex()):
-            parts[_module_of(key)].append(key)
-    modules, weights = plain_modules(model), {}
-    for name in [name for name, module in modules.items() if _is_selected(module, layers)]:
-        largest = max(parts[name], key=lambda key: (own[key].dim(), own[key].numel()), default="")
-        key = f"{name}.weight".removeprefix(".")
-        key = key if key in own else largest
-        if not key or own[key].numel() == 0:
-            raise MismatchError(f"{name} ({type(modules[name]).__name__}) has no weights to judge it by")
-        if key in entries:
-            weights[name] = key
+    for key in entries:
+        parts[_module_of(key)].append(key)
+    weights = {
+        name: max(
+            parts[name], key=lambda key: (key.split(".")[-1] == "weight", entries[key].dim(), entries[key].numel())
+        )
+        for name, module in modules.items()
+        if name in parts and selects(module)
+    }
     kind = type(modules[""]).__name__
     if not weights:
         what = "convolution (nn.ConvNd)" if layers is None else "layer that layers= selects"
-        raise MismatchError(f"{kind} has no {what} to compare; {_layers_advice(modules.values())}")
-    sizes: Counter[bool] = Counter()
-    for key, entry in entries.items():
-        sizes[_module_of(key) in weights] += entry.numel()
-    if layers is None and (share := sizes[True] / sizes.total()) < 0.1:
-        held = f"{kind}: convolutions hold {share:.1%} of the weights and set all coefficients"
-        _warn_once(f"{held}; {_layers_advice(modules.values())}")
+        raise MismatchError(f"{kind} has no {what} to compare; {_other_layers(modules.values())}")
+    held = sum(entries[key].numel() for name in weights for key in parts[name])
+    share = held / max(1, sum(entry.numel() for entry in entries.values()))
+    if layers is None and share < 0.1:
+        says = f"convolutions hold {share:.1%} of the weights and set all coefficients"
+        _warn_once(f"{kind}: {says}; {_other_layers(modules.values())}")
     return weights
 
 
-def _layers_advice(modules: Iterable[nn.Module]) -> str:
+def _selector(layers: Selection) -> Callable[[nn.Module], bool]:
+    kinds = _ConvNd if layers is None else layers
+    if isinstance(kinds, (type, tuple)):
+        return lambda module: isinstance(module, kinds)
+    if not callable(kinds):
+        raise ValueError(f"layers: got {kinds!r}, expected a type, a tuple of types, or a function of a module")
+    return kinds
+
+
+def _other_layers(modules: Iterable[nn.Module]) -> str:
     sizes: Counter[str] = Counter()
     for module in modules:
         sizes[type(module).__name__] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
@@ -338,172 +322,3 @@ def _layers_advice(modules: Iterable[nn.Module]) -> str:
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def _is_selected(module: nn.Module, layers: Selection) -> bool:
-    layers = _ConvNd if layers is None else layers
-    return isinstance(module, layers) if isinstance(layers, (type, tuple)) else layers(module)
-
-
-def _module_of(key: str) -> str:
-    """The module that an entry belongs to: what a parametrization keeps belongs to the layer that it parametrizes."""
-    parts = key.split(".")
-    return ".".join(parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts[:-1])
-
-
-def _effective(key: str, state: Mapping[str, Tensor]) -> Tensor:
-    """A layer's weight; of a pruned one, what is left of it."""
-    weight, mask = whole(state[key]).detach(), state.get(f"{key.removesuffix('_orig')}_mask")
-    return weight if mask is None else weight * mask.to(weight)
-
-
-def _is_finite(entry: Tensor) -> bool:
-    return entry.numel() == 0 or math.isfinite(entry.abs().max())
-
-
-def _layer_shares(entries: Mapping[str, Tensor], found: Mapping[str, Layer]) -> Iterator[tuple[str, float]]:
-    """(key, share) of each entry, in state-dict order: that of the nearest layer before it."""
-    layer = next(iter(found.values()))
-    for key in entries:
-        layer = found.get(_module_of(key), layer)
-        yield key, layer.coefficient
-
-
-def _blends(
-    entries: Mapping[str, Tensor], other: Mapping[str, Tensor], shares: Iterable[tuple[str, float | Tensor]]
-) -> list[Blend]:
-    """What to blend with what: a tensor under two names once; of a sharded one, this process's shard."""
-    blends: dict[tuple[object, ...], tuple[str, Blend]] = {}
-    kinds: dict[int, torch.dtype] = {}
-    for key, share in shares:
-        if key not in entries:
-            continue
-        own, theirs = local(entries[key].detach()), local(placed(other[key], entries[key]))
-        if 0 in own.stride():  # repeated without a copy: one of each
-            once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in own.stride())
-            own, theirs = own[once], theirs[once]
-        place = (storage(own), own.storage_offset(), own.shape, own.stride())
-        first, blend = blends.setdefault(place, (key, (own, theirs, share)))
-        if first != key and not torch.equal(theirs, blend[1]):
-            raise MismatchError(f"{key}: in the network it is {first}, in its neighbour they differ{advice(key)}")
-        if kinds.setdefault(storage(own), own.dtype) != own.dtype:
-            raise MismatchError(f"{key}: it shares memory with an entry of another type{advice(key)}")
-    return [blend for _, blend in blends.values()]
-
-
-@torch.no_grad()
-def _blend(blends: Sequence[Blend]) -> None:
-    """`W <- w * W_own + (1 - w) * W_neighbour`, in place; where entries overlap in memory, the first one's w counts."""
-    shared = Counter(storage(own) for own, _, _ in blends)
-    done: dict[int, Tensor] = {}
-    for own, other, share in blends:
-        kind = torch.promote_types(torch.promote_types(own.dtype, other.dtype), torch.float32)
-        weight = 1 - (share.to(kind) if isinstance(share, Tensor) else share)
-        mixed = own.to(kind).lerp(other.to(kind), weight)
-        if shared[place := storage(own)] > 1:
-            if place not in done:
-                size = own.untyped_storage().nbytes() // own.itemsize
-                done[place] = torch.zeros(size, dtype=torch.bool, device=own.device)
-            covered = done[place].as_strided(own.shape, own.stride(), own.storage_offset())
-            mixed = mixed.where(~covered, own.to(kind))
-            covered.fill_(True)
-        own.copy_(mixed)
-
-
-class Grafting:
-    """Grafts a model with its neighbour in a ring as training goes on; steps like a learning rate scheduler.
-
-        grafting = Grafting(model, ring)
-        for epoch in range(grafting.round, epochs):
-            train(model)
-            test(model)
-            if epoch + 1 < epochs:
-                grafting.step()
-
-    Args:
-        model: trained as it is, wrapped or not.
-        exchange: how weights get from one network to the next: a FileRing, a ProcessGroupRing, or whatever has
-            `swap(state, round)`. From a FileRing made with `resume=True` the newest checkpoint of this network is
-            loaded, and grafted as it would have been; `round` is the one after it.
-        a, c, level, layers, exclude, criterion: see `graft`.
-        every, warmup: `step` grafts at every so manieth call only, and not in the first `warmup` ones.
-        checkpoint: the optimizer, and whatever else has a state, by name: published with the weights by a FileRing,
-            and put back when it resumes.
-
-    Raises:
-        ValueError: if an argument is out of its range.
-        GraftingError: as the exchange and `graft` raise it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        exchange: Exchange,
-        a: float = 0.4,
-        c: float = 500,
-        level: str = "layer",
-        *,
-        layers: Selection = None,
-        exclude: Sequence[str] = (),
-        criterion: Criterion = entropy,
-        every: int = 1,
-        warmup: int = 0,
-        checkpoint: Mapping[str, Stateful] | None = None,
-    ) -> None:
-        for name, value, low in ("every", every, 1), ("warmup", warmup, 0):
-            if value < low:
-                raise ValueError(f"{name}: got {value}, expected at least {low}")
-        if checkpoint and not isinstance(exchange, FileRing):
-            raise ValueError(f"checkpoint: a {type(exchange).__name__} keeps none; save these states yourself")
-        # What would fail at the first graft fails now, not after an epoch: the model is compared with itself. A pattern
-        # may be meant for entries that only the neighbour has.
-        state = plain_state(model)
-        patterns = [pattern for pattern in as_patterns(exclude) if any(is_excluded(key, pattern) for key in state)]
-        _plan(model, state, a, c, level, layers, patterns, criterion)
-        self.model = model
-        self.exchange = exchange
-        self.every = every
-        self.warmup = warmup
-        self.checkpoint = dict(checkpoint or {})
-        self.round = 0  # of the next call of `step`
-        self._graft = functools.partial(
-            graft, model, a=a, c=c, level=level, layers=layers, exclude=exclude, criterion=criterion
-        )
-        if isinstance(exchange, FileRing) and (last := exchange.newest()) is not None:
-            self._resume(exchange, last)
-
-    def step(self) -> Layers | None:
-        """Counts a round, and grafts if it is due: gives this network's weights, waits for its neighbour's, blends.
-
-        Returns: what `graft` returns; None if no graft was due.
-        """
-        found = None
-        if self.round >= self.warmup and (self.round + 1) % self.every == 0:
-            state = plain_state(self.model)
-            if isinstance(self.exchange, FileRing):
-                extra = {name: part.state_dict() for name, part in self.checkpoint.items()}
-                found = self._graft(self.exchange.swap(state, self.round, extra))
-            else:
-                found = self._graft(self.exchange.swap(state, self.round))
-        self.round += 1
-        return found
-
-    def _resume(self, ring: FileRing, last: Checkpoint) -> None:
-        for name in self.checkpoint:
-            if not isinstance(last.extra, Mapping) or name not in last.extra:
-                raise GraftingError(
-                    f"checkpoint: {last.path} holds no state of {name!r}; leave it out to resume without"
-                )
-        load_plain_state(self.model, last.state)
-        for name, part in self.checkpoint.items():
-            part.load_state_dict(last.extra[name])
-        self._graft(ring.wait(last.round))
-        self.round = last.round + 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint of the caller's own, to be saved with the model as it is after `step`."""
-        return {"round": self.round}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues at the round of the caller's own checkpoint, whose weights have been grafted already."""
-        self.round = state["round"]

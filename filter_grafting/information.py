@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .errors import MismatchError
-from .states import plain_modules, plain_names, storage, whole
+from .states import place, plain_modules, plain_names, whole
 
 SHORTCUT_NAMES = ("shortcut", "downsample", "proj")  # the 1x1 convolution beside a block: CIFAR code, torchvision
 
@@ -28,35 +28,30 @@ def entropy(weight: Tensor, bins: int = 10) -> float:
     the edges are fp64: a value on an edge always belongs to the bin above.
 
     Args:
-        weight: any shape, any floating-point type, on any device (which is waited for once).
+        weight: any shape, any floating-point type, on any device.
 
     Raises:
         ValueError: if the tensor is empty, not of a floating-point type, or holds a value that is not finite.
     """
     if bins < 1:
         raise ValueError(f"bins: got {bins}, expected at least 1")
-    weight = whole(weight)
     if not weight.is_floating_point() or weight.numel() == 0:
         found = f"{weight.dtype} of shape {tuple(weight.shape)}"
         raise ValueError(f"weight: got {found}, expected a floating-point tensor that is not empty")
-    values = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten()
-    low, high = values.aminmax()
-    span = high.double() - low.double()
-    edges = low.double() + torch.arange(bins + 1, device=low.device) * (span / bins)
-    edges[-1] = high  # exactly, however the sum was rounded
-    # Compared in the values' own type, with the smallest number of it that reaches the edge: twice as fast as in fp64.
-    steps = edges.to(values.dtype)
-    steps = torch.where(steps < edges, steps.nextafter(high), steps)[:, None]
-    reached = torch.zeros(bins + 1, dtype=torch.float64, device=low.device)  # how many values are at each edge or above
-    # Some at a time: few enough for a CPU's cache, and for a count that is exact in fp32. As numbers of the values' own
-    # type, comparisons are four times as fast as booleans.
-    for part in torch.split(values, 1 << (14 if values.device.type == "cpu" else 20)):
-        reached += torch.ge(part, steps, out=part.new_empty(bins + 1, len(part))).sum(1)
-    # As nothing compares with NaN, a span that is not finite has to be carried on to the sum.
-    result: float = (torch.special.entr(-reached.diff() / values.numel()).sum() + 0 * span).item()
-    if math.isnan(result):
+    values = whole(weight).double().flatten()
+    low, high = torch.stack(values.aminmax()).tolist()
+    if not math.isfinite(high - low):
         raise ValueError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: it has no entropy")
-    return result
+    scale = (high - low) / bins
+    edges = values.new_tensor([*(low + k * scale for k in range(bins)), high])[:, None]
+    reached = torch.zeros(bins + 1, dtype=torch.float64, device=values.device)  # how many are at each edge or above
+    # A part at a time, which fits a CPU's cache, and compared to numbers in the place of booleans, which take longer to
+    # count: three times as fast for a large layer as one comparison of all.
+    for part in values.split(1 << (13 if values.device.type == "cpu" else 20)):
+        reached += torch.ge(part, edges, out=part.new_empty(bins + 1, part.numel())).sum(1)
+    # In a bin are those that reach its lower edge, but not the next.
+    shares: list[float] = (-reached.diff() / values.numel()).tolist()
+    return sum((-p * math.log(p) for p in shares if p > 0), start=0.0)
 
 
 def l1_norm(weight: Tensor) -> float:
@@ -94,11 +89,11 @@ def norms_by_layer(source: nn.Module | Mapping[str, Tensor], shortcuts: bool | N
         MismatchError: (a ValueError) if there is no convolution at all, or the weight of one is not in the state dict
             but what a parametrization computes it from: the model itself has to be counted, then.
     """
-    layers: dict[int, tuple[str, Tensor]] = {}  # by what is the same object under all its names
+    layers: dict[object, tuple[str, Tensor]] = {}  # by what is the same under all its names
     if isinstance(source, nn.Module):
         for name, layer in convolutions(source).items():
             norms = filter_norms(layer.weight, layer.transposed, layer.groups)
-            layers.setdefault(id(layer), (name, norms))
+            layers.setdefault(layer, (name, norms))
     else:
         for key, entry in plain_names(source).items():
             if not isinstance(entry, Tensor) or not 3 <= entry.dim() <= 5:
@@ -107,8 +102,7 @@ def norms_by_layer(source: nn.Module | Mapping[str, Tensor], shortcuts: bool | N
             if kind in ("weight_orig", "weight_v") or name.endswith("parametrizations.weight"):
                 raise MismatchError(f"{key}: a weight is computed from it; count the filters of the model itself")
             if kind == "weight":
-                place = hash((storage(entry), entry.storage_offset(), entry.shape))
-                layers.setdefault(place, (name, filter_norms(entry)))
+                layers.setdefault(place(entry), (name, filter_norms(entry)))
     if not layers:
         raise MismatchError("no convolution found: expected a model with an nn.ConvNd, or its state dict")
     return {

@@ -1,6 +1,6 @@
 """State dicts: under plain names whatever wraps the network, whole whatever shards it, compared before a blend."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -96,42 +96,43 @@ def placed(entry: Any, like: Any) -> Any:
     return entry
 
 
-def storage(entry: Tensor) -> int:
-    """What tensors that share memory have in common."""
-    return int(local(entry).untyped_storage()._cdata)
+def place(entry: Tensor) -> tuple[int, object]:
+    """Where a tensor lies: (what all that share its memory have in common, which part of that it is)."""
+    entry = local(entry)
+    return int(entry.untyped_storage()._cdata), (entry.storage_offset(), entry.shape, entry.stride())
 
 
-def is_excluded(key: str, exclude: Sequence[str]) -> bool:
-    """Whether one of the patterns (`head.*`, as file names have them) covers an entry."""
-    return any(fnmatchcase(key, plain_name(pattern)) for pattern in as_patterns(exclude))
+def covers(pattern: str, key: str) -> bool:
+    """Whether a pattern (`head.*`, as file names have them) covers an entry."""
+    return fnmatchcase(key, plain_name(pattern))
 
 
-def as_patterns(exclude: Sequence[str]) -> Sequence[str]:
-    return [exclude] if isinstance(exclude, str) else exclude  # a single one, not its letters
-
-
-def check_patterns(exclude: Sequence[str], keys: Collection[str]) -> None:
-    """Raises a ValueError for a pattern that covers no entry: what it was meant for would be blended."""
-    for pattern in as_patterns(exclude):
-        if not any(is_excluded(key, pattern) for key in keys):
+def excluded(exclude: Sequence[str], keys: Collection[str]) -> set[str]:
+    """The entries that patterns cover. A ValueError if one covers none: what it was meant for would be blended."""
+    found: set[str] = set()
+    for pattern in [exclude] if isinstance(exclude, str) else exclude:  # a single one, not its letters
+        covered = {key for key in keys if covers(pattern, key)}
+        if not covered:
             raise ValueError(f"exclude: {pattern!r} fits no entry; expected patterns such as {next(iter(keys), '*')!r}")
+        found |= covered
+    return found
 
 
-def check_alike(own: Mapping[str, Any], neighbour: Mapping[str, Any], exclude: Sequence[str] = ()) -> None:
+def check_alike(own: Mapping[str, Any], neighbour: Mapping[str, Any], skip: Collection[str] = ()) -> None:
     """Checks that two state dicts have the same entries, of the same shapes, and types that can be blended.
 
     Floating-point types may differ (a copy sent as bfloat16), others not.
 
     Args:
         own, neighbour: under plain names. A `State` names its source in the message.
-        exclude: patterns of entries that are not compared.
+        skip: entries that are not compared.
 
     Raises:
         MismatchError: naming the first entry that differs, with both sides.
     """
     for key in dict.fromkeys([*own, *neighbour]):
         alike = key in own and key in neighbour and _kind(own[key]) == _kind(neighbour[key])
-        if not alike and not is_excluded(str(key), exclude):
+        if not alike and key not in skip:
             source = getattr(neighbour, "source", "")
             before, side = (f"{source}: ", "there") if source else ("", "in its neighbour")
             here, there = (_form(state[key]) if key in state else "missing" for state in (own, neighbour))
@@ -155,44 +156,78 @@ def advice(key: str) -> str:
     return f"; exclude=({key!r},) keeps the network's own"
 
 
-def blendable(model: nn.Module, own: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The entries to blend: all floating-point and complex ones. Raises if that is not possible or has no meaning."""
+def is_weight(entry: Tensor) -> bool:
+    """Whether an entry has a mean of two: integers and booleans have none, and stay the network's own."""
+    return entry.is_floating_point() or entry.is_complex()
+
+
+# What cannot be blended, and what is said of it: the first that applies. Integers are refused where they are weights.
+OBSTACLES: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (lambda x: not isinstance(x, Tensor), "it is a {0.__class__.__name__}"),
+    (is_lazy, "it has no values before the first batch"),
+    (lambda x: x.is_meta, "it is on the meta device, without values"),
+    (
+        lambda x: x.layout != torch.strided or (local(x) is x and is_traceable_wrapper_subclass(x)),
+        "it is a {0.__class__.__name__} of layout {0.layout}, which cannot be blended",
+    ),
+    (
+        lambda x: x.is_quantized or x.dtype == torch.int8 or (is_weight(x) and x.itemsize < 2),
+        "it is {0.dtype}: numbers without their scale cannot be blended",
+    ),
+    (
+        lambda x: isinstance(x, nn.Parameter) and not is_weight(x),
+        "it is a parameter of {0.dtype}, which cannot be blended",
+    ),
+)
+
+
+def paired(
+    model: nn.Module, neighbour: Mapping[str, Any], exclude: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Any], State]:
+    """(entries to blend, all of the network's, all of its neighbour's), under plain names, and compared.
+
+    To blend are all floating-point and complex entries of the model that no pattern excludes.
+
+    Raises:
+        ValueError: if a pattern covers no entry.
+        MismatchError: naming the first entry that differs, or whose blend is not possible or has no meaning.
+    """
+    if not isinstance(neighbour, Mapping):
+        raise MismatchError(f"the neighbour is a {type(neighbour).__name__}: expected its state dict")
+    own: dict[str, Any] = plain_names(model.state_dict(keep_vars=True))
+    source = getattr(neighbour, "source", "")
+    other = State({key: whole(entry) for key, entry in plain_names(neighbour).items()}, source)
+    skip = excluded(exclude, [*own, *other])
+    check_alike(own, other, skip)
+    return _blendable(model, {key: entry for key, entry in own.items() if key not in skip}, other), own, other
+
+
+def _blendable(model: nn.Module, own: Mapping[str, Any], other: State) -> dict[str, Tensor]:
     tensors = [*model.parameters(), *model.buffers()]
-    memory = {storage(tensor) for tensor in tensors if not is_lazy(tensor) and tensor.layout == torch.strided}
-    entries = {}
+    memory = {place(tensor)[0] for tensor in tensors if not is_lazy(tensor) and tensor.layout == torch.strided}
+    entries: dict[str, Tensor] = {}
+    first: dict[object, str] = {}  # the first name of what is the same tensor under several
     for key, entry in own.items():
+        if key.endswith("_extra_state") and not isinstance(entry, Tensor):
+            continue
         for side, value in (("the network", entry), ("its neighbour", other[key])):
-            if why := _obstacle(key, value):
-                raise MismatchError(f"{key}: in {side} {why}{advice(key)}")
-        if not isinstance(entry, Tensor) or not (entry.is_floating_point() or entry.is_complex()):
+            for applies, why in OBSTACLES:
+                if applies(value):
+                    raise MismatchError(f"{key}: in {side} {why.format(value)}{advice(key)}")
+        if not is_weight(entry):
             continue
         if _is_bookkeeping(key, entry, own):
             if not torch.equal(whole(entry), other[key].to(entry.device, entry.dtype)):
                 raise MismatchError(f"{key}: a mask or state of a parametrization has no mean of two{advice(key)}")
             continue
-        if storage(entry) not in memory:
+        at = place(entry)
+        if at[0] not in memory:
             raise MismatchError(f"{key}: the state dict holds a copy, not the model's own (FSDP1?){advice(key)}")
+        name = first.setdefault(at, key)
+        if name != key and not torch.equal(other[name], other[key]):
+            raise MismatchError(f"{key}: in the network it is {name}, in its neighbour they differ{advice(key)}")
         entries[key] = entry
     return entries
-
-
-def _obstacle(key: str, entry: object) -> str:
-    """Why an entry cannot be blended, or "". Integers are left alone, but not if they stand for weights."""
-    if not isinstance(entry, Tensor):
-        return "" if key.endswith("_extra_state") else f"it is a {type(entry).__name__}"
-    if is_lazy(entry):
-        return "it has no values before the first batch"
-    if entry.is_meta:
-        return "it is on the meta device, without values"
-    if entry.layout != torch.strided or (is_traceable_wrapper_subclass(entry) and local(entry) is entry):
-        return f"it is a {type(entry).__name__} of layout {entry.layout}, which cannot be blended"
-    kind = entry.dtype
-    floating = kind.is_floating_point or kind.is_complex
-    if (floating and kind.itemsize < 2) or (not floating and (kind == torch.int8 or entry.is_quantized)):
-        return f"it is {kind}: numbers without their scale cannot be blended"
-    if not floating and isinstance(entry, nn.Parameter):
-        return f"it is a parameter of {kind}, which cannot be blended"
-    return ""
 
 
 def _is_bookkeeping(key: str, entry: Tensor, own: Mapping[str, Any]) -> bool:
