@@ -59,18 +59,15 @@ NAMED = 5  # rivals, in the sentence that names those that grafting is behind
 def main() -> int:
     parser = Parser(description=__doc__)
     flag = parser.add_argument
-    flag("tables", metavar="TABLE", nargs="*", help="names of tables, or all (default: all)")
+    flag("tables", metavar="TABLE", nargs="*", choices=[*TABLES, "all"], default="all", help=", ".join(TABLES))
     flag("--preset", choices=PRESETS, default="paper", help="whose results")
     flag("--results", metavar="DIR", type=path, default=ROOT / "results", help="the folder that run.py fills")
     out = "folder for report.md and plots/ (default: the preset's, in --results)"
     flag("--out", metavar="DIR", type=path, help=out)
     args = parser.parse_args()
-    for name in args.tables:
-        if name not in (*TABLES, "all"):
-            parser.error(f"argument TABLE: got {name!r}, expected {', '.join(TABLES)}, or all")
     directory = args.results / args.preset
     results, damages = read_results(directory, args.preset)
-    chosen = TABLES if not args.tables or "all" in args.tables else args.tables
+    chosen = TABLES if "all" in args.tables else args.tables
     cells = {name: found for name in chosen if (found := cells_of(name, args.preset, results))}
     out = args.out or directory
     (out / "plots").mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,7 @@ wait $!
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     flag = parser.add_argument
-    flag("tables", metavar="TABLE", nargs="+", help=f"{', '.join(TABLES)}, or all")
+    flag("tables", metavar="TABLE", nargs="+", choices=[*TABLES, "all"], help=f"{', '.join(TABLES)}, or all")
     presets = "paper: as published; small: for hours on 2 cores; smoke: a test"
     flag("--preset", choices=PRESETS, default="paper", help=presets)
     flag("--seeds", metavar="K", type=number(int, 1, SEEDS), default=3, help="runs of each row")
@@ -82,9 +82,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("--dry-run", action="store_true", help="print the command lines of what is missing")
     flag("--slurm", action="store_true", help="print a job array for Slurm, a task for each missing run")
     args = parser.parse_args(arguments)
-    for name in args.tables:
-        if name not in (*TABLES, "all"):
-            parser.error(f"argument TABLE: got {name!r}, expected {', '.join(TABLES)}, or all")
     args.tables = list(TABLES) if "all" in args.tables else args.tables
     args.work, args.results = args.work.resolve(), args.results.resolve()
     folders: dict[str, str] = {}

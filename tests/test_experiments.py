@@ -91,7 +91,7 @@ def test_the_results_at_hand_are_those_of_the_tables():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["mane"], "got 'mane', expected main, fair,"),
+        (["mane"], "'mane' (choose from "),
         (["main", "--data", "cifar7=."], "there is no folder"),
         (["main", "--data", ".", "/"], "got two folders for the same images"),
         (["imagenet", "--preset", "small"], "small runs nothing of imagenet"),
