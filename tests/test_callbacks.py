@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trainers
 from processes import environment
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -237,9 +238,11 @@ except ImportError as error:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["lightning", "transformers"])
-def test_networks_that_are_killed_and_resumed_come_to_the_same_weights(package, tmp_path):
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("package", trainers.CASES)
+def test_networks_that_are_killed_and_resumed_come_to_the_same_weights(package, half, tmp_path):
     pytest.importorskip(package, reason=f"{package} is not installed")
-    command = [sys.executable, "-W", "ignore", Path(__file__).with_name("trainers.py"), package, tmp_path]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    cases = list(trainers.CASES[package])[half::2]
+    command = [sys.executable, "-W", "ignore", trainers.__file__, package, tmp_path, *cases]
+    result = subprocess.run(command, env=environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

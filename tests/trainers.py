@@ -54,6 +54,7 @@ TRANSFORMERS = {
     "every three steps": Case((11, 0), graft={"every_n_steps": 3}, save={"save_steps": 3}),
     "steps, saved rarely": Case((19, 0), graft={"every_n_steps": 2}, save={"save_steps": 6}, keep=5),
 }
+CASES = {"lightning": LIGHTNING, "transformers": TRANSFORMERS}
 
 
 class Network(nn.Module):
@@ -206,7 +207,7 @@ if __name__ == "__main__":
     train, directory = {"lightning": lightning, "transformers": transformers}[sys.argv[1]], Path(sys.argv[2])
     for name in {"lightning": ["lightning.pytorch"], "transformers": ["transformers.trainer"]}[sys.argv[1]]:
         importlib.import_module(name)  # once, for all
-    cases = LIGHTNING if sys.argv[1] == "lightning" else TRANSFORMERS
+    cases = CASES[sys.argv[1]]
     for name in sys.argv[3:] or cases:
         case = cases[name]
         expected = run(train, directory / name / "undisturbed", case, (0, 0))
