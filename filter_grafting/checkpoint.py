@@ -18,7 +18,6 @@ import torch
 from .errors import CheckpointError, UnreadableError, WriteError
 
 TEMPORARY = ".tmp"  # ending of files under construction: `.NAME.RANDOM.tmp`, in the folder of NAME
-OTHER_FORMATS = {b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy array", b"GGUF": "a GGUF file", b"\x1f\x8b": "gzip"}
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | memoryview, durable: bool = True) -> None:
@@ -26,7 +25,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | memoryview, dur
 
     Args:
         path: an existing file, or a link, is replaced; a link is not followed. The folder must exist.
-        durable: flush to the disk first, so that the file survives a crash of the machine as well.
+        durable: the file also survives a crash of the machine: it is on the disk before it has its name.
 
     Raises:
         WriteError: naming the file, the reason and the free space; what stood under `path` is untouched.
@@ -45,29 +44,15 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | memoryview, dur
             with suppress(OSError):
                 temporary.unlink()
             raise
-        if durable:
-            _flush_folder(path.parent)
     except OSError as error:
         raise write_error(path, error) from error
-
-
-def flush_to_disk(path: Path) -> None:
-    """Makes a file that stands in its place survive a crash of the machine, and its name as well."""
-    try:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        _flush_folder(path.parent)
-    except OSError as error:
-        raise write_error(path, error) from error
-
-
-def _flush_folder(folder: Path) -> None:
-    with suppress(OSError):  # some file systems cannot; their server decides when a rename is on disk
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    if durable:
+        with suppress(OSError):  # some file systems cannot; their server decides when a rename is on disk
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def write_error(path: str | os.PathLike[str], error: OSError, verb: str = "write") -> WriteError:
@@ -78,7 +63,7 @@ def write_error(path: str | os.PathLike[str], error: OSError, verb: str = "write
     return WriteError(f"cannot {verb} {path}: {error.strerror or error}{free}; mend that, then resume")
 
 
-def save(path: str | os.PathLike[str], contents: Mapping[str, Any], durable: bool = True) -> None:
+def save(path: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
     """`torch.save`s tensors, from the devices they are on, and plain values to a file that is whole or not there.
 
     Raises:
@@ -89,14 +74,14 @@ def save(path: str | os.PathLike[str], contents: Mapping[str, Any], durable: boo
     try:
         torch.save(dict(contents), buffer)
         buffer.seek(0)
-        refused = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
+        refused = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(buffer)))
     except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} cannot be saved ({error}); give tensors and plain values") from error
+        refused = str(error)
     if refused:
-        names = ", ".join(sorted(refused))
-        raise CheckpointError(f"{path} was not saved: it would hold {names}, and could not be loaded; give tensors and "
-                              "plain values")  # fmt: skip
-    write_atomically(path, buffer.getbuffer(), durable)
+        raise CheckpointError(
+            f"{path} was not saved: it could not be loaded ({refused}); give tensors and plain values"
+        )
+    write_atomically(path, buffer.getbuffer())
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -111,15 +96,15 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             tensors and plain values; as UnreadableError, if it may be good and cannot be read just now.
     """
     try:
-        data = _read(path)
-        _check_format(data)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block for ever
+            raise OSError("it is not a regular file")
+        data = Path(path).read_bytes()
+        _check(data)
         contents = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} {error}; it was not loaded") from error
     except Exception as error:  # any exception can come out of bytes that anyone may have written
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise UnreadableError(f"{path} cannot be read: it is too large for the memory") from error
@@ -129,49 +114,39 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return contents
 
 
-def _read(path: str | os.PathLike[str]) -> bytes:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block for ever
-        raise OSError("it is not a regular file")
-    return Path(path).read_bytes()
-
-
-def _check_format(data: bytes) -> None:
+def _check(data: bytes) -> None:
+    """Raises a CheckpointError that says what is wrong, unless this looks like a whole file of torch.save."""
     if not data:
         raise CheckpointError("is empty: it was not written to its end")
     if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data):
         raise CheckpointError("is a safetensors file, not one of torch.save")
-    for beginning, name in OTHER_FORMATS.items():
-        if data.startswith(beginning):
-            raise CheckpointError(f"is {name}, not a file of torch.save")
-    if zipfile.is_zipfile(io.BytesIO(data)) or data.startswith(b"PK"):  # damage to either end is noticed
-        _check_archive(data)
-    elif not data.startswith(b"\x80"):  # as files of torch < 1.6 begin
-        raise CheckpointError("is no file of torch.save, or its beginning is damaged")
-
-
-def _check_archive(data: bytes) -> None:
+    if data.startswith(b"\x89HDF"):
+        raise CheckpointError("is an HDF5 file, as of Keras, not one of torch.save")
+    if not data.startswith(b"PK") and not zipfile.is_zipfile(io.BytesIO(data)):  # damage to either end is noticed
+        if not data.startswith(b"\x80"):  # as files of torch < 1.6 begin
+            raise CheckpointError("is no file of torch.save, or its beginning is damaged")
+        return
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        names = archive.namelist()
-        if any(name.endswith("constants.pkl") for name in names):
+        records = archive.infolist()
+        if any(record.filename.endswith("constants.pkl") for record in records):
             raise CheckpointError("is a TorchScript archive, which could run code")
-        if sum(record.file_size for record in archive.infolist()) > len(data):
-            raise CheckpointError("is damaged, or made to fill the memory: its records are larger than the file")
-        if any(record.external_attr & 0x10 for record in archive.infolist()):
-            # One flipped bit makes a folder of a record, which torch.load then fills with whatever the memory holds.
-            raise CheckpointError("is damaged: a record is marked as a folder")
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(f"is damaged: the checksum of its record {damaged!r} is wrong")
-        if not any(name.endswith("data.pkl") for name in names):
+        if not any(record.filename.endswith("data.pkl") for record in records):
             raise CheckpointError("is a ZIP archive, not a file of torch.save")
+        # A bomb of zeros; or a flipped bit that makes a folder of a record, which torch.load fills with any memory.
+        if sum(record.file_size for record in records) > len(data) or any(r.external_attr & 0x10 for r in records):
+            raise CheckpointError("is damaged: its records are not as torch.save writes them")
+        if damaged := archive.testzip():
+            raise CheckpointError(f"is damaged: the checksum of its record {damaged!r} is wrong")
 
 
 def _reason(error: Exception) -> str:
-    """Why torch.load refuses a file."""
+    """What is wrong with a file that does not load."""
+    if isinstance(error, CheckpointError):
+        return str(error)
     if isinstance(error, pickle.UnpicklingError) and re.search("Unsupported|GLOBAL", str(error)):
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # such as numpy's scalar, for an accuracy beside the weights
-        return "holds more than tensors and plain values, and could run code" + (
-            f" (asks for {asked[1]})" if asked else ""
+        return (
+            f"holds more than tensors and plain values, and could run code{f' (asks for {asked[1]})' if asked else ''}"
         )
     told = f": {error}" if isinstance(error, zipfile.BadZipFile) else ""
     return f"is truncated, damaged or no checkpoint ({type(error).__name__}{told})"

@@ -4,9 +4,7 @@ In the save directory lie `run.json`, the run's name and settings, and for netwo
 said of itself, rewritten every few seconds, and `network{i}.lock`, which it holds locked while it lives.
 """
 
-import errno
 import json
-import math
 import os
 import re
 import secrets
@@ -14,14 +12,13 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path, PurePath
-from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from .checkpoint import TEMPORARY, write_atomically, write_error
 from .errors import AliveError, AlreadyRunError, GraftingError, RefusedError, SettingsError, WriteError
@@ -32,13 +29,10 @@ except ImportError:  # another platform than Linux or macOS: FileRing says so
     fcntl = None  # type: ignore[assignment]
 
 BEAT_SECONDS = 5.0  # how often a living network rewrites its status file
-TURN_SECONDS = 120.0  # how long a network that starts waits for its turn: others need milliseconds, or a few beats
+TURN_SECONDS = 120.0  # how long a network that starts waits for another that does
 ENDED = ("done", "stopped", "failed")
-NOT_GIVEN = "(not given)"
+HOST = socket.gethostname()
 Self = TypeVar("Self", bound="Membership")
-
-
-# Reading what anyone may have written
 
 
 def printable(text: object, limit: int = 500) -> str:
@@ -54,20 +48,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A small JSON object that anyone may have written; no link is followed, and no pipe waited for.
+# Looking at a run from outside
 
-    Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is something else.
-    """
-    if not stat.S_ISREG(os.lstat(path).st_mode):
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A small JSON object that anyone may have written. Raises OSError or ValueError if it is none."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block for ever
         raise ValueError(f"{path} is not a regular file")
     with open(path, "rb") as file:
-        try:
-            contents = json.loads(file.read(1 << 20))
-        except RecursionError as error:
-            raise ValueError(f"{path} is nested too deeply") from error
+        contents = json.loads(file.read(1 << 20))
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds a {type(contents).__name__}, expected an object")
     return contents
@@ -75,19 +64,13 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_status(directory: str | os.PathLike[str], network: int) -> dict[str, Any]:
     """What a network last said of itself (see `Membership.update`); empty if it has said nothing that can be read."""
-    with suppress(OSError, ValueError):
-        status = read_json(Path(directory) / f"network{network}.json")
-        return {key: printable(value) if isinstance(value, str) else value for key, value in status.items()}
+    with suppress(OSError, ValueError, RecursionError):
+        return read_json(Path(directory) / f"network{network}.json")
     return {}
 
 
 def read_run(directory: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-    """(the run's random name, the settings that its networks share), out of `run.json`.
-
-    Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is something else.
-    """
+    """(the run's random name, the settings that its networks share), out of `run.json`; raises as `read_json` does."""
     contents = read_json(Path(directory) / "run.json")
     run, settings = contents.get("run"), contents.get("settings")
     if not isinstance(run, str) or not isinstance(settings, dict):
@@ -106,82 +89,46 @@ def networks_of(directory: str | os.PathLike[str]) -> range:
     return range(1, max(found, default=0) + 1)
 
 
-def _number(value: Any) -> float | None:
-    """The value, out of a file that anyone may have written, if it is a number that can be worked with."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
-    return value if is_number else None
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and _number(value) is not None else None
-
-
-# Who lives
-
-
-def is_held(path: Path) -> bool | None:
-    """Whether a living process holds a lock; the kernel answers, not a file. None where it cannot tell."""
-    if fcntl is None:
-        return None
+def is_held(path: str | os.PathLike[str]) -> bool:
+    """Whether a living process holds a lock; the kernel answers, not a file. Reading it is enough to ask."""
     try:
-        # Reading is enough to ask: whoever may see the run may see who is alive.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        return False if error.errno == errno.ENOENT else None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who ask do not disturb each other
+    except OSError:
         return False
-    except OSError as error:
-        return True if error.errno in (errno.EAGAIN, errno.EACCES) else None
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who ask do not disturb each other
+        return False
+    except OSError:
+        return True
     finally:
         os.close(descriptor)
 
 
-def take_lock(path: Path, seconds: float) -> BaseFileLock | None:
-    """Holds a lock on a file until it is released, or None where the file system has no locks.
-
-    Raises:
-        filelock.Timeout: if another process has held it for so long.
-        WriteError: if the file cannot be made.
-    """
+def take_lock(path: Path, seconds: float, refusal: RefusedError) -> AbstractContextManager[Any]:
+    """Holds a lock until it is released; raises the refusal if another has held it for so long."""
     try:
-        path.touch()
-        if is_held(path) is None:
-            return None
-        lock = FileLock(path, thread_local=False)
-        lock.acquire(timeout=seconds, poll_interval=0.02)
-        return lock
-    except Timeout:
-        raise
+        return FileLock(path, thread_local=False).acquire(timeout=seconds)
+    except Timeout as error:
+        raise refusal from error
     except OSError as error:
         raise write_error(path, error) from error
 
 
-def may_live_unlocked(held: bool | None, status: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote a status may live although it holds no lock.
-
-    A lock does not reach across every network file system, and some have none.
-    """
-    is_told = held is not None and status.get("host") == socket.gethostname()
-    return not held and not is_told and status.get("state") not in (None, *ENDED)
-
-
-def moving(directory: Path, networks: Collection[int]) -> set[int]:
-    """Those of some networks whose heartbeat moves while we look, for up to two beats, at all of them together."""
-    beats = {network: read_status(directory, network).get("beat") for network in networks}
-    moved: set[int] = set()
-    deadline = time.monotonic() + 2 * BEAT_SECONDS
-    while len(moved) < len(beats) and time.monotonic() < deadline:
-        time.sleep(BEAT_SECONDS / 50)
-        moved |= {network for network, beat in beats.items() if read_status(directory, network).get("beat") != beat}
-    return moved
-
-
 def living(directory: Path, networks: Iterable[int]) -> set[int]:
-    """Those of some networks that live: who holds its lock; where locks say nothing, whose heartbeat moves."""
-    held = {network: is_held(directory / f"network{network}.lock") for network in networks}
-    unknown = [network for network in held if may_live_unlocked(held[network], read_status(directory, network))]
-    return {network for network in held if held[network]} | moving(directory, unknown)
+    """Those of some networks that hold their locks, or on other hosts, which locks may not reach, whose hearts beat."""
+    networks = set(networks)
+    alive = {network for network in networks if is_held(directory / f"network{network}.lock")}
+    said = {network: read_status(directory, network) for network in networks - alive}
+    remote = {network for network, status in said.items() if status.get("host") != HOST}
+    may_live = {network for network in remote if said[network].get("state") not in (None, *ENDED)}
+    deadline = time.monotonic() + 2 * BEAT_SECONDS
+    while may_live - alive and time.monotonic() < deadline:
+        time.sleep(BEAT_SECONDS / 50)
+        alive |= {
+            network for network in may_live if read_status(directory, network).get("beat") != said[network].get("beat")
+        }
+    return alive
 
 
 class Status(NamedTuple):
@@ -205,8 +152,6 @@ class Status(NamedTuple):
     host: str
     command: list[str]
     cwd: str
-    seen: float | None  # seconds since it last wrote its status, by this host's clock
-    num: int | None
 
     def __str__(self) -> str:
         """As people say it: "waiting for network 2", "failed: the loss became nan"."""
@@ -221,26 +166,25 @@ def observe(directory: str | os.PathLike[str], networks: Iterable[int] | None = 
     directory = Path(directory)
     wanted = sorted(networks_of(directory) if networks is None else networks)
     alive = living(directory, wanted)
-    return [_status(network, read_status(directory, network), network in alive) for network in wanted]
+    return [status_of(network, read_status(directory, network), network in alive) for network in wanted]
 
 
-def _status(network: int, said: Mapping[str, Any], alive: bool) -> Status:
-    state, written = said.get("state"), _number(said.get("time"))
+def status_of(network: int, said: Mapping[str, Any], alive: bool) -> Status:
+    """What a network said, as far as it makes sense: anyone may have written the file."""
+    state, command = said.get("state"), said.get("command")
     if state is None:
         state = "starting" if alive else "not started"
     elif state not in ENDED and not alive:
         state = "died"
-    whole = {key: _whole(said.get(key)) for key in ("epoch", "epochs", "step", "pid", "num")}
-    numbers = {key: _number(said.get(key)) for key in ("accuracy", "best", "lr")}
-    texts = {key: printable(said.get(key) or "") for key in ("detail", "host", "cwd")}
-    command = said.get("command")
-    known: dict[str, Any] = {"state": printable(state), "alive": alive, **whole, **numbers, **texts}
-    return Status(
-        network=network,
-        command=[str(word) for word in command] if isinstance(command, list) else [],
-        seen=None if written is None else max(0.0, time.time() - written),
-        **known,
-    )
+
+    known: dict[str, Any] = {key: printable(said.get(key) or "") for key in ("detail", "host", "cwd")}
+    for kind, keys in (int, ("epoch", "epochs", "step", "pid")), (int | float, ("accuracy", "best", "lr")):
+        for key in keys:
+            value = said.get(key)
+            is_number = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < 1e18
+            known[key] = value if is_number else None
+    known["command"] = [str(word) for word in command] if isinstance(command, list) else []
+    return Status(network=network, state=printable(state), alive=alive, **known)
 
 
 # Taking part
@@ -266,7 +210,7 @@ def plain(value: Any, name: str = "settings") -> Any:
 class Membership:
     """Network i's place in a run of N: which files are whose, the settings agreed on, its lock, heartbeat and status.
 
-    Until the network trains, a start that fails takes back whatever it did in the directory.
+    Until the network trains, a start that fails leaves the directory as it found it.
     """
 
     def __init__(
@@ -280,24 +224,22 @@ class Membership:
         if not 1 <= network <= networks:
             raise ValueError(f"network: got {network}, expected 1 to {networks}, the number of networks")
         self.directory, self.network, self.networks = Path(directory), network, networks
-        self.run, self.resumed = "", False
+        self.run = ""
         self._name, self._pid = name, os.getpid()
-        self._status: dict[str, Any] = {**details, "network": network, "num": networks, "host": socket.gethostname()}
-        self._mutex, self._left = threading.Lock(), threading.Event()
+        self._run_path, self._own_path = self.directory / "run.json", self.directory / f"network{network}.json"
         self._lock_path = self.directory / f"network{network}.lock"
-        self._lock: BaseFileLock | None = None
+        self._place = ExitStack()  # holds the lock
+        self._status: dict[str, Any] = {**details, "network": network, "num": networks, "host": HOST, "pid": self._pid}
+        self._mutex, self._left = threading.Lock(), threading.Event()
         self._step: int | None = None
         self._trouble = ""  # why the last checkpoint could not be written
-        self._is_starting, self._undo = True, ExitStack()  # what a start has done, to be taken back if it fails
+        self._is_starting = True
 
     # Files
 
-    def path(self, round: int, network: int | None = None) -> Path:
+    def path(self, round: int | str, network: int | None = None) -> Path:
         """Path of a network's checkpoint of a round; of this network's own by default."""
-        return self._path(round, network or self.network)
-
-    def _path(self, round: int | str, network: int) -> Path:
-        return self.directory / self._name.format(index=network % self.networks, round=round)
+        return self.directory / self._name.format(index=(network or self.network) % self.networks, round=round)
 
     def file(self, kind: str) -> Path:
         """Path of this network's own file of a kind ("best", "final"), which no other network shares."""
@@ -305,235 +247,145 @@ class Membership:
 
     def _rounds(self, network: int) -> list[int]:
         """The rounds of which a network's checkpoints are there, in ascending order."""
-        before, after = self._path("*", network).name.split("*")
+        before, after = self.path("*", network).name.split("*")
         pattern = re.compile(re.escape(before) + "(0|[1-9][0-9]{0,17})" + re.escape(after))
-        try:
-            names = os.listdir(self.directory)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise write_error(self.directory, error, "list") from error
+        names = os.listdir(self.directory) if self.directory.is_dir() else []
         return sorted(int(match[1]) for name in names if (match := pattern.fullmatch(name)))
-
-    def _trace(self) -> Path | None:
-        """A file that shows that this network has run here."""
-        own = [self.directory / f"metrics{self.network}.csv", self.file("best"), self.file("final")]
-        return next((path for path in [*map(self.path, self._rounds(self.network)), *own] if path.exists()), None)
-
-    def _remove_leftovers(self) -> None:
-        """Deletes what an earlier process of this network left half-written when it was killed."""
-        for kind in self._path("*", self.network).name, f"*[a-z]{self.network}.*":
-            for path in self.directory.glob(f".{kind}.*{TEMPORARY}"):
-                with suppress(OSError):  # it only takes space
-                    path.unlink()
 
     # Joining
 
     def _join(self, settings: Mapping[str, Any] | None, resume: bool, may_raise: Collection[str]) -> None:
-        given, is_part = plain({**(settings or {}), "num": self.networks}), settings is None
-        may_raise = may_raise if resume else ()
-        self._agreed(given, may_raise, is_part)  # reads only: a refused start changes nothing
-        trace, held = self._trace(), is_held(self._lock_path)
+        given, may_raise = plain({**(settings or {}), "num": self.networks}), may_raise if resume else ()
+        self._agreed(given, may_raise)  # reads only: a refused start changes nothing
+        is_at_work = is_held(self._lock_path)
+        if not is_at_work and living(self.directory, [self.network]):
+            raise self._alive()  # on another host
+        metrics = self.directory / f"metrics{self.network}.csv"
+        traces = [*map(self.path, self._rounds(self.network)), metrics, self.file("best"), self.file("final")]
+        trace = next((path for path in traces if path.exists()), None)
+        said = read_status(self.directory, self.network)
         if trace and not resume:
-            raise self._alive() if held else self._already_run(trace)
-        if may_live_unlocked(held, read_status(self.directory, self.network)) and moving(
-            self.directory, [self.network]
-        ):
-            raise self._alive()
-        self.resumed = trace is not None
-        self._make_directory()
+            if is_at_work:
+                raise self._alive()
+            raise AlreadyRunError(
+                f"network {self.network} has already run in {self.directory} ({printable(said.get('state'))}): "
+                f"there is {trace.name}; resume it (resume=True), or start anew in another directory"
+            )
+        if trace:
+            self._status |= {key: said.get(key) for key in ("epoch", "epochs", "accuracy", "best")}
+        self._made = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.directory, error) from error
         with self._turn():
+            # A process that was killed may take a moment to end; and who asks whether we live holds it for one.
+            self._place.enter_context(take_lock(self._lock_path, 1.0, self._alive()))
+            self._before = self._own_path.read_bytes() if said else None
             try:
-                self._claim()
-                self._remove_leftovers()
-                self._record(self._agreed(given, may_raise, is_part))
-                if self._lock is None:  # others may have recorded theirs at this moment: whoever was last has won
-                    time.sleep(1.0)
-                    self._record(self._agreed(given, may_raise, is_part))
-                self._introduce()
+                for kind in self.path("*").name, f"*[a-z]{self.network}.*":  # what an earlier process left half-written
+                    for path in self.directory.glob(f".{kind}.*{TEMPORARY}"):
+                        path.unlink(missing_ok=True)
+                self._record(self._agreed(given, may_raise))
+                self.update("starting")
             except BaseException:
                 self._take_back()
                 raise
         threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True).start()
 
-    def _make_directory(self) -> None:
-        missing = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            self._undo.callback(folder.rmdir)
-        self._undo.callback(self._remove_run_lock)
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(self.directory, error) from error
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Within it no other network joins, leaves or changes the settings; without locks, that is left to luck."""
+    def _turn(self) -> AbstractContextManager[Any]:
+        """Within it no other network joins, gives up its start, or changes the settings."""
         path = self.directory / "run.lock"
-        try:
-            lock = take_lock(path, TURN_SECONDS)
-        except Timeout as error:
-            raise RefusedError(
-                f"{path} has been held for {duration(TURN_SECONDS)} by another network that starts; see whether it is "
-                "stuck, end it if so, and start again"
-            ) from error
-        try:
-            yield
-        finally:
-            if lock is not None:
-                lock.release()
+        refusal = RefusedError(f"{path} is held by another network that starts; end that one if it is stuck")
+        return take_lock(path, TURN_SECONDS, refusal)
 
-    def _claim(self) -> None:
-        if not self._lock_path.exists():
-            self._undo.callback(self._lock_path.unlink)
-        try:
-            self._lock = take_lock(self._lock_path, 1.0)  # a process that was killed may take a moment to end
-        except Timeout as error:
-            raise self._alive() from error
+    def _take_back(self) -> None:
+        """After a start that failed: the status of before, and no run if there is none. Within this network's turn."""
+        with suppress(GraftingError, OSError), self._mutex:
+            self._check_place()
+            if self._before is not None:
+                write_atomically(self._own_path, self._before)
+            else:
+                self._own_path.unlink(missing_ok=True)
+                self._lock_path.unlink()
+            networks = range(1, self.networks + 1)
+            if not any(self._rounds(k) or (self.directory / f"network{k}.json").exists() for k in networks):
+                self._run_path.unlink(missing_ok=True)
+                (self.directory / "run.lock").unlink()
+                for folder in self._made:
+                    folder.rmdir()
+        self._place.close()
 
     def _alive(self) -> AliveError:
         status = read_status(self.directory, self.network)
-        is_here = (status.get("pid"), status.get("host")) == (self._pid, socket.gethostname())
         where = printable(f"process {status.get('pid')} on {status.get('host')}")
-        end = "call leave() of that FileRing" if is_here else "wait for its end, or stop it,"
         return AliveError(
-            f"network {self.network} is already running in {self.directory} ({where}); {end} before you start it again"
+            f"network {self.network} is already running in {self.directory} ({where}); wait for its end, or stop it, "
+            "before you start it again"
         )
-
-    def _already_run(self, trace: Path) -> AlreadyRunError:
-        status = observe(self.directory, [self.network])[0]
-        at = "" if status.epoch is None else f", epoch {status.epoch}"
-        return AlreadyRunError(
-            f"network {self.network} has already run in {self.directory} ({status.state}{at}): there is "
-            f"{trace.name}; resume it (resume=True), or start anew in another directory"
-        )
-
-    def _introduce(self) -> None:
-        """Writes the first status; of an earlier process, what it had reached is kept."""
-        path, earlier = self.directory / f"network{self.network}.json", read_status(self.directory, self.network)
-        kept = ("epoch", "epochs", "accuracy", "best") if self.resumed else ()
-        self._status |= {key: _number(earlier.get(key)) for key in kept}
-        self._status |= {"run": self.run, "pid": self._pid, "beat": int(_number(earlier.get("beat")) or 0)}
-        self._undo.callback(_restore, path, path.read_bytes() if path.is_file() else None)
-        self.update("starting")
 
     # Agreeing: the settings that all networks of a run share
 
-    def agree(self, settings: Mapping[str, Any], may_raise: Collection[str] = ()) -> None:
+    def agree(self, settings: Mapping[str, Any]) -> None:
         """Further settings that all networks share, known only after the start, such as a checksum of the data.
 
-        Args:
-            settings: plain values by name; recorded in `run.json`, or compared with what is recorded there.
-            may_raise: settings that a resumed run may raise while no other network is at work.
-
         Raises:
-            SettingsError: naming each setting that differs, and both values.
+            SettingsError: naming each one that differs from what another network gave, and both values.
         """
         self._check_place()
         with self._turn():
-            self._record(self._agreed(plain(settings), may_raise if self.resumed else (), is_part=True))
+            self._record(self._agreed(plain(settings), may_add=True))
 
-    def _agreed(self, given: dict[str, Any], may_raise: Collection[str], is_part: bool) -> dict[str, Any]:
-        """What `run.json` is to hold once these settings are given. Reads only.
-
-        Args:
-            is_part: other settings may be recorded; otherwise those that are not given differ, too.
-        """
-        contents = self._recorded()
-        if contents is None:
-            return {"run": secrets.token_hex(8), "settings": given, "later": [], "created": time.time()}
-        recorded, later = contents["settings"], contents["later"]
-        new = given.keys() - recorded.keys() if is_part else set()
-        compared = given.keys() - new if is_part else given.keys() | recorded.keys() - {*later}
-        differing = sorted(key for key in compared if recorded.get(key, NOT_GIVEN) != given.get(key, NOT_GIVEN))
-        contents |= {"settings": recorded | given, "later": sorted({*later, *new})}
-        if not differing:
-            return contents
-        others = living(self.directory, {*networks_of(self.directory)} - {self.network})
-        raised = [key for key in differing if key in may_raise and _is_higher(given.get(key), recorded.get(key))]
-        if not others and raised == differing:
-            return contents
+    def _agreed(self, given: dict[str, Any], may_raise: Collection[str] = (), may_add: bool = False) -> dict[str, Any]:
+        """What `run.json` is to hold once these settings are given. Reads only."""
+        try:
+            recorded, contents = read_run(self.directory)[1], read_json(self._run_path)
+        except (FileNotFoundError, NotADirectoryError):
+            # A new run must not start among an old one's checkpoints: its neighbours would take them for this run's. A
+            # process of the published script that started earlier can be ahead, but by less than the ring is long.
+            newest = max([-1, *(round for k in range(1, self.networks + 1) for round in self._rounds(k))])
+            if newest >= self.networks:
+                raise RefusedError(
+                    f"{self.directory} holds checkpoints of an earlier run (of round {newest}) without its run.json; "
+                    "start anew in another directory"
+                ) from None
+            return {"run": secrets.token_hex(8), "settings": given, "created": time.time()}
+        except (OSError, ValueError) as error:
+            raise RefusedError(f"{self._run_path} is damaged ({error}); start anew in another directory") from error
+        differing = sorted(
+            key for key in given if (key in recorded or not may_add) and recorded.get(key, "(not given)") != given[key]
+        )
+        is_number = {key: isinstance(recorded.get(key), int | float) for key in differing}
+        raised = [key for key in differing if key in may_raise and is_number[key] and given[key] > recorded[key]]
+        others = living(self.directory, {*networks_of(self.directory)} - {self.network}) if raised else set()
+        if raised == differing and not others:
+            return contents | {"settings": recorded | given}
         rows = ", ".join(
-            f"{key} is {given.get(key, NOT_GIVEN)!r} here and {recorded.get(key, NOT_GIVEN)!r} in the run"
+            f"{key} is {given[key]!r} here and {recorded.get(key, '(not given)')!r} in the run"
             for key in (["num"] if "num" in differing else differing)  # which is the cause of whatever else differs
         )
-        at_work = f" (network {min(others)} is at work with the recorded value)" if others and raised else ""
+        at_work = f" (network {min(others)} is at work with the recorded value)" if others else ""
         raise SettingsError(
             f"network {self.network} does not fit the run in {self.directory}: {printable(rows)}{at_work}; give the "
             "same settings, or another directory"
         )
 
-    def _recorded(self) -> dict[str, Any] | None:
-        """The contents of `run.json`, or None if this network is the first of a new run."""
-        path = self.directory / "run.json"
-        try:
-            read_run(self.directory)
-            contents = read_json(path)
-        except (FileNotFoundError, NotADirectoryError):
-            self._refuse_remains()
-            return None
-        except (OSError, ValueError) as error:
-            raise RefusedError(f"{path} is damaged ({error}); start anew in another directory") from error
-        later = contents.get("later")  # the settings that not all networks know when they start
-        return contents | {"later": [str(key) for key in later] if isinstance(later, list) else []}
-
-    def _refuse_remains(self) -> None:
-        """A new run must not start among an old one's checkpoints: its neighbours would take them for this run's."""
-        for network in range(1, self.networks + 1):
-            rounds = self._rounds(network)
-            # A process of the published script that started earlier can be ahead, but by less than the ring is long.
-            if rounds and rounds[-1] >= self.networks:
-                raise RefusedError(
-                    f"{self.directory} holds checkpoints of an earlier run ({self.path(rounds[-1], network).name}) "
-                    "without its run.json; start anew in another directory"
-                )
-
     def _record(self, contents: dict[str, Any]) -> None:
-        path, data = self.directory / "run.json", json.dumps(contents, indent=1).encode()
-        before = path.read_bytes() if path.is_file() else None
-        self.run = contents["run"]
-        if data != before:
-            self._undo.callback(self._restore_run, before)
-            write_atomically(path, data)
+        data, self.run = json.dumps(contents, indent=1).encode(), contents["run"]
+        if not self._run_path.exists() or self._run_path.read_bytes() != data:
+            write_atomically(self._run_path, data)
 
     def _check_place(self) -> None:
         """Raises WriteError if the directory was deleted under this network, or made anew by another run."""
-        path, why = self.directory / "run.json", ""
-        try:
-            if self.run and read_json(path).get("run") != self.run:
-                why = "it is now that of another run"
-        except (FileNotFoundError, NotADirectoryError):
-            why = "there is no run.json any more"
-        except (OSError, ValueError):
-            pass  # what cannot be read just now says nothing
+        why = ""
+        with suppress(OSError, ValueError):  # what cannot be read just now says nothing
+            try:
+                if self.run and read_run(self.directory)[0] != self.run:
+                    why = "it is now that of another run"
+            except (FileNotFoundError, NotADirectoryError):
+                why = "there is no run.json any more"
         if why:
             raise WriteError(f"the save directory {self.directory} of network {self.network} is gone: {why}")
-
-    # A start that fails
-
-    def _take_back(self) -> None:
-        """Leaves everything as this start found it, as far as nobody else builds on it. In this network's turn."""
-        with suppress(GraftingError, OSError), self._mutex:
-            self._check_place()
-            self._undo.close()
-        self._release()
-
-    def _restore_run(self, before: bytes | None) -> None:
-        others = {*networks_of(self.directory)} - {self.network}
-        if before is None:
-            needed = any(read_status(self.directory, network).get("run") == self.run for network in others)
-        else:
-            needed = bool(living(self.directory, others))
-        if not needed:
-            _restore(self.directory / "run.json", before)
-
-    def _remove_run_lock(self) -> None:
-        if not (self.directory / "run.json").exists():
-            (self.directory / "run.lock").unlink()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
 
     # Status: what others are told
 
@@ -541,23 +393,17 @@ class Membership:
         """Rewrites `network{i}.json`.
 
         Args:
-            state: starting, training, testing or waiting. With "training" the start is over.
+            state: starting, training, testing or waiting. With "training" the start is over: what it did stays.
             fields: epoch, epochs, steps (of an epoch), accuracy, best (in percent), lr, ...
 
         Raises:
             WriteError: if it cannot be written, or the directory is gone.
         """
         self._check_process()
-        if state == "training":
-            self._begin()
         with self._mutex:
-            self._status |= {"state": state, "detail": printable(detail), **fields}
+            self._is_starting = self._is_starting and state != "training"
+            self._status |= {"run": self.run, "state": state, "detail": printable(detail), **fields}
             self._write_status()
-
-    def _begin(self) -> None:
-        """The start is over: what it did stays."""
-        self._undo.pop_all()
-        self._is_starting = False
 
     def progress(self, step: int) -> None:
         """Says how many steps of the epoch are done; cheap enough for every batch, since the next heartbeat tells it.
@@ -571,9 +417,8 @@ class Membership:
         self._check_place()
         if self._step is not None:
             self._status["step"] = self._step
-        self._status |= {"time": time.time(), "beat": self._status["beat"] + 1}
-        data = json.dumps(self._status).encode()
-        write_atomically(self.directory / f"network{self.network}.json", data, durable=False)
+        self._status |= {"time": time.time(), "beat": self._status.get("beat", 0) + 1}
+        write_atomically(self._own_path, json.dumps(self._status).encode(), durable=False)
 
     def _keep_beating(self) -> None:
         while not self._left.wait(BEAT_SECONDS):
@@ -600,14 +445,12 @@ class Membership:
             else:
                 with self._turn():
                     self._take_back()
-        self._release()
+        self._place.close()
 
     def __enter__(self: Self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.leave()
         else:
@@ -625,14 +468,3 @@ class Membership:
                 f"this FileRing belongs to process {self._pid}, and this is its fork {os.getpid()}; make the ring in "
                 "the process that trains"
             )
-
-
-def _is_higher(value: Any, than: Any) -> bool:
-    return (_number(value) or 0) > (math.inf if _number(than) is None else than)
-
-
-def _restore(path: Path, before: bytes | None) -> None:
-    if before is None:
-        path.unlink(missing_ok=True)
-    else:
-        write_atomically(path, before)

@@ -7,7 +7,6 @@ import logging
 import math
 import operator
 import os
-import socket
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -17,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checkpoint import flush_to_disk, load, save, write_error
+from .checkpoint import load, save
 from .errors import CheckpointError, GraftingError, NeighbourTimeout, UnreadableError
-from .membership import BEAT_SECONDS, ENDED, Membership, duration, is_held, may_live_unlocked, printable, read_status
+from .membership import BEAT_SECONDS, ENDED, HOST, Membership, duration, is_held, read_status, status_of
 from .states import State, plain_names, whole
 
 POLL_SECONDS = 0.02  # how often a waiting network looks for its neighbour's checkpoint
 LOOK_SECONDS = 0.5  # how often it looks at its neighbour's status, and whether the directory is still there
-RETRY_SECONDS = 1.0  # how soon it tries a checkpoint again that was no good and has not changed since
+RETRY_SECONDS = 10.0  # how soon it tries a checkpoint again that was no good and has not changed since
 FIRST_MESSAGE_SECONDS, MESSAGE_SECONDS = 10.0, 60.0
 logger = logging.getLogger("filter_grafting")
 
@@ -124,14 +123,10 @@ class FileRing(Membership):
         stamp = {"run": self.run, "network": self.network, "epoch": round, "extra": extra}
         try:
             self._check_place()
-            # In its place first, which is what the neighbour waits for. A crash of the machine may tear this file
-            # then, but not the one before, which is deleted only when this one is on the disk.
-            save(path, {**stamp, self.key: plain_names(state)}, durable=False)
-            self._begin()
-            said = "training" if self._status["state"] == "starting" else self._status["state"]
-            self.update(said, self._status["detail"], round=round)
-            flush_to_disk(path)
-            self._trouble = ""
+            save(path, {**stamp, self.key: plain_names(state)})
+            self._is_starting, self._trouble = False, ""
+            said = self._status["state"]
+            self.update("training" if said == "starting" else said, self._status["detail"], round=round)
         except GraftingError as error:
             self._trouble = str(error)
             raise
@@ -150,14 +145,8 @@ class FileRing(Membership):
             reader = self.network % self.networks + 1
             read = max((round for round in self._rounds(reader) if round <= newest), default=-1)
             spare = min(spare, sum(round < read for round in own) - 1)
-        for index, round in enumerate(own):
-            if index >= spare:
-                break
-            path = self.path(round)
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise write_error(path, error, "delete") from error
+        for round in own[: int(max(0, spare))]:
+            self.path(round).unlink(missing_ok=True)
 
     def newest(self) -> Checkpoint | None:
         """This network's newest good checkpoint, or None if there is none.
@@ -166,23 +155,17 @@ class FileRing(Membership):
 
         Raises:
             UnreadableError: if one that may be good cannot be read just now; it is left as it is.
-            WriteError: if a damaged one cannot be renamed.
         """
         self._check_process()
         for round in reversed(self._rounds(self.network)):
             path = self.path(round)
             try:
                 contents = self._load(path, self.network, round)
-            except FileNotFoundError:
-                continue  # deleted just now
             except UnreadableError:
                 raise
             except CheckpointError as error:
                 aside = path.with_name(path.name + ".damaged")
-                try:
-                    os.replace(path, aside)
-                except OSError as trouble:
-                    raise write_error(aside, trouble) from error
+                os.replace(path, aside)
                 logger.warning("network %d: %s; set aside as %s", self.network, error, aside.name)
             else:
                 self._status["round"] = round
@@ -192,18 +175,14 @@ class FileRing(Membership):
     def _load(self, path: Path, network: int, round: int) -> dict[str, Any]:
         """Loads a checkpoint that must be that of a network and a round of this run."""
         contents = load(path)
-        state, run = contents.get(self.key), contents.get("run", self.run)
-        if not isinstance(state, dict):
+        if not isinstance(contents.get(self.key), dict):
             raise CheckpointError(f"{path} is not a checkpoint: it has no state dict under {self.key!r}")
-        if run != self.run:
-            raise CheckpointError(f"{path} belongs to another run")
-        # A file of the published script carries no such stamp; what is there must be right.
-        found = contents.get("network", network), contents.get("epoch", round) if "run" in contents else round
-        if found != (network, round):
-            raise CheckpointError(f"{path} is out of place: it holds network {found[0]}, round {found[1]}")
-        for name, entry in state.items():
-            if isinstance(entry, Tensor) and (entry.layout != torch.strided or entry.is_meta):
-                raise CheckpointError(f"{path} is not a checkpoint: its entry {printable(name)} is not a dense tensor")
+        if "run" in contents:  # a file of the published script carries no such stamp
+            found, expected = [contents.get(key) for key in ("run", "network", "epoch")], [self.run, network, round]
+            if found != expected:
+                raise CheckpointError(
+                    f"{path} is out of place: it is of run, network and round {found}, not {expected}"
+                )
         return contents
 
     # Waiting
@@ -228,38 +207,31 @@ class FileRing(Membership):
         """
         self._check_process()
         timeout = max(self._timeout, 3 * BEAT_SECONDS) if self._timeout else math.inf
-        before = self._status["state"], self._status["detail"]
-        watch = _Watch(self, round)
-        began = look = now = time.monotonic()
-        message, is_announced = began + FIRST_MESSAGE_SECONDS, False
-        while True:
+        now = time.monotonic()
+        watch = _Watch(self, round, now)
+        whom, before = f"network {self.neighbour} (round {round})", (self._status["state"], self._status["detail"])
+        began, look, message, is_told = now, now + LOOK_SECONDS, now + FIRST_MESSAGE_SECONDS, False
+        while (state := watch.try_to_load(now)) is None:
             self._check()
-            state = watch.try_to_load(now)
-            if state is not None:
-                break
             if now >= look:
                 look = now + LOOK_SECONDS
-                self._check_place()
                 watch.look(now)
-            gives_up = watch.silence(now) >= timeout
-            if gives_up or now >= message:
+                if not is_told:
+                    is_told = True
+                    self.update("waiting", f"for network {self.neighbour}", round=round)
+                self._check_place()
+            waited = duration(now - began)
+            if now - watch.sign_at >= timeout:
+                raise NeighbourTimeout(
+                    f"network {self.network} gave up after {waited} of waiting for {whom}: {watch.describe(now)}. "
+                    f"Resume network {self.neighbour}, then this one"
+                )
+            if now >= message:
                 message = now + MESSAGE_SECONDS
-                whom = f"network {self.neighbour} (round {round})"
-                if gives_up:
-                    raise NeighbourTimeout(
-                        f"network {self.network} gave up after {duration(now - began)} of waiting for {whom}: "
-                        f"{watch.describe(now)}. Resume network {self.neighbour}, then this one"
-                    )
-                waited = duration(now - began)
                 logger.warning("network %d waits for %s for %s: %s", self.network, whom, waited, watch.describe(now))
-            if not is_announced and now - began > 1:
-                is_announced = True
-                self.update("waiting", f"for network {self.neighbour}", round=round)
             time.sleep(POLL_SECONDS)
-            now, last = time.monotonic(), now
-            if now - last > BEAT_SECONDS:  # suspended, perhaps together with the neighbour: that was not its silence
-                watch.shift(now - last)
-        if is_announced:
+            now = time.monotonic()
+        if is_told:
             self.update(*before)
         return state
 
@@ -267,14 +239,13 @@ class FileRing(Membership):
 class _Watch:
     """What a waiting network sees of its neighbour: its file, its heartbeat, and its progress."""
 
-    def __init__(self, ring: FileRing, round: int):
+    def __init__(self, ring: FileRing, round: int, now: float):
         self.ring, self.round, self.path = ring, round, ring.path(round, ring.neighbour)
-        self.beat_at = self.progress_at = time.monotonic()  # when each was last seen to change
+        self.beat_at = self.progress_at = self.sign_at = now  # when each was last seen to change
         self.beat: object = None
-        self.progress: list[object] = []
-        self.is_past = self.is_beat_enough = False
-        self.tried: tuple[int, ...] | None = None  # which form of its file was no good
-        self.problem, self.problem_at, self.retry_at = "", 0.0, 0.0
+        self.progress: object = None
+        self.form: tuple[int, ...] | None = None  # of the neighbour's file, as last seen
+        self.problem, self.retry_at = "", 0.0  # why that file was no good
 
     def try_to_load(self, now: float) -> State | None:
         """The neighbour's state dict, if it is there; what is no good is tried again when it changes, and now and then.
@@ -284,85 +255,64 @@ class _Watch:
         try:
             found = os.stat(self.path)
             form = (found.st_ino, found.st_size, found.st_mtime_ns)
-            if form == self.tried and now < self.retry_at:
+            if form == self.form and now < self.retry_at:
                 return None
-            self.tried = form
+            self.form, self.retry_at = form, now + RETRY_SECONDS
             contents = self.ring._load(self.path, self.ring.neighbour, self.round)
             return State(contents[self.ring.key], str(self.path))
         except FileNotFoundError:
-            self.tried, self.problem = None, ""
+            self.form, self.problem = None, ""
         except (OSError, CheckpointError) as error:
-            self.problem_at = self.problem_at if self.problem else now
-            self.problem, self.retry_at = (
-                str(error),
-                now + min(max(RETRY_SECONDS, now - self.problem_at), MESSAGE_SECONDS),
-            )
+            self.problem = str(error)
         return None
 
     def look(self, now: float) -> None:
-        self.status = read_status(self.ring.directory, self.ring.neighbour)
-        self.rounds = self.ring._rounds(self.ring.neighbour)
-        said = self.status.get
-        beat, progress = said("beat"), [said("state"), said("epoch"), said("step"), said("round"), self.rounds[-1:]]
-        if beat != self.beat:
-            self.beat, self.beat_at = beat, now
-        if progress != self.progress:
-            self.progress, self.progress_at = progress, now
-        # One that trains and reports its steps may hang, though its heart beats on in another thread. One that is past
-        # this round, or waits in this very process for us, will never publish it, however long it lives.
-        reached = said("round") if said("run") == self.ring.run else None
-        self.is_past = isinstance(reached, int) and reached >= self.round and not self.path.exists()
-        self.is_here = (said("host"), said("pid")) == (socket.gethostname(), os.getpid())
-        reports = said("state") in ("training", "testing") and said("step") is not None
-        self.is_beat_enough = not (reports or self.is_past or self.is_here)
+        """Reads the neighbour's status, and keeps when it last gave a sign that it will publish the round.
 
-    def silence(self, now: float) -> float:
-        """Seconds since the last sign that the neighbour will publish the round."""
-        if self.problem:
-            return now - self.problem_at
-        return now - (max(self.beat_at, self.progress_at) if self.is_beat_enough else self.progress_at)
-
-    def shift(self, seconds: float) -> None:
-        """Does not count some seconds that have passed."""
-        self.beat_at, self.progress_at, self.problem_at = (
-            at + seconds for at in (self.beat_at, self.progress_at, self.problem_at)
-        )
-
-    def describe(self, now: float) -> str:
-        """What is known of the neighbour, and its file."""
-        return "; ".join(part for part in (self.problem, self._neighbour(now), self._prospect()) if part)
-
-    def _neighbour(self, now: float) -> str:
-        status, name, command = (
-            self.status,
-            f"network {self.ring.neighbour}",
-            self.ring._start_command(self.ring.neighbour),
-        )
-        if not status:
-            if self.rounds:
-                return f"{name} keeps no status file; its newest checkpoint is of round {self.rounds[-1]}"
-            return f"{name} has not started; start it with: {command}"
-        state, detail = printable(status.get("state")), printable(status.get("detail") or "")
-        where = [f"{key} {printable(status[key])}" for key in ("epoch", "step") if status.get(key) is not None]
-        if not where and status.get("round") is not None:
-            where = [f"round {printable(status['round'])}"]
-        at = "at " + ", ".join(where) if where else "before its first epoch"
-        if state in ENDED:
-            return f"{name} {'is done' if state == 'done' else state} {at}" + (f": {detail}" if detail else "")
-        held = is_held(self.ring.directory / f"network{self.ring.neighbour}.lock")
-        beat, progress = now - self.beat_at, now - self.progress_at
-        if held is False and beat >= 1.5 * BEAT_SECONDS and not may_live_unlocked(held, status):
-            return f"{name} died {at} (killed?); continue it with: {command}"
-        doing = f"{state} {detail}" if state == "waiting" else state
-        return f"{name} is {doing} {at} (heartbeat {duration(beat)} ago, progress {duration(progress)} ago)"
-
-    def _prospect(self) -> str:
-        if self.is_here:
-            return (
+        Of one that trains and reports its steps that is progress alone: it may hang, though its heart beats on in
+        another thread. Nor is a heartbeat enough where something stands in the way. Else it is either.
+        """
+        ring, said = self.ring, read_status(self.ring.directory, self.ring.neighbour)
+        lives = said.get("host") not in (None, HOST) or is_held(ring.directory / f"network{ring.neighbour}.lock")
+        self.status, self.rounds = status_of(ring.neighbour, said, lives), ring._rounds(ring.neighbour)
+        reached = said.get("round") if said.get("run") == ring.run else None
+        self.obstacle = self.problem
+        if (said.get("host"), said.get("pid")) == (HOST, os.getpid()):
+            self.obstacle = (
                 "that network is of this same process: publish the weights of all networks before you wait for any, or "
                 "use graft_ring"
             )
-        return f"it is past round {self.round}, of which there is no checkpoint any more" if self.is_past else ""
+        elif isinstance(reached, int) and reached >= self.round and self.form is None:
+            self.obstacle = f"it is past round {self.round}, of which there is no checkpoint any more"
+        progress = [*map(said.get, ("state", "epoch", "step", "round")), self.rounds[-1:], self.form]
+        if progress != self.progress:
+            self.progress, self.progress_at = progress, now
+        if said.get("beat") != self.beat:
+            self.beat, self.beat_at = said.get("beat"), now
+        reports_steps = self.status.state in ("training", "testing") and self.status.step is not None
+        is_beat_enough = not (reports_steps or self.obstacle)
+        self.sign_at = max(self.progress_at, self.beat_at) if is_beat_enough else self.progress_at
+
+    def describe(self, now: float) -> str:
+        """What is known of the neighbour, and of its file."""
+        status, name = self.status, f"network {self.ring.neighbour}"
+        command = self.ring._start_command(self.ring.neighbour)
+        where = [f"{word} {at}" for word, at in (("epoch", status.epoch), ("step", status.step)) if at is not None]
+        at = "at " + ", ".join(where) if where else "before its first epoch"
+        if status.state == "not started" and self.rounds:
+            text = f"{name} keeps no status file; its newest checkpoint is of round {self.rounds[-1]}"
+        elif status.state == "not started":
+            text = f"{name} has not started; start it with: {command}"
+        elif status.state == "died":
+            text = f"{name} died {at} (killed?); continue it with: {command}"
+        elif status.state in ENDED:
+            text = f"{name} {'is done' if status.state == 'done' else status.state} {at}"
+            text += f": {status.detail}" if status.detail else ""
+        else:
+            doing = str(status) if status.state == "waiting" else status.state
+            beat, progress = duration(now - self.beat_at), duration(now - self.progress_at)
+            text = f"{name} is {doing} {at} (heartbeat {beat} ago, progress {progress} ago)"
+        return f"{text}; {self.obstacle}" if self.obstacle else text
 
 
 class ProcessGroupRing:
@@ -400,20 +350,29 @@ class ProcessGroupRing:
         tensors = {name: whole(entry.detach()) for name, entry in plain.items() if isinstance(entry, Tensor)}
         rest = {name: entry for name, entry in plain.items() if name not in tensors}
         # What will be sent is told first, so that heads of other sizes, and other types, can be received.
-        table = [(name, entry.shape, entry.dtype) for name, entry in tensors.items()]
         told: list[Any] = [None] * self.networks
-        dist.all_gather_object(told, (round, table, rest), group=self.group)
+        own = [(name, entry.shape, entry.dtype) for name, entry in tensors.items()]
+        dist.all_gather_object(told, (round, own, rest), group=self.group)
         rounds = [other for other, *_ in told]
         if len(set(rounds)) > 1:
             raise GraftingError(f"networks 1 to {self.networks} are at rounds {rounds}; let all swap the same round")
         _, table, rest = told[self.neighbour - 1]
-        outgoing, incoming = _packed(tensors, self._device()), _room(table, self._device())
-        self._exchange(list(outgoing.values()), list(incoming.values()))
-        return State({**_unpacked(table, incoming), **rest}, f"network {self.neighbour}")
-
-    def _device(self) -> torch.device:
         is_nccl = "nccl" in dist.get_backend(self.group)
-        return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+        device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+        # All entries of a dtype in one row of bytes, which any backend can send.
+        outgoing = [
+            torch.cat([tensors[name].to(device).reshape(-1) for name, _ in entries]).view(torch.uint8)
+            for entries in _by_dtype(own).values()
+        ]
+        groups = _by_dtype(table)
+        sizes = {dtype: [shape.numel() for _, shape in entries] for dtype, entries in groups.items()}
+        incoming = [torch.empty(sum(n) * t.itemsize, dtype=torch.uint8, device=device) for t, n in sizes.items()]
+        self._exchange(outgoing, incoming)
+        found: dict[str, Any] = dict.fromkeys(name for name, *_ in table)  # in their order
+        for row, (dtype, entries) in zip(incoming, groups.items(), strict=True):
+            parts = row.view(dtype).split(sizes[dtype])
+            found |= {name: part.reshape(shape) for (name, shape), part in zip(entries, parts, strict=True)}
+        return State({**found, **rest}, f"network {self.neighbour}")
 
     def _exchange(self, outgoing: list[Tensor], incoming: list[Tensor]) -> None:
         """One message per dtype to the reader, and from the neighbour, all at once: none waits for another."""
@@ -425,27 +384,8 @@ class ProcessGroupRing:
             work.wait()
 
 
-Table = list[tuple[str, torch.Size, torch.dtype]]  # the entries of a state dict, in order
-
-
-def _packed(tensors: Mapping[str, Tensor], device: torch.device) -> dict[torch.dtype, Tensor]:
-    """The values of all entries of a dtype in one row of bytes, which any backend can send."""
-    rows: dict[torch.dtype, list[Tensor]] = {}
-    for entry in tensors.values():
-        rows.setdefault(entry.dtype, []).append(entry.to(device).reshape(-1))
-    return {dtype: torch.cat(parts).view(torch.uint8) for dtype, parts in rows.items()}
-
-
-def _room(table: Table, device: torch.device) -> dict[torch.dtype, Tensor]:
-    sizes: dict[torch.dtype, int] = {}
-    for _, shape, dtype in table:
-        sizes[dtype] = sizes.get(dtype, 0) + shape.numel() * dtype.itemsize
-    return {dtype: torch.empty(size, dtype=torch.uint8, device=device) for dtype, size in sizes.items()}
-
-
-def _unpacked(table: Table, rows: Mapping[torch.dtype, Tensor]) -> dict[str, Tensor]:
-    taken, tensors = dict.fromkeys(rows, 0), {}
+def _by_dtype(table: list[tuple[str, torch.Size, torch.dtype]]) -> dict[torch.dtype, list[tuple[str, torch.Size]]]:
+    groups: dict[torch.dtype, list[tuple[str, torch.Size]]] = {}
     for name, shape, dtype in table:
-        start, taken[dtype] = taken[dtype], taken[dtype] + shape.numel()
-        tensors[name] = rows[dtype].view(dtype)[start : taken[dtype]].reshape(shape)
-    return tensors
+        groups.setdefault(dtype, []).append((name, shape))
+    return groups

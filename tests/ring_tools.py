@@ -1,4 +1,4 @@
-"""Tools of the tests of rings: a clock that runs ahead, neighbours on paper, and processes that hold a place."""
+"""Tools of the tests of rings: a clock that runs ahead, neighbours on paper, and processes that hold a lock."""
 
 import heapq
 import json
@@ -11,27 +11,17 @@ from pathlib import Path
 from filter_grafting.checkpoint import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = {"model": "resnet20", "epochs": 8, "a": 0.4}
-
-# Takes a place, says so, and holds it until it is killed or whoever started it ends.
-HOLD = """
-import json, sys
-from filter_grafting import FileRing, GraftingError
-directory, network, networks, settings = sys.argv[1:]
-try:
-    ring = FileRing(directory, int(network), int(networks), settings=json.loads(settings), resume=True)
-except GraftingError as error:
-    print(type(error).__name__, error, flush=True)
-else:
-    print("joined", ring.run, flush=True)
-    sys.stdin.read()
-"""
+HOLD = (
+    "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+)
 
 
-def hold(directory: Path, network: int, networks: int = 2, settings: dict = SETTINGS) -> subprocess.Popen[str]:
-    """Starts a process that holds a network's place; the first line that it prints says whether it could."""
-    command = [sys.executable, "-c", HOLD, str(directory), str(network), str(networks), json.dumps(settings)]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def hold(directory: Path, network: int) -> subprocess.Popen[str]:
+    """A process that holds a network's place, and does nothing else, until it is killed or whoever started it ends."""
+    command = [sys.executable, "-c", HOLD, str(directory / f"network{network}.lock")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    return process
 
 
 def end(process: subprocess.Popen[str]) -> None:
@@ -50,9 +40,8 @@ def write_status(directory: Path, network: int, **fields: object) -> None:
         "host": "elsewhere",
         "pid": 1,
     }
-    write_atomically(
-        directory / f"network{network}.json", json.dumps(status | {"time": 0, "beat": 0} | fields).encode()
-    )
+    data = json.dumps(status | {"time": 0, "beat": 0} | fields).encode()
+    write_atomically(directory / f"network{network}.json", data, durable=False)
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
@@ -70,14 +59,13 @@ class Clock:
     """Stands in for the module `time`: a wait of hours takes no time, and things happen at chosen moments of it."""
 
     def __init__(self) -> None:
-        self.now, self.plan, self.asleep = 5000.0, [], 0.0
+        self.now, self.plan = 5000.0, []
 
     def monotonic(self) -> float:
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        self.now += max(1.0, seconds) + self.asleep
-        self.asleep = 0.0
+        self.now += max(1.0, seconds)
         while self.plan and self.plan[0][0] <= self.now:
             heapq.heappop(self.plan)[2]()
 

@@ -3,13 +3,14 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 from ring_tools import ROOT
 from torch import nn
 
 from filter_grafting import FileRing, Grafting, graft_ring
 
-# Each rank trains network rank+1 a little, by other numbers, and grafts three times.
+# The first three ranks train network rank+1 a little, by other numbers, and graft three times; then all swap.
 NETWORKS = """
 import torch
 from torch import nn
@@ -33,17 +34,14 @@ from filter_grafting import Grafting, GraftingError, ProcessGroupRing
 store, rank, size, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 options = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=120)}
 dist.init_process_group("gloo", init_method=f"file://{store}", **options)
-"""
-GRAFT = """
-model = build(rank + 1)
-grafting = Grafting(model, ProcessGroupRing())
-for round in range(3):
-    train(model, rank + 1, round)
-    grafting.step()
-torch.save(model.state_dict(), out)
-"""
-SWAP = """
 group = dist.new_group([0, 1, 2])  # a part of the job
+if rank < 3:
+    model = build(rank + 1)
+    grafting = Grafting(model, ProcessGroupRing(group))
+    for round in range(3):
+        train(model, rank + 1, round)
+        grafting.step()
+    torch.save(model.state_dict(), out + ".grafted")
 dtype = [torch.bfloat16, torch.float32, torch.float64, torch.float32][rank]
 state = {"module.head": torch.full((rank + 1, 2), rank + 0.5, dtype=dtype), "count": torch.tensor(rank),
          "mask": torch.tensor([True, rank > 0]), "complex": torch.tensor([1j * rank]), "empty": torch.empty(0),
@@ -61,23 +59,23 @@ except GraftingError as error:
 """
 
 
-def run_ranks(tmp_path: Path, size: int, task: str) -> tuple[list[Path], list[str]]:
-    """Runs as many processes; their files, and what they said."""
-    files = [tmp_path / f"{rank}.t7" for rank in range(size)]
-    processes = []
-    for rank, file in enumerate(files):
-        code, store = NETWORKS + RANK + task, str(tmp_path / "store")
-        command = [sys.executable, "-W", "ignore", "-c", code, store, str(rank), str(size), str(file)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, cwd=ROOT, **pipes))
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> tuple[Path, list[str]]:
+    """Four processes that do all this: the folder of what they saved, and what they said."""
+    folder, processes = tmp_path_factory.mktemp("ranks"), []
     try:
+        for rank in range(4):
+            words = [str(folder / "store"), str(rank), "4", str(folder / f"{rank}.t7")]
+            command = [sys.executable, "-W", "ignore", "-c", NETWORKS + RANK, *words]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            processes.append(subprocess.Popen(command, cwd=ROOT, **pipes))
         said = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.communicate()
     assert not any(process.returncode for process in processes), said
-    return files, [out for out, _ in said]
+    return folder, [out for out, _ in said]
 
 
 def in_threads(tmp_path: Path, models: list[nn.Module], train) -> None:
@@ -97,7 +95,7 @@ def in_threads(tmp_path: Path, models: list[nn.Module], train) -> None:
         thread.join()
 
 
-def test_a_ring_of_3_gives_the_same_weights_in_one_process_by_files_and_by_process_groups(tmp_path):
+def test_a_ring_of_3_gives_the_same_weights_in_one_process_by_files_and_by_process_groups(tmp_path, ranks):
     tools, networks = {}, 3
     exec(NETWORKS, tools)
     together, apart = ([tools["build"](network) for network in range(1, networks + 1)] for _ in range(2))
@@ -112,17 +110,16 @@ def test_a_ring_of_3_gives_the_same_weights_in_one_process_by_files_and_by_proce
             train(model, network, round)
         graft_ring(together)
     in_threads(tmp_path, apart, train)
-    files, _ = run_ranks(tmp_path, networks, GRAFT)
-    for one, other, file in zip(together, apart, files, strict=True):
-        found = torch.load(file, weights_only=True)
+    for rank, (one, other) in enumerate(zip(together, apart, strict=True)):
+        found = torch.load(ranks[0] / f"{rank}.t7.grafted", weights_only=True)
         for name, entry in one.state_dict().items():
             assert torch.equal(entry, other.state_dict()[name]) and torch.equal(entry, found[name]), name
 
 
-def test_states_of_any_types_and_sizes_are_swapped_among_the_ranks_of_a_group(tmp_path):
-    files, said = run_ranks(tmp_path, 4, SWAP)
-    for rank, file in enumerate(files[:3]):
-        found, other = torch.load(file, weights_only=True), (rank - 1) % 3
+def test_states_of_any_types_and_sizes_are_swapped_among_the_ranks_of_a_group(ranks):
+    folder, said = ranks
+    for rank in range(3):
+        found, other = torch.load(folder / f"{rank}.t7", weights_only=True), (rank - 1) % 3
         dtype = [torch.bfloat16, torch.float32, torch.float64][other]
         assert list(found) == ["head", "count", "mask", "complex", "empty", "small", "more"]
         assert torch.equal(found["head"], torch.full((other + 1, 2), other + 0.5, dtype=dtype))

@@ -18,27 +18,30 @@ MEND = "mend that, then resume"
 
 # A network publishes epoch 1 of 3, records it, waits and grafts: each step that a kill can come between.
 STEPS = {
-    "epoch trained": ("after train", 2),
-    "tested": ("after test", 2),
+    "joined": ("after rename network1.json", 1),
     "checkpoint temporary file written": ("before rename ckpt1_1.t7", 1),
     "checkpoint renamed": ("after rename ckpt1_1.t7", 1),
-    "checkpoint on the disk": (r"after sync ckpt1_1\.t7", 1),
-    "old checkpoint deleted": ("after delete ckpt1_0.t7", 1),
-    "best written": ("after rename best1.t7", 1),
-    "coefficients written": ("after rename coefficients1.csv", 1),
     "metrics half-written": (r"before rename metrics1\.csv", 2),
-    "metrics written": ("after rename metrics1.csv", 2),
     "log line written": ("after line 1", 1),
-    "waiting": ("wait", 3),
     "neighbour found": ("before load ckpt0_1.t7", 1),
-    "neighbour loaded": ("after load ckpt0_1.t7", 1),
-    "grafting": ("before graft", 2),
     "grafted": ("after graft", 2),
     "last checkpoint renamed": ("after rename ckpt1_2.t7", 1),
+}
+MORE_STEPS = {
+    "epoch trained": ("after train", 2),
+    "tested": ("after test", 2),
+    "checkpoint on the disk": (r"after sync \.ckpt1_1\.t7\..*", 1),
+    "best written": ("after rename best1.t7", 1),
+    "coefficients written": ("after rename coefficients1.csv", 1),
+    "metrics written": ("after rename metrics1.csv", 2),
+    "waiting": ("wait", 3),
+    "neighbour loaded": ("after load ckpt0_1.t7", 1),
+    "grafting": ("before graft", 2),
     "last row written": ("after rename metrics1.csv", 3),
     "final temporary file written": ("before rename final1.t7", 1),
     "final renamed": ("after rename final1.t7", 1),
-    "joined": ("after rename network1.json", 1),
+    # A network whose neighbour is slow deletes its first checkpoint in the fourth epoch at the latest.
+    "old checkpoint deleted": ("after delete ckpt1_0.t7", 1),
 }
 
 
@@ -51,50 +54,32 @@ def killed_then_resumed(run, plan: list[list]) -> None:
     assert second.wait() == 0, second.output()
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", [*STEPS, *(pytest.param(step, marks=pytest.mark.slow) for step in MORE_STEPS)])
 def test_killed_at_any_step_it_ends_with_the_same_bits(make_run, undisturbed, step):
-    # A network whose neighbour is slow deletes its first checkpoint in the fourth epoch at the latest.
     epochs = 4 if step == "old checkpoint deleted" else 3
     run = make_run(2, epochs)
-    event, count = STEPS[step]
+    event, count = (STEPS | MORE_STEPS)[step]
     # A neighbour that is ahead may keep this one from waiting: then it is killed at the next step instead.
     instead = [["at", "before load ckpt0_1.t7", 1, "kill"]] if event == "wait" else []
     killed_then_resumed(run, [["at", event, count, "kill"], *instead])
     assert_same_runs(run, undisturbed(2, epochs))
 
 
-def test_killed_in_every_epoch_it_ends_with_the_same_bits(make_run, undisturbed):
+def test_resume_without_anything_to_continue_begins_and_when_done_nothing_changes(make_run, undisturbed):
     run = make_run(2, 3)
-    second = run.start(2)
-    for epoch in range(3):
-        first = run.start(1, "--resume", plan=[["at", f"after rename ckpt1_{epoch}.t7", 1, "kill"]])
-        assert first.wait() == -signal.SIGKILL
-    assert run.start(1, "--resume").wait() == 0
-    assert second.wait() == 0
-    assert_same_runs(run, undisturbed(2, 3))
+    for _ in range(2):
+        assert_same_runs(run.finish("--resume"), undisturbed(2, 3))
 
 
-def test_a_done_network_continued_stays_as_it_is(make_run, undisturbed):
-    run = make_run(2, 3).finish()
-    run.finish("--resume")
-    assert_same_runs(run, undisturbed(2, 3))
+SINGLE = [
+    ("--method", "swa", "--cos", "--val", "12"),
+    pytest.param(("--method", "ema"), marks=pytest.mark.slow),
+    pytest.param(("--scion", "noise"), marks=pytest.mark.slow),
+    pytest.param(("--nesterov", "--warmup", "1", "--label_smoothing", "0.1"), marks=pytest.mark.slow),
+]
 
 
-def test_resume_without_anything_to_continue_begins(make_run, undisturbed):
-    assert_same_runs(make_run(2, 3).finish("--resume"), undisturbed(2, 3))
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--method", "ema"),
-        ("--method", "swa", "--cos"),
-        ("--scion", "noise"),
-        ("--val", "12"),
-        ("--nesterov", "--warmup", "1", "--label_smoothing", "0.1", "--momentum", "0.8"),
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("flags", SINGLE, ids=str)
 def test_a_single_network_with_other_flags_ends_with_the_same_bits(make_run, undisturbed, flags):
     single = make_run(1, 4, *flags)
     process = single.start(1, plan=[["at", "after rename ckpt0_2.t7", 1, "kill"]])
@@ -103,11 +88,14 @@ def test_a_single_network_with_other_flags_ends_with_the_same_bits(make_run, und
     assert_same_runs(single, undisturbed(1, 4, *flags))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [("--cos", "--difflr"), ("--method", "papa"), ("--criterion", "l1"), ("--level", "filter")],
-    ids=" ".join,
-)
+RINGS = [
+    ("--method", "papa", "--cos", "--difflr"),
+    pytest.param(("--criterion", "l1"), marks=pytest.mark.slow),
+    pytest.param(("--level", "filter"), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("flags", RINGS, ids=str)
 def test_a_ring_with_other_flags_ends_with_the_same_bits(make_run, undisturbed, flags):
     run = make_run(2, 3, *flags)
     killed_then_resumed(run, [["at", "after rename ckpt1_1.t7", 1, "kill"]])
@@ -117,8 +105,7 @@ def test_a_ring_with_other_flags_ends_with_the_same_bits(make_run, undisturbed, 
 # Damage to one's own newest checkpoint
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "flipped"])
-def test_with_its_newest_checkpoint_damaged_it_goes_on_from_the_one_before(make_run, undisturbed, how):
+def test_with_its_newest_checkpoint_damaged_it_goes_on_from_the_one_before(make_run, undisturbed):
     run = make_run(2, 3)
     second = run.start(2)
     assert run.start(1, plan=[["at", "after rename ckpt1_2.t7", 1, "kill"]]).wait() == -signal.SIGKILL
@@ -126,7 +113,7 @@ def test_with_its_newest_checkpoint_damaged_it_goes_on_from_the_one_before(make_
     data = bytearray(path.read_bytes())
     for place in range(len(data) // 2, len(data) // 2 + 100):  # between two records a byte would not matter
         data[place] ^= 8
-    path.write_bytes({"truncated": data[:-9], "empty": b"", "flipped": data}[how])
+    path.write_bytes(data)
     assert run.start(1, "--resume").wait() == 0
     assert second.wait() == 0
     assert re.search(rf"{path} .*; set aside as ckpt1_2\.t7\.damaged\n", run.log(1))
@@ -134,19 +121,13 @@ def test_with_its_newest_checkpoint_damaged_it_goes_on_from_the_one_before(make_
     assert_same_runs(run, undisturbed(2, 3))
 
 
-def test_with_all_its_checkpoints_damaged_a_baseline_begins_anew(make_run, undisturbed):
-    run = make_run(1, 3)
-    assert run.start(1, plan=[["at", "after line 1", 1, "kill"]]).wait() == -signal.SIGKILL
-    for epoch in (0, 1):
-        run.checkpoint(1, epoch).write_bytes(b"")
-    assert run.start(1, "--resume").wait() == 0
-    assert_same_runs(run, undisturbed(1, 3))
-
-
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+NUMBERS = [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_ends_it_after_the_batch_and_it_continues(make_run, undisturbed, number):
     run = make_run(2, 3)
     second = run.start(2)
@@ -213,10 +194,11 @@ def disk():
     folder.rmdir()
 
 
-@pytest.mark.parametrize("moment", [("before train", 2), ("before rename ckpt0_1.t7", 1), ("after line 2", 1)], ids=str)
-def test_a_full_disk_is_one_sentence_and_it_continues_when_there_is_space(
-    make_run, undisturbed, disk, tmp_path, moment
-):
+MOMENTS = [("before train", 2), pytest.param(("after line 2", 1), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=str)
+def test_a_full_disk_is_one_sentence_until_there_is_space(make_run, undisturbed, disk, tmp_path, moment):
     run = make_run(1, 3, directory=disk / "run", logs=tmp_path / "logs")
     ballast = disk / "ballast"
     process = run.start(1, plan=[["at", *moment, "fill", str(ballast)]])
@@ -280,18 +262,6 @@ def test_a_directory_that_is_deleted_is_one_sentence(make_run):
     assert not run.directory.exists()
 
 
-# What torch reports
-
-
-def test_what_torch_reports_is_one_sentence_and_the_log_keeps_the_traceback(make_run):
-    run, words = make_run(1, 1), "Expected more than 1 value per channel when training"
-    process = run.start(1, plan=[["raise_in", "train_one_epoch", "ValueError", words]])
-    assert process.wait() == 1
-    assert process.sentence().startswith("a batch of one image has no statistics for batch norm")
-    assert process.sentence().count("\n") == 1
-    assert "Traceback" in run.log(1) and words in run.log(1)
-
-
 # Settings
 
 
@@ -299,14 +269,8 @@ def test_each_setting_that_would_change_the_outcome_is_named(undisturbed):
     run = undisturbed(2, 3)
     before = {path: path.read_bytes() for path in run.directory.glob("*.t7")}
     for flags, words in {
-        ("--lr", "0.2"): "lr is 0.2 here and was 0.1",
-        ("--seed", "1"): "seed is 1 here and was 0",
-        ("--weight_decay", "0"): "weight_decay is 0.0 here and was 0.0005",
-        ("--cos",): "cos is True here and was False",
         ("--a", "0.5"): "a is 0.5 here and 0.4 in the run",
-        ("--criterion", "l1"): "criterion is 'l1' here and 'entropy' in the run",
         ("--model", "resnet32"): "model is 'resnet32' here and 'ranks:tiny' in the run",
-        ("--epochs", "2"): "epochs is 2 here and 3 in the run",
         ("--test_images", "4"): "test_images is 4 here and 8 in the run",
         ("--lr", "0.2", "--seed", "1"): "lr is 0.2 here and was 0.1, seed is 1 here and was 0",
     }.items():
@@ -323,23 +287,12 @@ def test_epochs_may_be_raised_with_the_step_schedule(make_run, undisturbed):
     assert_same_runs(run, undisturbed(2, 5))
 
 
-@pytest.mark.parametrize("flags", [["--cos"], ["--method", "ema"], ["--method", "swa"]], ids=str)
-def test_epochs_that_shape_the_whole_run_cannot_be_raised(make_run, flags):
-    single = make_run(1, 1, *flags).finish()
+def test_epochs_that_shape_the_whole_run_cannot_be_raised(make_run):
+    single = make_run(1, 1, "--cos").finish()
     single.epochs = 2
     process = single.start(1, "--resume")
     assert process.wait() == 1
     assert "epochs is 2 here and 1 in the run" in process.sentence()
-
-
-def test_other_images_are_no_continuation(make_run, tmp_path):
-    single = make_run(1, 1).finish()
-    folder = make_images(tmp_path / "images")
-    (folder / "train" / "one" / "0.png").rename(folder / "train" / "two" / "a.png")  # as many images as before
-    single.epochs, single.flags[1] = 2, str(folder)
-    process = single.start(1, "--resume")
-    assert process.wait() == 1
-    assert re.search(r"data is '\w{8}' here and '\w{8}' in the run", process.sentence())
 
 
 def test_networks_of_one_ring_have_the_same_images(make_run, images, tmp_path):
@@ -347,7 +300,7 @@ def test_networks_of_one_ring_have_the_same_images(make_run, images, tmp_path):
     first = run.start(1)
     run.reaches(1, "waiting")
     folder = shutil.copytree(images, tmp_path / "images")
-    (folder / "train" / "one" / "0.png").unlink()
+    (folder / "train" / "one" / "0.png").rename(folder / "train" / "two" / "a.png")  # as many images as before
     run.flags[1] = str(folder)
     second = run.start(2)
     assert second.wait() == 1

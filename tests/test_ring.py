@@ -2,16 +2,12 @@ import math
 import os
 import random
 import resource
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from ring_tools import ROOT
 
 from filter_grafting import rings
 from filter_grafting.checkpoint import load
@@ -55,17 +51,6 @@ def test_the_file_is_what_the_published_script_reads(make):
     }  # fmt: skip
 
 
-def test_names_and_key_may_be_others(make):
-    options = {"name": "pth{index}_{round}.tar", "key": "state_dict"}
-    first, second = make(1, **options), make(2, **options)
-    for ring in first, second:
-        ring.publish(0, STATE)
-    assert torch.equal(first.wait(0)["weight"], STATE["weight"])
-    assert (first.path(0).name, first.path(0, 2).name, first.file("final").name) == (
-        "pth1_0.tar", "pth0_0.tar", "final1.tar"
-    )  # fmt: skip
-
-
 def test_weights_may_change_as_soon_as_they_are_published(make):
     """Grafted in place right after, and 300 times: no file holds a mixture of old and new weights."""
     models = [torch.nn.Conv2d(8, 8, 3) for _ in range(2)]
@@ -102,7 +87,9 @@ def test_a_full_disk_is_one_sentence_and_does_not_poison_what_follows(make):
 
 def test_what_cannot_be_handed_back_is_not_taken(make):
     ring = make()
-    with pytest.raises(CheckpointError, match=r"ckpt1_0\.t7 was not saved: it would hold pathlib\.PosixPath"):
+    with pytest.raises(
+        CheckpointError, match=r"ckpt1_0\.t7 was not saved: it could not be loaded \(pathlib\.PosixPath"
+    ):
         ring.publish(0, STATE, {"data": Path("images")})
     with pytest.raises(ValueError, match="round: got -1, expected 0 or more"):
         ring.publish(-1, STATE)
@@ -184,7 +171,6 @@ def test_whatever_was_published_is_handed_back(make):
     ring.publish(7, STATE)
     ring.leave("stopped")
     again = make(resume=True)
-    assert again.resumed and not make(2, resume=True).resumed
     round, state, found, path = again.newest()
     assert (round, found, path, state.source) == (7, None, again.path(7), str(again.path(7)))
     path.unlink()
@@ -192,25 +178,20 @@ def test_whatever_was_published_is_handed_back(make):
     assert found.keys() == extra.keys() and torch.equal(found.pop(5), extra.pop(5)) and found == extra
 
 
-@pytest.mark.parametrize("how", ["empty", "truncated", "flipped", "no weights", "another run", "misplaced"])
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_taken(make, caplog, how):
+@pytest.mark.parametrize("how", [b"", b"PK", {"net": None}, {"run": "another"}, {"epoch": 1}, {"network": 2}], ids=str)
+def test_a_bad_newest_checkpoint_is_set_aside_and_the_one_before_is_taken(make, caplog, how):
     ring = make()
     for round in range(3):
         ring.publish(round, STATE)
-    path, data = ring.path(2), bytearray(ring.path(2).read_bytes())
-    data[data.index(b"PK\x03\x04", 10) - 50] ^= 1
-    if how in ("empty", "truncated", "flipped"):
-        path.write_bytes({"empty": b"", "truncated": data[:-1], "flipped": data}[how])
-    else:
-        changed = {"no weights": {"net": None}, "another run": {"run": "x"}, "misplaced": {"epoch": 1}}[how]
-        torch.save(load(path) | changed, path)
+    path = ring.path(2)
+    path.write_bytes(how) if isinstance(how, bytes) else torch.save(load(path) | how, path)
     before = path.read_bytes()
     assert ring.newest().round == 1
     assert path.with_name("ckpt1_2.t7.damaged").read_bytes() == before and not path.exists()
     (line,) = caplog.messages
     assert line.startswith(f"network 1: {path} ") and line.endswith("; set aside as ckpt1_2.t7.damaged")
-    ring.path(0).unlink(missing_ok=True)
     ring.path(1).write_bytes(b"")
+    ring.path(0).unlink(missing_ok=True)
     assert ring.newest() is None
 
 
@@ -225,71 +206,7 @@ def test_a_checkpoint_that_cannot_be_read_just_now_is_not_taken_for_a_damaged_on
     assert ring.newest().round == 1
 
 
-# Real processes
-
-TRAIN = """
-import sys, torch
-from filter_grafting import FileRing, Grafting, graft_ring
-
-def build(network):
-    torch.manual_seed(network)
-    model = torch.nn.Conv2d(3, 4, 3)
-    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-def train(model, optimizer, network, epoch):
-    optimizer.zero_grad()
-    images = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(10 * epoch + network))
-    model(images).square().sum().backward()
-    optimizer.step()
-"""
-NETWORK = """
-import os, signal
-directory, network, kill_at = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-model, optimizer = build(network)
-with FileRing(directory, network, 2, settings={"lr": 0.1}, resume=True, timeout=120) as ring:
-    grafting = Grafting(model, ring, checkpoint={"optimizer": optimizer})
-    for epoch in range(grafting.round, 4):
-        train(model, optimizer, network, epoch)
-        if epoch == kill_at:  # as it writes its checkpoint
-            with open(ring.path(epoch), "wb") as file:
-                file.write(b"PK")
-            os.kill(os.getpid(), signal.SIGKILL)
-        if epoch < 3:
-            grafting.step()
-    torch.save(model.state_dict(), ring.file("final"))
-"""
-
-
-def test_a_network_that_is_killed_and_resumed_comes_to_the_same_weights_as_without_files(tmp_path):
-    processes = []
-
-    def start(network: int, kill_at: int = -1) -> subprocess.Popen:
-        command = [sys.executable, "-c", TRAIN + NETWORK, str(tmp_path), str(network), str(kill_at)]
-        processes.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
-        return processes[-1]
-
-    try:
-        first, second = start(1), start(2, kill_at=2)
-        assert second.wait(timeout=300) == -signal.SIGKILL
-        again = start(2)
-        said = again.communicate(timeout=300)[1]
-        assert (again.returncode, first.wait(timeout=300)) == (0, 0), said
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert "set aside as ckpt0_2.t7.damaged" in said
-    tools = {}
-    exec(TRAIN, tools)
-    networks = [tools["build"](network) for network in (1, 2)]
-    for epoch in range(4):
-        for network, (model, optimizer) in enumerate(networks, 1):
-            tools["train"](model, optimizer, network, epoch)
-        if epoch < 3:
-            tools["graft_ring"]([model for model, _ in networks])
-    for network, (model, _) in enumerate(networks, 1):
-        found = load(tmp_path / f"final{network}.t7")
-        assert all(torch.equal(entry, found[name]) for name, entry in model.state_dict().items())
+# Speed
 
 
 def test_a_checkpoint_of_2_mb_is_in_use_60_ms_after_it_is_in_its_place(make, monkeypatch):
@@ -303,9 +220,9 @@ def test_a_checkpoint_of_2_mb_is_in_use_60_ms_after_it_is_in_its_place(make, mon
     monkeypatch.setattr(os, "replace", replace_and_tell)
     reader, writer = make(1), make(2)
     state = {f"layer{index}": torch.randn(5000) for index in range(100)}
-    for round in range(10):
+    for round in range(30):
         reader.publish(round, state)
-        late = threading.Timer(0.05, writer.publish, (round, state))
+        late = threading.Timer(0.03, writer.publish, (round, state))
         late.start()
         reader.wait(round)
         used.append(time.monotonic())

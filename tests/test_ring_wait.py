@@ -1,15 +1,15 @@
 import os
+import re
 import socket
 import time
 
 import pytest
 import torch
-from ring_tools import Clock, end, hold, write_status
+from ring_tools import Clock, write_status
 
 from filter_grafting import membership, rings
 from filter_grafting.checkpoint import save
-from filter_grafting.errors import MismatchError, NeighbourTimeout
-from filter_grafting.grafting import graft
+from filter_grafting.errors import NeighbourTimeout
 from filter_grafting.rings import FileRing
 
 STATE = {"weight": torch.zeros(2)}
@@ -92,45 +92,33 @@ def test_it_says_whom_it_waits_for_after_10_seconds_and_then_every_minute(make, 
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [
-        ({}, "network 2 is training at epoch 6 (heartbeat 10 s ago, progress 10 s ago)"),
-        ({"state": "starting", "epoch": None}, "network 2 is starting before its first epoch (heartbeat 10 s ago"),
-        ({"state": "waiting", "detail": "for network 1"}, "network 2 is waiting for network 1 at epoch 6 (heartbeat"),
-        ({"epoch": None, "round": 500}, "network 2 is training at round 500 (heartbeat"),
-        ({"state": "stopped", "detail": "by SIGTERM"}, "network 2 stopped at epoch 6: by SIGTERM"),
+        ({}, r"network 2 is training at epoch 6 \(heartbeat \d+ s ago, progress \d+ s ago\)"),
+        ({"state": "starting", "epoch": None}, r"network 2 is starting before its first epoch \(heartbeat"),
+        ({"state": "waiting", "detail": "for network 1"}, r"network 2 is waiting for network 1 at epoch 6 \(heartbeat"),
+        ({"state": "stopped", "detail": "by SIGTERM"}, "network 2 stopped at epoch 6: by SIGTERM$"),
         (
             {"state": "failed", "detail": "no images", "epoch": None},
-            "network 2 failed before its first epoch: no image",
+            "network 2 failed before its first epoch: no images$",
         ),
-        ({"state": "done", "epoch": 9}, "network 2 is done at epoch 9"),
-        ({"host": HERE}, "network 2 died at epoch 6 (killed?); continue it with: start 2"),
+        ({"state": "done", "epoch": 9}, "network 2 is done at epoch 9$"),
+        ({"host": HERE}, r"network 2 died at epoch 6 \(killed\?\); continue it with: start 2$"),
         (
             {"host": HERE, "pid": os.getpid(), "state": "starting"},
-            "that network is of this same process: publish the we",
+            "that network is of this same process: publish the weights of all networks before you wait for any",
         ),
+        (None, "network 2 has not started; start it with: start 2$"),
     ],
 )
 def test_it_says_what_is_known_of_the_neighbour(tmp_path, tell, status, sentence):
-    write_status(tmp_path, 2, **status)
+    if status is not None:
+        write_status(tmp_path, 2, **status)
     (line,) = tell(start_command=lambda network: f"start {network}")
-    assert sentence in line
-
-
-def test_it_says_how_to_start_a_neighbour_that_has_not_started(tell, tmp_path):
-    assert tell()[0].endswith(f"network 2 has not started; start it with: FileRing('{tmp_path}', 2, 2, ...)")
+    assert re.search(sentence, line)
 
 
 def test_it_says_what_is_known_of_a_neighbour_without_a_status_file(tell, tmp_path, clock):
     clock.after(1, lambda: torch.save({"net": {}}, tmp_path / "ckpt0_5.t7"))
     assert tell()[0].endswith("network 2 keeps no status file; its newest checkpoint is of round 5")
-
-
-def test_a_living_neighbour_of_this_host_is_not_called_dead(tell, tmp_path):
-    process = hold(tmp_path, 2, settings={})
-    process.stdout.readline()
-    write_status(tmp_path, 2, host=HERE)
-    assert "network 2 is training at epoch 6" in tell()[0]
-    end(process)
-    assert "network 2 died at epoch 6" in tell(resume=True)[0]
 
 
 def test_what_files_say_is_made_printable(tell, tmp_path):
@@ -160,11 +148,10 @@ def test_the_status_says_whom_it_waits_for_and_afterwards_what_it_said_before(ma
 @pytest.mark.parametrize(
     ("stamp", "reason"),
     [
-        ({"run": "another"}, "belongs to another run"),
-        ({"epoch": 5}, "out of place: it holds network 2, round 5"),
-        ({"network": 1}, "out of place: it holds network 1, round 6"),
+        ({"run": "another"}, "is out of place: it is of run, network and round ['another', 2, 6], not "),
+        ({"epoch": 5}, "is out of place"),
+        ({"network": 1}, "is out of place"),
         ({"net": None}, "has no state dict under 'net'"),
-        ({"net": {"w": torch.empty(2, device="meta")}}, "its entry w is not a dense tensor"),
     ],
 )
 def test_a_file_that_is_not_the_neighbours_of_this_round_is_waited_out(make, tmp_path, clock, caplog, stamp, reason):
@@ -190,13 +177,6 @@ def test_a_file_that_is_written_in_place_is_read_when_it_is_whole(make, tmp_path
     assert reads and clock.now - began < 27
 
 
-def test_weights_that_do_not_fit_are_refused_with_the_file_that_they_came_from(make, tmp_path):
-    ring = make()
-    torch.save({"net": {"weight": torch.ones(5, 1, 1, 1), "bias": torch.ones(5)}}, tmp_path / "ckpt0_6.t7")
-    with pytest.raises(MismatchError, match=r"ckpt0_6\.t7: weight: in the network \(4, 1, 1, 1\) float32, there \(5,"):
-        graft(torch.nn.Conv2d(1, 4, 1), ring.wait(6))
-
-
 # How it ends
 
 
@@ -211,8 +191,8 @@ def beats(clock: Clock, directory, until: float, **fields) -> None:
 )
 def test_a_heartbeat_is_enough_of_one_that_starts_or_waits_or_never_reports_steps(make, tmp_path, clock, fields):
     ring = make(timeout=300)
-    beats(clock, tmp_path, 2_000, run=ring.run, **fields)
-    clock.after(2_000, lambda: save(tmp_path / "ckpt0_6.t7", {"net": STATE}))
+    beats(clock, tmp_path, 1_000, run=ring.run, **fields)
+    clock.after(1_000, lambda: save(tmp_path / "ckpt0_6.t7", {"net": STATE}))
     ring.wait(6)
 
 
@@ -221,30 +201,25 @@ def test_one_that_reports_steps_must_go_on_doing_so(make, tmp_path, clock):
     ring = make(timeout=600)
     began = clock.now
     clock.every(
-        5, lambda: write_status(tmp_path, 2, beat=clock.now, step=min(int(clock.now - began), 1200)), until=2_000
+        5, lambda: write_status(tmp_path, 2, beat=clock.now, step=min(int(clock.now - began), 1200)), until=1_900
     )
     words = r"gave up after 30 min of waiting for network 2 \(round 6\): network 2 is training at epoch 6, step 1200 "
     words += r"\(heartbeat \d s ago, progress 10 min ago\)\. Resume network 2, then this one"
     assert gives_up(ring, clock, words) == pytest.approx(1800, abs=6)
 
 
-def test_it_gives_up_one_that_has_been_silent_for_the_timeout(make, tmp_path, clock):
-    beats(clock, tmp_path, 600)
-    assert gives_up(make(timeout=600), clock, "heartbeat 10 min ago") == pytest.approx(1200, abs=2)
-
-
-def test_a_timeout_shorter_than_a_heartbeat_does_not_give_up_one_that_lives(make, tmp_path, clock):
-    beats(clock, tmp_path, 100)
-    assert gives_up(make(timeout=1), clock, "network 2") == pytest.approx(115, abs=2)
-
-
-def test_it_gives_up_one_that_never_started(make, clock):
-    assert gives_up(make(timeout=60), clock, "network 2 has not started; start it with") == pytest.approx(60, abs=1)
-
-
-def test_without_a_timeout_it_waits_for_ever(make, tmp_path, clock):
-    clock.after(20_000, lambda: save(tmp_path / "ckpt0_6.t7", {"net": STATE}))
-    make(timeout=0).wait(6)
+@pytest.mark.parametrize(
+    ("timeout", "beating", "seconds", "words"),
+    [
+        (600, 600, 1200, "heartbeat 10 min ago"),
+        (1, 100, 115, "network 2"),  # of one that lives, three heartbeats are awaited
+        (60, 0, 60, "network 2 has not started; start it with"),
+    ],
+)
+def test_it_gives_up_one_that_has_been_silent_for_the_timeout(make, tmp_path, clock, timeout, beating, seconds, words):
+    if beating:
+        beats(clock, tmp_path, beating)
+    assert gives_up(make(timeout=timeout), clock, words) == pytest.approx(seconds, abs=3)
 
 
 def test_one_without_a_status_file_lives_as_long_as_it_publishes(make, tmp_path, clock):
@@ -258,14 +233,14 @@ def test_one_without_a_status_file_lives_as_long_as_it_publishes(make, tmp_path,
 def test_a_file_that_stays_damaged_ends_the_wait_though_the_neighbour_lives(make, tmp_path, clock):
     ring = make(timeout=600)
     (tmp_path / "ckpt0_6.t7").write_bytes(b"torn")
-    beats(clock, tmp_path, 2_000)
+    beats(clock, tmp_path, 1_000)
     assert gives_up(ring, clock, r"ckpt0_6\.t7 is no file of torch\.save") < 602
 
 
 @pytest.mark.parametrize("reached", [6, 90])
 def test_one_that_waits_far_ahead_for_what_we_have_lost_does_not_keep_us_for_ever(make, tmp_path, clock, reached):
     ring = make(timeout=600)
-    beats(clock, tmp_path, 2_000, run=ring.run, round=reached, state="waiting", detail="for network 1")
+    beats(clock, tmp_path, 1_000, run=ring.run, round=reached, state="waiting", detail="for network 1")
     words = "network 2 is waiting for network 1 at epoch 6 .*; it is past round 6, of which there is no checkpoint any"
     assert gives_up(ring, clock, words) == pytest.approx(600, abs=2)
 
@@ -276,13 +251,6 @@ def test_two_rings_of_one_process_that_wait_for_each_other_come_to_an_end(make, 
     words = "network 2 is starting .*; that network is of this same process: publish the weights of all networks before"
     assert gives_up(ring, clock, words) == pytest.approx(600, abs=2)
     second.leave("stopped")
-
-
-def test_the_time_that_it_was_suspended_itself_is_not_the_neighbours_silence(make, tmp_path, clock):
-    write_status(tmp_path, 2)
-    clock.after(100, lambda: setattr(clock, "asleep", 10_000))
-    clock.after(10_600, lambda: save(tmp_path / "ckpt0_6.t7", {"net": STATE}))
-    make(timeout=600).wait(6)
 
 
 def test_a_check_that_raises_ends_the_wait(make):
