@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from grafting_cifar.flags import parse
-from training.flags import command, settings_of
+from training.flags import settings_of
 
 if __name__ == "__main__":
     ARGS = parse()  # ahead of torch, whose import takes seconds: --help and a wrong flag answer at once
@@ -29,9 +29,10 @@ from filter_grafting.states import plain_state
 from grafting_cifar import data, models
 from training import loop
 from training.loop import evaluate, stream_seed, train_one_epoch
+from training.machine import computer
 from training.models import compiled, own_model, restore, to_resume
 from training.process import Signals, amp_dtype, deterministic, ending, join_ring, pick_device
-from training.records import Progress, Records, layer_rows, machine
+from training.records import Progress, Records, layer_rows
 
 # The flags that all networks of a ring have in common, and those that else change what comes out of a network.
 SHARED = ("model", "num", "epochs", "a", "c", "level", "criterion", "method", "scion", "val")
@@ -47,11 +48,11 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
     amp, notes = amp_dtype(args.amp, device)
     may_raise = () if args.cos or args.method in ("ema", "swa") else ("epochs",)  # these shape the run from its start
     with join_ring(args, signals, SHARED, may_raise) as ring, deterministic(args.deterministic):
-        # Data
+        # Data, on which the networks of a ring must agree
         images = data.select(data.load(args.data, args.cifar), args.images, args.val, args.test_images)
-        checksum = data.checksum(images.train.labels)
-        agreed = {"classes": len(images.classes), "test_images": len(images.test.labels), "data": checksum}
-        ring.agree(agreed)
+        facts = {"classes": len(images.classes), "test_images": len(images.test.labels)}
+        facts["data"] = data.checksum(images.train.labels)
+        ring.agree(facts)
         test_batch = data.TEST_BATCH[device.type]
         train_batches = data.Batches(images.train, args.batch_size, device, augment=True)
         test_batches = data.Batches(images.test, test_batch, device, augment=False)
@@ -63,26 +64,22 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         recipe = {"momentum": args.momentum, "weight_decay": args.weight_decay, "nesterov": args.nesterov}
         optimizer = torch.optim.SGD(model.parameters(), args.lr, **recipe, fused=True)
         rate, steps = schedule(args), len(train_batches)
+        loss = partial(loop.cross_entropy, smoothing=args.label_smoothing)
         average = averaged(args, model, optimizer, steps)
-        tested = model if average is None else average  # whose accuracy is reported, and whose weights are published
-        forward = forward_tested = compiled(model, device) if args.compile else model
-        if tested is not model:
-            forward_tested = compiled(tested, device) if args.compile else tested
+        published, trained = (model, None) if average is None else (average, model)
+        forward, forward_tested = (compiled(each, device, args.compile) for each in (model, published))
 
         # Where it starts, or goes on
-        settings = settings_of(args, SHARED + OWN) | agreed | {"images": len(images.train.labels), "amp": bool(amp)}
-        about = {"data": checksum, "model": args.model, "classes": images.classes, "image_size": data.SIZE}
-        about |= {"mean": data.MEAN, "std": data.STD, "command": command()}
-        records = Records(ring, settings, about, model, [machine(device), *notes, *images.notes], args.tensorboard)
-        trained = None if tested is model else model
+        settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train.labels), "amp": bool(amp)}
+        about = {"model": args.model, "data": facts["data"], "classes": images.classes}
+        about |= {"image_size": data.SIZE, "mean": data.MEAN, "std": data.STD}
+        records = Records(ring, model, settings, about, [computer(device), *notes, *images.notes], args.tensorboard)
         first = 0
         if checkpoint := ring.newest():
-            first, state = checkpoint.round + 1, checkpoint.state
-            row, layers = restore(checkpoint, tested, optimizer, settings, trained)
-            records.resume(row, layers, state)
-        computing = {"device": device, "amp": amp}
-        loss_function = partial(loop.cross_entropy, smoothing=args.label_smoothing)
-        progress = partial(Progress, check=signals.check, ring=ring, every=args.print_frequence)
+            first = checkpoint.round + 1
+            records.resume(*restore(checkpoint, published, optimizer, settings, trained), checkpoint.state)
+        watch = partial(Progress, ring, signals.check, epochs=args.epochs, every=args.print_frequence)
+        where = {"device": device, "amp": amp}
         signals.finish_batch()
 
         for epoch in range(first, args.epochs):
@@ -101,22 +98,19 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                 with records.timing("graft"):
                     graft_scion(args, model, epoch - 1)
 
-            ring.update("training", epoch=epoch, epochs=args.epochs, steps=steps, lr=rate(epoch))
-            model.train()
-            follow = progress(epoch, steps)
-            options = {"loss_function": loss_function, "progress": follow, **computing}
-            train = train_one_epoch(forward, train_batches, optimizer, rate, epoch=epoch, seed=seed, **options)
+            bar = watch(epoch, train_batches, rate(epoch))
+            train = train_one_epoch(
+                forward, train_batches, optimizer, rate, loss, epoch=epoch, seed=seed, progress=bar, **where
+            )
             if args.method == "swa":
                 count = max(0, epoch - int(SWA_START * args.epochs))
                 loop.add_to_mean(average, model, count, train_batches.epoch(seed))
 
-            ring.update("testing")
-            follow = partial(progress, epoch, testing=True)
-            test = evaluate(forward_tested, test_batches, progress=follow(len(test_batches)), **computing)
+            test = evaluate(forward_tested, test_batches, progress=watch(epoch, test_batches), **where)
             val = None
             if val_batches is not None:
-                val = evaluate(forward_tested, val_batches, progress=follow(len(val_batches)), **computing)
-            row, state = records.row(epoch, rate(epoch), train, test, val, tested), plain_state(tested)
+                val = evaluate(forward_tested, val_batches, progress=watch(epoch, val_batches), **where)
+            row, state = records.row(epoch, rate(epoch), train, test, val, published), plain_state(published)
             ring.publish(epoch, state, to_resume(optimizer, row, layers, settings, trained))
             records.epoch(row, layers, state)
         records.save("final", row, state)
@@ -129,18 +123,17 @@ def build_model(name: str, num_classes: int) -> nn.Module:
 def schedule(args: argparse.Namespace) -> Callable[[float], float]:
     """The learning rate as a function of the epochs that are done."""
     first = loop.initial_rate(args.lr, args.i, args.num, args.difflr)
-    options = {"epochs": args.epochs, "cosine": args.cos, "step_epochs": args.step_epochs, "warmup": args.warmup}
 
     def rate(progress: float) -> float:
         if args.method == "swa" and progress >= int(SWA_START * args.epochs):
             return SWA_RATE * first
-        return loop.learning_rate(first, progress, **options)
+        return loop.learning_rate(first, progress, args.epochs, args.cos, args.step_epochs, args.warmup)
 
     return rate
 
 
 def averaged(args, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> nn.Module | None:
-    """For --method ema and swa: a copy of the model, for the average of its weights."""
+    """For --method ema and swa: a copy of the model, for the average of its weights, which is tested and published."""
     if args.method == "ema":
         return loop.moving_average(model, optimizer, 1 - 1 / max(1, EMA_SHARE * args.epochs * steps))
     return copy.deepcopy(model) if args.method == "swa" else None

@@ -8,14 +8,13 @@ python grafting.py --data imagenet -a resnet18 --s two --num 2 --i 2 --gpu 1 >2.
 import argparse
 import os
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from grafting_imagenet.flags import parse
-from training.flags import command, settings_of
+from training.flags import settings_of
 
 if __name__ == "__main__":
     ARGS = parse()  # ahead of torch, whose import takes seconds: --help and a wrong flag answer at once
@@ -31,10 +30,11 @@ from filter_grafting.states import plain_state
 from grafting_imagenet import data, models
 from training import loop
 from training.loop import evaluate, stream_seed, train_one_epoch
+from training.machine import computer
 from training.models import compiled, restore, to_resume
 from training.process import Signals, amp_dtype, deterministic, ending, join_ring, pick_device
 from training.ranks import Ranks
-from training.records import Progress, Records, layer_rows, machine, say
+from training.records import Progress, Records, layer_rows, say
 
 # The flags that all networks of a ring have in common, and those that else change what comes out of a network.
 SHARED = ("arch", "num", "epochs", "a", "c", "criterion")
@@ -48,20 +48,18 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
     device = pick_device(args.device, args.gpu)
     amp, notes = amp_dtype(args.amp, device)
     args.image_size = args.image_size or models.usual_size(args.arch)
-    with Ranks(device) as ranks, deterministic(args.deterministic), ExitStack() as stack:
+    start_from = first_checkpoint(args)
+    with (
+        Ranks(device) as ranks,
+        deterministic(args.deterministic),
         # The directory, the log and the grafting are rank 0's; the others have no ring.
-        start_from, ring = first_checkpoint(args), None
-        if ranks.first:
-            may_raise, details = ("epochs",) if args.steplr else (), {"start_from": start_from and str(start_from)}
-            names = {"name": "pth{index}_{round}.tar", "key": "state_dict"}
-            ring = stack.enter_context(join_ring(args, signals, SHARED, may_raise, details=details, **names))
-
+        join(args, signals, start_from) if ranks.first else nullcontext() as ring,
+    ):
         # Data
         images = data.load(args.data)
-        checksum = data.checksum(images.train.labels)
-        batches = partial(make_batches, args, device, ranks)
-        train_batches, test_batches = batches(images.train, train=True), batches(images.test, train=False)
-        val_batches = batches(images.val, train=False) if images.val else None
+        train_batches = make_batches(args, device, ranks, images.train, train=True)
+        test_batches = make_batches(args, device, ranks, images.test, train=False)
+        val_batches = make_batches(args, device, ranks, images.val, train=False) if images.val else None
 
         # Model and optimizer
         torch.manual_seed(stream_seed(args.seed, args.i, "weights"))
@@ -73,40 +71,38 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         model.to(device, memory_format=torch.channels_last)
         recipe = {"momentum": args.momentum, "weight_decay": args.wd, "nesterov": args.nesterov}
         optimizer = torch.optim.SGD(model.parameters(), args.lr, **recipe, fused=True)
-        options = {"epochs": args.epochs, "cosine": not args.steplr, "step_epochs": STEP_EPOCHS, "warmup": args.warmup}
-        rate, steps = partial(loop.learning_rate, args.lr, **options), len(train_batches)
+        schedule = {"epochs": args.epochs, "cosine": not args.steplr, "step_epochs": STEP_EPOCHS}
+        rate = partial(loop.learning_rate, args.lr, **schedule, warmup=args.warmup)
+        aux = models.AUXILIARY_WEIGHT.get(args.arch, 0)
+        loss = partial(loop.cross_entropy, smoothing=args.label_smoothing, aux=aux)
 
         # Where it starts, or goes on
         checkpoint, start_from = ranks.tell(ring and (ring.newest(), start_from))
-        start, lines = beginning(args, checkpoint, start_from, model, optimizer)
-        agreed = {"classes": len(images.classes), "start_epoch": start, "data": checksum}
-        settings = settings_of(args, SHARED + OWN) | agreed | {"images": len(images.train), "amp": bool(amp)}
-        if ring:
-            ring.agree(agreed)
-            about = {"data": checksum, "model": args.arch, "classes": images.classes, "image_size": args.image_size}
-            about |= {"mean": data.MEAN, "std": data.STD, "command": command()}
-            notes = [machine(device, ranks.size), *notes, *lines, *images.notes]
-            records = Records(ring, settings, about, model, notes, args.tensorboard)
+        start, lines = begin(args, checkpoint, start_from, model, optimizer)
+        facts = {"classes": len(images.classes), "start_epoch": start, "data": data.checksum(images.train.labels)}
+        settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train), "amp": bool(amp)}
+        if ranks.first:
+            ring.agree(facts)
+            about = {"model": args.arch, "data": facts["data"], "classes": images.classes}
+            about |= {"image_size": args.image_size, "mean": data.MEAN, "std": data.STD}
+            notes = [computer(device, ranks.size), *notes, *lines, *images.notes]
+            records = Records(ring, model, settings, about, notes, args.tensorboard)
         first = start
         if checkpoint:
-            first, state = checkpoint.round + 1, checkpoint.state
-            row, layers = restore(checkpoint, model, optimizer, settings)
-            if ring:
-                records.resume(row, layers, state)
-        forward, forward_tested = ranks.wrap(model), model
-        if args.compile:
-            forward_tested = compiled(model, device)
-            forward = forward_tested if ranks.size == 1 else compiled(forward, device)
-        computing = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}
-        weights = {"smoothing": args.label_smoothing, "aux": models.AUXILIARY_WEIGHT.get(args.arch, 0)}
-        loss_function = partial(loop.cross_entropy, **weights)
-        progress = partial(Progress, check=signals.check, ring=ring, every=args.print_freq)
+            first = checkpoint.round + 1
+            recorded = restore(checkpoint, model, optimizer, settings)
+            if ranks.first:
+                records.resume(*recorded, checkpoint.state)
+        forward = compiled(ranks.wrap(model), device, args.compile)
+        forward_tested = compiled(model, device, args.compile)
+        watch = partial(Progress, ring, signals.check, epochs=args.epochs, every=args.print_freq)
+        where, rank = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}, ranks.rank
         signals.finish_batch()
 
         for epoch in range(first, args.epochs):
             layers, seed = [], stream_seed(args.seed, args.i, epoch)
             if epoch > start and args.num > 1:
-                if ring:
+                if ranks.first:
                     with records.timing("wait"):
                         neighbour = ring.wait(epoch - 1)
                     with records.timing("graft"):
@@ -114,28 +110,28 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                         layers = layer_rows(epoch - 1, grafted)
                 ranks.broadcast(model)
 
-            if ring:
-                ring.update("training", epoch=epoch, epochs=args.epochs, steps=steps, lr=rate(epoch))
-            model.train()
-            options = {"loss_function": loss_function, "progress": progress(epoch, steps), "rank": ranks.rank}
+            bar = watch(epoch, train_batches, rate(epoch))
             train = train_one_epoch(
-                forward, train_batches, optimizer, rate, epoch=epoch, seed=seed, **options, **computing
+                forward, train_batches, optimizer, rate, loss, epoch=epoch, seed=seed, rank=rank, progress=bar, **where
             )
             ranks.broadcast(model)  # each rank has batch-norm statistics of its own images
 
-            if ring:
-                ring.update("testing")
-            follow = partial(progress, epoch, testing=True)
-            test = evaluate(forward_tested, test_batches, progress=follow(len(test_batches)), **computing)
+            test = evaluate(forward_tested, test_batches, progress=watch(epoch, test_batches), **where)
             val = None
             if val_batches is not None:  # though it may hold no images for this rank
-                val = evaluate(forward_tested, val_batches, progress=follow(len(val_batches)), **computing)
-            if ring:
+                val = evaluate(forward_tested, val_batches, progress=watch(epoch, val_batches), **where)
+            if ranks.first:
                 row, state = records.row(epoch, rate(epoch), train, test, val, model), plain_state(model)
                 ring.publish(epoch, state, to_resume(optimizer, row, layers, settings))
                 records.epoch(row, layers, state)
-        if ring:
+        if ranks.first:
             records.save("final", row, state)
+
+
+def join(args: argparse.Namespace, signals: Signals, start_from: Path | None):
+    files = {"name": "pth{index}_{round}.tar", "key": "state_dict"}
+    details = {"start_from": start_from and str(start_from)}
+    return join_ring(args, signals, SHARED, ("epochs",) if args.steplr else (), details=details, **files)
 
 
 def make_batches(args: argparse.Namespace, device: torch.device, ranks: Ranks, files: data.Files, train: bool):
@@ -153,7 +149,7 @@ def first_checkpoint(args: argparse.Namespace) -> Path | None:
     return args.start_from and Path(os.path.abspath(args.start_from))
 
 
-def beginning(
+def begin(
     args: argparse.Namespace,
     own: Checkpoint | None,
     path: Path | None,
@@ -171,21 +167,15 @@ def beginning(
                 "it back, or say with --resume PATH --resume auto where it is now"
             )
         contents = models.read_checkpoint(path)
-        models.load_weights(model, contents, path, args.arch)
+        lines = models.load_weights(model, contents, path, args.arch, args.image_size)
         models.load_momentum(optimizer, contents, path)
         if isinstance(contents.get("epoch"), int):
             # Ours say which epoch they come after, those of PyTorch's example which is to come.
             start = contents["epoch"] + ("settings" in contents)
-        lines = size_differs(contents, path, args.image_size)
     start = start if args.start_epoch is None else args.start_epoch
     if start >= args.epochs:
         raise GraftingError(f"nothing to train: the first epoch would be {start}, and --epochs is {args.epochs}")
     return start, ([f"started from {path}, at epoch {start}"] if path and own is None else []) + lines
-
-
-def size_differs(contents: dict[str, Any], path: Path, image_size: int) -> list[str]:
-    size = contents["recorded"].get("image_size", image_size)
-    return [f"{path} is of images of {size} pixels, here they have {image_size}"] if size != image_size else []
 
 
 def evaluate_only(args: argparse.Namespace, signals: Signals) -> None:
@@ -198,21 +188,20 @@ def evaluate_only(args: argparse.Namespace, signals: Signals) -> None:
         args.image_size = args.image_size or contents["recorded"].get("image_size") or models.usual_size(args.arch)
         model = models.build(args.arch, len(images.classes), args.image_size, args.pretrained)
         if args.start_from:
-            models.load_weights(model, contents, args.start_from, args.arch)
-            notes += [f"weights: {args.start_from}", *size_differs(contents, args.start_from, args.image_size)]
+            lines = models.load_weights(model, contents, args.start_from, args.arch, args.image_size)
+            notes += [f"weights: {args.start_from}", *lines]
         else:
             notes.append(models.load_pretrained(model, args.arch, args.image_size))
         model.to(device, memory_format=torch.channels_last)
-        test_batches = make_batches(args, device, ranks, images.test, train=False)
-        forward = compiled(model, device) if args.compile else model
-        progress = Progress(0, len(test_batches), signals.check, None, testing=True)
-        options = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum, "progress": progress}
-        test = evaluate(forward, test_batches, **options)
-        left_out = int(ranks.sum(torch.tensor(len(test_batches.bad), device=device)))
+        batches = make_batches(args, device, ranks, images.test, train=False)
+        forward, progress = compiled(model, device, args.compile), Progress(None, signals.check, 0, batches)
+        options = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}
+        test = evaluate(forward, batches, progress=progress, **options)
+        left_out = int(ranks.sum(torch.tensor(len(batches.bad), device=device)))
         if ranks.first:
-            count = len(images.test) - left_out
             for line in [*notes, *images.notes]:
                 say(line)
+            count = len(images.test) - left_out
             say(f"* Acc@1 {test.accuracy:.3f}    Acc@5 {test.top5:.3f}    Loss {test.loss:.4f}    Images {count}")
 
 

@@ -134,18 +134,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     }
 
 
-def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path, arch: str) -> None:
-    """Loads the weights of a checkpoint, whatever wrapped the model that they are from."""
+def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path, arch: str, image_size: int) -> list[str]:
+    """Loads the weights of a checkpoint, whatever wrapped the model that they are from; returns lines for the log."""
+    recorded = contents["recorded"]
     try:
         state = plain_names(contents["state_dict"])
         check_alike(plain_state(model), state)
         load_state(model, state)
     except (RuntimeError, MismatchError) as error:
-        recorded = contents["recorded"].get("arch", arch)
+        is_other = recorded.get("arch", arch) != arch
         reason = (
-            f"it is of a {recorded}, and -a says {arch}" if recorded != arch else " ".join(str(error).split())[:300]
+            f"it is of a {recorded['arch']}, and -a says {arch}" if is_other else " ".join(str(error).split())[:300]
         )
         raise CheckpointError(f"{path} does not fit this network: {reason}") from error
+    size = recorded.get("image_size", image_size)
+    return [f"{path} is of images of {size} pixels, here they have {image_size}"] if size != image_size else []
 
 
 def load_momentum(optimizer: torch.optim.Optimizer, contents: Mapping[str, Any], path: Path) -> None:

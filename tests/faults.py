@@ -54,16 +54,6 @@ def limit_file_size(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def raise_in(place: str, error: str, words: str) -> None:
-    """Makes a function of `training.loop` fail as torch would."""
-    kind = getattr(sys.modules["builtins"], error)
-
-    def fail(*arguments: Any, **options: Any) -> None:
-        raise kind(words)
-
-    setattr(loop, place, fail)
-
-
 def _fill(path: str) -> None:
     """Fills a disk to its last byte."""
     with open(path, "ab", buffering=0) as file:
@@ -73,10 +63,6 @@ def _fill(path: str) -> None:
                     file.write(bytes(size))
             except OSError:
                 pass
-
-
-def _truncate(path: str) -> None:
-    os.truncate(path, os.path.getsize(path) // 2)
 
 
 def _remove(folder: str) -> None:
@@ -93,7 +79,6 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "signal": _signal,
     "fill": _fill,
     "remove": _remove,
-    "truncate": _truncate,
     "sleep": time.sleep,
 }
 

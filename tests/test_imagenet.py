@@ -33,9 +33,8 @@ def finish(process):
 # Every model
 
 
-QUICK = {"densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small"}
-QUICK |= {"regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1"}
-QUICK_ON_META = {"convnext_tiny", "inception_v3", "maxvit_t", "resnext50_32x4d", "swin_t", "vit_b_32"}
+QUICK = {"googlenet", "mnasnet0_5", "shufflenet_v2_x0_5"}
+QUICK_ON_META = {"inception_v3", "resnext50_32x4d", "vit_b_32"}
 SIZES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56}  # pixels; the others take 64
 TOO_BIG = 250e6  # parameters, for the memory of a small machine
 
@@ -57,21 +56,16 @@ def build(name, size, classes=7, pretrained=False, meta=False):
 
 
 @pytest.mark.parametrize(
-    ("name", "shortcuts"), [("regnet_y_400mf", 48 + 104 + 208 + 440), ("resnet18", 128 + 256 + 512), ("vgg11", 0)]
+    ("name", "shortcuts"), [("regnet_y_400mf", 48 + 104 + 208 + 440), ("resnet18", 128 + 256 + 512)]
 )
 def test_shortcut_convolutions_are_found_by_torchvisions_names(name, shortcuts):
-    assert invalid_filters(build(name, 64, meta=name == "vgg11").state_dict(), 0, True)[1] == shortcuts
+    assert invalid_filters(build(name, 64).state_dict(), 0, True)[1] == shortcuts
 
 
-@pytest.mark.parametrize("form", ["ours", "plain"])
-def test_a_network_that_asks_for_the_version_of_its_weights_is_continued(tmp_path, form):
+@pytest.mark.parametrize("wrap", [lambda state: state, dict], ids=["ours", "plain"])
+def test_a_network_that_asks_for_the_version_of_its_weights_is_continued(wrap):
     network, other = build("mnasnet0_5", 64), build("mnasnet0_5", 64)
-    state = network.state_dict()
-    save(tmp_path / "x", {"state_dict": state if form == "ours" else dict(state)})
-    state = load(tmp_path / "x")["state_dict"]
-    if form == "ours":
-        other.load_state_dict(state)  # as anyone would
-    load_state(other, state)
+    load_state(other, wrap(network.state_dict()))
     assert_same(dict(other.state_dict()), dict(network.state_dict()))
 
 
@@ -111,7 +105,7 @@ def test_every_model_trains_is_grafted_and_saved(name, tmp_path):
     assert_same(dict(other.state_dict()), dict(network.state_dict()))
 
 
-@pytest.mark.parametrize(("name", "size"), [("inception_v3", 64), ("alexnet", 32), ("vit_b_16", 65), ("maxvit_t", 64)])
+@pytest.mark.parametrize(("name", "size"), [("alexnet", 32), ("vit_b_16", 65)])
 def test_a_size_that_does_not_fit_is_said(name, size):
     with pytest.raises(GraftingError, match=f"{name} does not work on images of {size} pixels .*--image_size"):
         build(name, size)
@@ -134,8 +128,7 @@ def put_weights(monkeypatch, folder, name, **changes):
     ("name", "head"),
     [
         ("squeezenet1_1", "classifier.1"),
-        (NETWORK, "fc"),
-        ("densenet121", "classifier"),
+        pytest.param("densenet121", "classifier", marks=pytest.mark.slow),
         ("googlenet", "aux1.fc2, aux2.fc2, fc"),
     ],
 )
@@ -182,13 +175,11 @@ def test_pretrained_without_a_network_or_with_a_damaged_file(monkeypatch, tmp_pa
 # What --deterministic does to pooling that has no deterministic gradient on CUDA
 
 
-@pytest.mark.parametrize("name", ["alexnet", "vgg11"])
-def test_pooling_that_does_nothing_goes(name):
-    model = build(name, 224)
-    images = torch.rand(1, 3, 224, 224)
+def test_pooling_that_does_nothing_goes():
+    model, images = build("alexnet", 224), torch.rand(1, 3, 224, 224)
     with torch.no_grad():
         before = model.eval()(images)
-        models.make_deterministic(model, name, 224, torch.device("cuda"))
+        models.make_deterministic(model, "alexnet", 224, torch.device("cuda"))
         torch.testing.assert_close(model(images), before)
 
 
@@ -213,7 +204,7 @@ def wrapped(state):
 def test_weights_are_loaded_whatever_wrapped_them(tmp_path, contents):
     source, target = build("squeezenet1_1", 64), build("squeezenet1_1", 64)
     save(tmp_path / "x", contents(source.state_dict()))
-    models.load_weights(target, models.read_checkpoint(tmp_path / "x"), tmp_path / "x", "squeezenet1_1")
+    models.load_weights(target, models.read_checkpoint(tmp_path / "x"), tmp_path / "x", "squeezenet1_1", 64)
     assert_same(dict(target.state_dict()), dict(source.state_dict()))
 
 
@@ -231,7 +222,7 @@ def test_a_checkpoint_that_does_not_fit_is_named_for_what_it_is(tmp_path, conten
     save(tmp_path / "x", contents)
     with pytest.raises(CheckpointError, match=words):
         models.load_weights(
-            build("squeezenet1_1", 64), models.read_checkpoint(tmp_path / "x"), tmp_path / "x", "squeezenet1_1"
+            build("squeezenet1_1", 64), models.read_checkpoint(tmp_path / "x"), tmp_path / "x", "squeezenet1_1", 64
         )
 
 
@@ -259,9 +250,12 @@ def test_a_ring_of_two(undisturbed_run):
     assert not torch.equal(states[0]["conv1.0.weight"], states[1]["conv1.0.weight"])
 
 
+EVENTS = ["after train", "before rename pth1_1.tar", "after line 1"]
+
+
 @pytest.mark.parametrize(
     "event",
-    ["after train", "before rename pth1_1.tar", "after rename pth1_1.tar", "after graft", "after line 1"],
+    ["after rename pth1_1.tar", "after graft", *(pytest.param(event, marks=pytest.mark.slow) for event in EVENTS)],
 )
 def test_killed_and_resumed_it_ends_as_if_undisturbed(make_image_run, undisturbed_run, event):
     run = make_image_run(2, 3, "-a", NETWORK)
@@ -273,34 +267,18 @@ def test_killed_and_resumed_it_ends_as_if_undisturbed(make_image_run, undisturbe
     assert_same_runs(run, undisturbed_run)
 
 
-def test_lines_of_progress(make_image_run):
-    run = make_image_run(1, 1, "-p", "2").finish()
-    fields = "    ".join(f"{name} .*" for name in ("Time", "Data", "Loss", "Acc@1", "Acc@5"))
-    lines = re.findall(rf"^Epoch: \[0\]\[(\d)/4\]    {fields}$", run.log(1), re.MULTILINE)
-    assert lines == ["0", "2"]
-
-
-def test_evaluate_prints_the_accuracy_and_changes_nothing(make_image_run, undisturbed_run):
-    run = make_image_run(1, 1, "-a", NETWORK)
+def test_evaluate_prints_the_accuracy_at_the_recorded_size_and_changes_nothing(make_image_run, undisturbed_run):
     best = undisturbed_run.directory / "best1.tar"
-    process = finish(run.start(1, "-e", "--resume", best))
-    assert process.status == 0, process.output()
-    found = re.search(r"^\* Acc@1 (\S+)    Acc@5 100\.000    Loss \S+    Images 20$", run.log(1), re.M)
-    assert float(found[1]) == pytest.approx(load(best)["accuracy"], abs=1e-3)
-    assert not run.directory.exists()
-
-
-def test_evaluate_uses_the_size_that_the_file_records_or_says_the_difference(make_image_run, undisturbed_run):
-    best = undisturbed_run.directory / "best1.tar"
-    found = []
-    for size, says in (None, False), ("32", False), ("40", True):
+    for size in None, "40":
         run = make_image_run(1, 1, "-a", NETWORK)
         place = run.flags.index("--image_size")
         run.flags[place : place + 2] = ["--image_size", size] if size else []
-        assert finish(run.start(1, "-e", "--resume", best)).status == 0, run.log(1)
-        assert (f"{best} is of images of 32 pixels, here they have 40" in run.log(1)) == says
-        found.append(re.search(r"Loss (\S+)", run.log(1))[1])
-    assert found[0] == found[1] != found[2]
+        process = finish(run.start(1, "-e", "--resume", best))
+        assert process.status == 0, process.output()
+        found = re.search(r"^\* Acc@1 (\S+)    Acc@5 100\.000    Loss \S+    Images 20$", run.log(1), re.M)
+        assert size or float(found[1]) == pytest.approx(load(best)["accuracy"], abs=1e-3)
+        assert (f"{best} is of images of 32 pixels, here they have 40" in run.log(1)) == bool(size)
+        assert not run.directory.exists()
 
 
 def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
@@ -322,9 +300,6 @@ def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
         last = load(run.checkpoint(1, start))
         assert [group["momentum"] for group in last["extra"]["optimizer"]["param_groups"]] == [0.5]
     assert_same(finals[0]["state_dict"], finals[1]["state_dict"])
-    run = make_image_run(1, 2, "-a", NETWORK, "--resume", str(tmp_path / "ours.tar"), "--start-epoch", "0")
-    assert finish(run.start(1)).status == 0
-    assert re.findall(r"epoch:(\d+)", run.log(1)) == ["0", "1"]
 
 
 @pytest.mark.parametrize(
@@ -333,7 +308,6 @@ def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
         (["--resume", "nowhere.tar"], "/nowhere.tar; expected a checkpoint, or the word auto"),
         (["-a", "squeezenet1_1", "--resume", "{best}"], f"it is of a {NETWORK}, and -a says squeezenet1_1"),
         (["--start-epoch", "5"], "nothing to train: the first epoch would be 5, and --epochs is 2"),
-        (["-e", "--resume", "nowhere.tar"], "--resume: there is no file nowhere.tar"),
     ],
 )
 def test_what_cannot_be_started_from_ends_in_a_sentence(make_image_run, undisturbed_run, flags, sentence):
@@ -344,16 +318,6 @@ def test_what_cannot_be_started_from_ends_in_a_sentence(make_image_run, undistur
     assert sentence in process.sentence()
 
 
-def test_networks_that_start_at_different_epochs_are_refused(make_image_run, undisturbed_run):
-    run = make_image_run(2, 3, "-a", NETWORK)
-    first = run.start(1)
-    run.reaches(1, "waiting")
-    second = finish(run.start(2, "--start-epoch", "1"))
-    assert second.status == 1
-    assert "start_epoch is 1 here and 0 in the run" in second.sentence()
-    first.kill()
-
-
 # Folders
 
 
@@ -362,17 +326,15 @@ def test_networks_that_start_at_different_epochs_are_refused(make_image_run, und
     [
         (lambda data: shutil.rmtree(data), "does not exist"),
         (lambda data: shutil.rmtree(data / "val" / "cat"), "only train/ has cat"),
-        (lambda data: [path.unlink() for path in (data / "train" / "bird").iterdir()], "bird has no image"),
     ],
 )
 def test_a_bad_folder_ends_in_a_sentence_and_leaves_no_trace(make_image_run, class_folders, tmp_path, spoil, words):
     data = shutil.copytree(class_folders, tmp_path / "images")
     spoil(data)
     run = make_image_run(1, 1, data=data)
-    for extra in ([], ["-e", "--resume", "any.tar"]):
-        process = finish(run.start(1, *extra))
-        assert (process.status, process.sentence().count("\n")) == (1, 1), process.output()
-        assert words in process.sentence()
+    process = finish(run.start(1))
+    assert (process.status, process.sentence().count("\n")) == (1, 1), process.output()
+    assert words in process.sentence()
     assert not run.directory.exists()
 
 
@@ -381,8 +343,11 @@ def test_with_val_and_test_the_one_chooses_and_the_other_is_reported(make_image_
     shutil.copytree(data / "val", data / "test")
     for path in (data / "test").rglob("*.*"):
         path.unlink() if "1" in path.stem and len(list(path.parent.iterdir())) > 1 else None
-    run = make_image_run(1, 3, data=data).finish()
+    run = make_image_run(1, 3, "-p", "2", data=data).finish()
     rows = run.outcome(1)["tables"]["metrics"]
     scores = [float(row["val_accuracy"]) for row in rows]
     assert rows[-1]["best"] == rows[scores.index(max(scores))]["test_accuracy"]
     assert "    val:" in run.log(1)
+    fields = "    ".join(f"{name} .*" for name in ("Time", "Data", "Loss", "Acc@1", "Acc@5"))
+    lines = re.findall(rf"^Epoch: \[0\]\[(\d)/4\]    {fields}$", run.log(1), re.MULTILINE)
+    assert lines == ["0", "2"]

@@ -48,27 +48,28 @@ def test_the_moving_average_remembers_a_twentieth_of_all_steps():
     assert average.weight.item() == pytest.approx(before - 1 / (0.05 * 10 * 4))
 
 
-def test_average_gives_every_layer_half_of_its_neighbour(undisturbed):
-    ring = undisturbed(2, 3, "--method", "average")
-    for network in (1, 2):
-        assert {row["coefficient"] for row in read_table(ring.directory / f"coefficients{network}.csv")} == {"0.5"}
+def test_average_and_papa_share_weights(undisturbed):
+    weights = {}
+    for method in "papa", "average":
+        ring = undisturbed(2, 2, "--method", method)
+        weights[method] = [ring.outcome(network)["checkpoints"]["last"]["net"]["0.weight"] for network in (1, 2)]
+    assert {row["coefficient"] for row in read_table(ring.directory / "coefficients1.csv")} == {"0.5"}
+    distances = {method: (one - other).norm() for method, (one, other) in weights.items()}
+    assert distances["papa"] > distances["average"]
 
 
-def test_the_l1_norm_as_criterion(undisturbed):
-    ring = undisturbed(2, 3, "--criterion", "l1")
+def test_the_l1_norm_as_criterion_and_the_best_epoch_on_the_validation_images(undisturbed):
+    ring = undisturbed(2, 3, "--criterion", "l1", "--val", "12")
     rows = read_table(ring.directory / "coefficients1.csv")
     assert all(float(row["own_entropy"]) > 2.303 for row in rows)  # no entropy of 10 bins is above ln 10
     shares = [float(row["own_entropy"]) > float(row["neighbour_entropy"]) for row in rows]
     assert shares == [float(row["coefficient"]) > 0.5 for row in rows]
-
-
-def test_papa_gives_both_networks_of_a_ring_less_of_each_other_than_averaging(undisturbed):
-    weights = {}
-    for method in "papa", "average":
-        ring = undisturbed(2, 3, "--method", method)
-        weights[method] = [ring.outcome(network)["checkpoints"]["last"]["net"]["0.weight"] for network in (1, 2)]
-    distances = {method: (one - other).norm() for method, (one, other) in weights.items()}
-    assert distances["papa"] > distances["average"]
+    for network in (1, 2):
+        rows = read_table(ring.directory / f"metrics{network}.csv")
+        scores = [float(row["val_accuracy"]) for row in rows]
+        outcome = ring.outcome(network)
+        assert outcome["checkpoints"]["best"]["epoch"] == scores.index(max(scores))
+        assert f"val:{scores[-1]:.3f}" in outcome["log"][-1]
 
 
 @pytest.mark.parametrize("scion", ["noise", "internal"])
@@ -90,32 +91,13 @@ def test_scions_are_added_to_invalid_filters_alone(scion):
         assert not torch.equal(graft(0), graft(0, seed=1))
 
 
-def test_scions_of_a_run_leave_no_invalid_filter(make_run):
-    single = make_run(1, 3, "--scion", "noise", "--model", "test_methods:with_dead_filters").finish()
+def test_scions_and_the_recipes_flags_in_a_run(make_run):
+    flags = ["--momentum", "0.8", "--weight_decay", "0.01", "--nesterov"]
+    single = make_run(1, 3, "--scion", "noise", "--model", "test_methods:with_dead_filters", *flags).finish()
     rows = read_table(single.directory / "metrics1.csv")
     assert [int(row["invalid_0.1"]) for row in rows] == [2, 0, 0]
-
-
-def test_the_recipes_flags_reach_the_optimizer(make_run):
-    flags = ["--momentum", "0.8", "--weight_decay", "0.01", "--nesterov"]
-    single = make_run(1, 1, *flags).finish()
-    group = torch.load(single.checkpoint(1, 0), weights_only=True)["extra"]["optimizer"]["param_groups"][0]
+    group = torch.load(single.checkpoint(1, 2), weights_only=True)["extra"]["optimizer"]["param_groups"][0]
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.8, 0.01, True)
-    plain = torch.load(make_run(1, 1).finish().checkpoint(1, 0), weights_only=True)["extra"]["optimizer"]
-    group = plain["param_groups"][0]
-    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
-
-
-def test_the_best_epoch_is_chosen_on_the_validation_images(undisturbed):
-    ring = undisturbed(2, 4, "--val", "12", "--model", "resnet20")
-    for network in (1, 2):
-        rows = read_table(ring.directory / f"metrics{network}.csv")
-        for epoch, row in enumerate(rows):
-            scores = [float(row["val_accuracy"]) for row in rows[: epoch + 1]]
-            assert row["best"] == rows[scores.index(max(scores))]["test_accuracy"]
-        outcome = ring.outcome(network)
-        assert outcome["checkpoints"]["best"]["epoch"] == scores.index(max(scores))
-        assert f"val:{float(rows[-1]['val_accuracy']):.3f}" in outcome["log"][-1]
 
 
 def test_a_network_that_diverges_in_the_last_step_of_an_epoch_is_not_published(make_run):
@@ -126,6 +108,7 @@ def test_a_network_that_diverges_in_the_last_step_of_an_epoch_is_not_published(m
     assert not list(single.directory.glob("*.t7"))
 
 
+@pytest.mark.slow
 def test_compiled_it_trains_to_about_the_same(make_run, undisturbed):
     single = make_run(1, 2, "--compile")
     process = single.start(1)

@@ -45,7 +45,7 @@ def test_an_unknown_name_is_refused_with_those_that_exist():
         build("resnet31", 10)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "wrn28_10"])
+@pytest.mark.parametrize("name", ["resnet20_leaky", "mobilenetv2_w025", "vgg16"])
 def test_logits_for_each_class_and_a_gradient_for_each_parameter(name):
     network = build(name, 7)
     logits = network(torch.randn(2, 3, 32, 32))
@@ -54,7 +54,7 @@ def test_logits_for_each_class_and_a_gradient_for_each_parameter(name):
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet20_leaky", "mobilenetv2", "vgg16"])
+@pytest.mark.parametrize("name", ["resnet20_leaky", "mobilenetv2"])
 def test_the_seed_decides_the_weights(name):
     def weights(seed):
         torch.manual_seed(seed)
@@ -64,21 +64,10 @@ def test_the_seed_decides_the_weights(name):
     assert not torch.equal(weights(1), weights(2))
 
 
-@pytest.mark.parametrize("name", ["resnet20", "mobilenetv2", "vgg16"])
-def test_the_memory_format_does_not_change_the_result(name):
-    network = build(name, 10).eval()
-    images = torch.randn(4, 3, 32, 32)
-    with torch.no_grad():
-        expected = network(images)
-        network.to(memory_format=torch.channels_last)
-        actual = network(images.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
-
-
 # ---- ResNets
 
 
-@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet56_leaky"])
 def test_resnet_sizes_and_names(name):
     blocks = (int(name.removesuffix("_leaky").removeprefix("resnet")) - 2) // 6
     network = build(name, 10)
@@ -94,24 +83,8 @@ def test_resnet_sizes_and_names(name):
     weights += 64 * 10 + 10
 
     assert list(network.state_dict()) == names
-    assert parameters(network) == weights
+    assert parameters(network) == weights == {3: 269_722, 5: 464_154, 9: 853_018}[blocks]
     assert sum(module.out_channels for module in convolutions(network).values()) == 16 + 2 * blocks * 112
-
-
-@pytest.mark.parametrize(
-    ("name", "count", "filters"),
-    [
-        ("resnet20", 269_722, 688),
-        ("resnet32", 464_154, 1_136),
-        ("resnet44", 658_586, 1_584),
-        ("resnet56", 853_018, 2_032),
-        ("resnet110", 1_727_962, 4_048),
-    ],
-)
-def test_resnet_sizes_in_figures(name, count, filters):
-    network = build(name, 10)
-    assert parameters(network) == count
-    assert sum(module.out_channels for module in convolutions(network).values()) == filters
 
 
 @pytest.mark.parametrize(("name", "slope"), [("resnet20", 0.0), ("resnet20_leaky", 0.01)])
@@ -203,16 +176,6 @@ def test_mobilenetv2_leaves_slow_convolutions_out_of_autocast():
         block(torch.randn(2, 24, 8, 8))
     assert [kinds[f"conv{k}"] for k in (1, 2, 3)] == [torch.bfloat16, torch.float32, torch.bfloat16]
     block.double()(torch.randn(2, 24, 8, 8, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(
-    ("name", "first", "count"), [("w025", 8, 254_794), ("w050", 16, 715_834), ("w075", 24, 1_402_586)]
-)
-def test_narrow_mobilenetv2(name, first, count):
-    network = build(f"mobilenetv2_{name}", 10)
-    assert (network.conv1.out_channels, network.conv2.out_channels) == (first, 1280)
-    assert parameters(network) == count
-    assert all(module.out_channels % 8 == 0 for module in convolutions(network).values())
 
 
 # ---- Wide ResNets

@@ -55,34 +55,16 @@ def test_a_failure_that_was_foreseen_is_one_sentence(capsys, error, status, word
     ("error", "words"),
     [
         (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has"),
-            "the memory of the device",
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0"),
+            "the memory of the device is",
         ),
         (MemoryError(), "the memory of the device is full"),
-        (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-            "the memory of the device",
-        ),
-        (
-            RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel"),
-            "the GPU is taken by",
-        ),
-        (
-            RuntimeError("InvalidCxxCompiler: No working C++ compiler found in config.cpp.cxx: (None, 'g++')"),
-            "--compile needs",
-        ),
-        (
-            RuntimeError("Cannot find a working triton installation."),
-            "--compile needs a C++ compiler (and on CUDA, triton)",
-        ),
-        (
-            ValueError("Expected more than 1 value per channel when training, got input size [1, 8]"),
-            "a batch of one image",
-        ),
-        (
-            RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but"),
-            "a layer of",
-        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "the memory of the device is full"),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA"), "the GPU is taken by"),
+        (RuntimeError("No working C++ compiler found in config.cpp.cxx: (None, 'g++')"), "--compile needs"),
+        (RuntimeError("Cannot find a working triton installation."), "--compile needs a C++ compiler (and on CUDA,"),
+        (ValueError("Expected more than 1 value per channel when training, got [1, 8]"), "a batch of one image"),
+        (RuntimeError("x_backward_cuda does not have a deterministic implementation, but"), "a layer of"),
     ],
 )
 def test_what_torch_says_is_one_sentence_and_the_log_keeps_the_traceback(capsys, error, words):

@@ -28,24 +28,26 @@ def test_two_ranks_train_the_network_that_one_process_trains(make_image_run):
         left, right = ({key: float(value or 0) for key, value in row.items()} for row in (left, right))
         assert left == pytest.approx(right, rel=1e-4)
     assert "2 processes" in two.log(1)
+    # And every image is evaluated once.
+    flags = ["-e", "--resume", str(one.directory / "final1.tar")]
+    for ranks in (1, 2):
+        assert one.start(1, *flags, ranks=ranks).wait() == 0
+    one, two = re.findall(r"Acc@1 (\S+) +Acc@5 (\S+) +Loss (\S+) +Images 20", one.log(1))
+    assert [float(value) for value in one] == pytest.approx([float(value) for value in two], abs=2e-4)
 
 
-def test_a_ring_of_networks_of_two_ranks(make_image_run):
-    run = make_image_run(2, 3, ranks=2).finish()
+def test_a_ring_of_networks_of_two_ranks_of_which_one_is_killed_and_resumed(make_image_run):
+    undisturbed = make_image_run(2, 4, ranks=2).finish()
     for network in (1, 2):
-        assert run.status(network)["state"] == "done"
-        assert run.status(network)["command"][1:4] == ["-m", "torch.distributed.run", "--standalone"]
-        assert len(run.outcome(network)["tables"]["coefficients"]) == 2 * 2  # grafts, layers
-        assert run.log(network).count(f"Network:{network}    epoch:") == 3  # rank 0 alone writes
-    assert not torch.equal(weights(run, network=1)["0.weight"], weights(run, network=2)["0.weight"])
-
-
-def test_a_killed_rank_ends_the_network_and_resumed_it_ends_as_if_undisturbed(make_image_run):
-    undisturbed = make_image_run(2, 5, ranks=2).finish()
-    run = make_image_run(2, 5, ranks=2)
-    first, second = run.start(1), run.start(2)
-    run.reaches(1, "training", 2)
+        assert undisturbed.status(network)["state"] == "done"
+        assert undisturbed.status(network)["command"][1:4] == ["-m", "torch.distributed.run", "--standalone"]
+        assert len(undisturbed.outcome(network)["tables"]["coefficients"]) == 3 * 2  # grafts, layers
+        assert undisturbed.log(network).count(f"Network:{network}    epoch:") == 4  # rank 0 alone writes
+    run = make_image_run(2, 4, ranks=2)
+    first = run.start(1)
+    run.reaches(1, "waiting", 0)
     os.kill(run.pids(1, first)[1], signal.SIGKILL)
+    second = run.start(2)
     assert first.wait() == 1
     until(lambda: run.status(1)["state"] in ("failed", "stopped"), what=lambda: str(run.status(1)))
     assert run.start(1, "--resume", "auto").wait() == 0, run.log(1)
@@ -53,6 +55,7 @@ def test_a_killed_rank_ends_the_network_and_resumed_it_ends_as_if_undisturbed(ma
     assert_same_runs(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_0_ends_all(make_image_run):
     run = make_image_run(1, 300, ranks=2)
     process = run.start(1)
@@ -73,7 +76,7 @@ def test_an_image_that_one_rank_cannot_read_ends_both(make_image_run, class_fold
     assert process.sentence().count(f"{second} cannot be read") == 1
 
 
-@pytest.mark.parametrize("to", ["torchrun", "all"])
+@pytest.mark.parametrize("to", [pytest.param("torchrun", marks=pytest.mark.slow), "all"])
 def test_sigterm_stops_the_network(make_image_run, to):
     run = make_image_run(1, 300, ranks=2)
     process = run.start(1)
@@ -94,7 +97,7 @@ def test_sigterm_while_rank_0_waits_for_its_neighbour(make_image_run):
     assert (run.status(1)["state"], run.status(1)["detail"]) == ("stopped", "by SIGTERM")
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_run_continues_with_another_number_of_ranks(make_image_run, before, after):
     undisturbed = make_image_run(1, 4, "-a", "ranks:plain").finish()
     run = make_image_run(1, 4, "-a", "ranks:plain")
@@ -105,15 +108,6 @@ def test_a_run_continues_with_another_number_of_ranks(make_image_run, before, af
     assert "continuing after epoch 1" in run.log(1)
     for key, entry in weights(undisturbed).items():
         torch.testing.assert_close(weights(run)[key], entry, rtol=1e-3, atol=1e-5)
-
-
-def test_two_ranks_evaluate_every_image_once(make_image_run):
-    run = make_image_run(1, 1).finish()
-    flags = ["-e", "--resume", str(run.directory / "final1.tar")]
-    for ranks in (1, 2):
-        assert run.start(1, *flags, ranks=ranks).wait() == 0
-    one, two = re.findall(r"Acc@1 (\S+) +Acc@5 (\S+) +Loss (\S+) +Images 20", run.log(1))
-    assert [float(value) for value in one] == pytest.approx([float(value) for value in two], abs=2e-4)
 
 
 @pytest.mark.slow

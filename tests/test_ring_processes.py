@@ -28,16 +28,13 @@ def says(run, network: int, words: str) -> None:
     until(lambda: words in run.log(network), what=lambda: f"{words!r} in the log:\n{run.log(network)}")
 
 
-def test_a_ring_of_three_typed_by_hand_comes_to_its_end(make_run, undisturbed):
-    run = make_run(3, 3)
-    for process in [run.start(network, fork=False) for network in (1, 2, 3)]:
-        assert process.wait() == 0, process.output()
+def test_a_ring_of_three_comes_to_its_end_and_repeats(make_run, undisturbed):
+    run = make_run(3, 3).finish()
     assert_same_runs(run, undisturbed(3, 3))
     for network in (1, 2, 3):
         status = run.status(network)
         assert (status["state"], status["epoch"], status["epochs"], status["steps"]) == ("done", 2, 3, 2)
-        assert status["cwd"] == str(CIFAR.parent) and "--i" in status["command"]
-        assert len(list(run.directory.glob(f"ckpt{network % 3}_*.t7"))) <= 4
+        assert "--i" in status["command"] and len(list(run.directory.glob(f"ckpt{network % 3}_*.t7"))) <= 4
         best, final = (load(run.directory / f"{kind}{network}.t7") for kind in ("best", "final"))
         assert (final["epoch"], final["settings"]["model"], final["classes"]) == (2, "ranks:tiny", ["one", "two"])
         assert best["accuracy"] == final["best"] == status["best"]
@@ -46,6 +43,8 @@ def test_a_ring_of_three_typed_by_hand_comes_to_its_end(make_run, undisturbed):
             assert len(re.findall(start, run.log(network), re.MULTILINE)) == 1
         for name, rows in ("metrics", 3), ("coefficients", 2 * 2):  # nothing is grafted after the last epoch
             assert len(read_table(run.directory / f"{name}{network}.csv")) == rows
+    first, second = (load(run.directory / f"final{network}.t7")["net"]["0.weight"] for network in (1, 2))
+    assert not torch.equal(first, second)
 
 
 def test_the_published_lines_run_as_they_stand(images, tmp_path):
@@ -59,12 +58,6 @@ def test_the_published_lines_run_as_they_stand(images, tmp_path):
     subprocess.run(["bash", "-c", f"{lines}\nwait"], cwd=tmp_path, check=True, env=environment())
     for i in (1, 2):
         assert f"Network:{i}    epoch:0    accuracy:" in (tmp_path / "checkpoint" / f"{i}.log").read_text()
-
-
-def test_networks_of_one_run_differ_and_runs_repeat(undisturbed, make_run):
-    first, second = (undisturbed(2, 3).outcome(network)["checkpoints"]["final"] for network in (1, 2))
-    assert not torch.equal(first["net"]["0.weight"], second["net"]["0.weight"])
-    assert_same_runs(make_run(2, 3).finish(), undisturbed(2, 3))
 
 
 def test_a_network_may_start_late(make_run, undisturbed):
@@ -104,18 +97,7 @@ def test_a_neighbour_that_hangs_in_a_batch_ends_the_wait_though_its_heart_beats(
     )
 
 
-def test_the_wait_repeats_why_the_neighbour_failed(make_run):
-    run = make_run(2, 3)
-    run.start(1, plan=[["quicken"]])
-    second = run.start(2, "--lr", "1e38")
-    assert second.wait() == 1
-    assert "training has diverged (try a lower --lr" in second.sentence()
-    says(run, 1, "network 2 failed at epoch 0")
-    says(run, 1, "training has diverged")
-
-
-@pytest.mark.parametrize("what", ["torn", "malicious"])
-def test_a_bad_checkpoint_is_waited_out_and_replaced(make_run, undisturbed, tmp_path, what):
+def test_a_bad_checkpoint_is_waited_out_and_replaced(make_run, undisturbed, tmp_path):
     class Bomb:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/it_ran",)
@@ -123,37 +105,22 @@ def test_a_bad_checkpoint_is_waited_out_and_replaced(make_run, undisturbed, tmp_
     run = make_run(2, 3)
     first = run.start(1, plan=[["quicken"]])
     assert run.start(2, plan=[["at", "before rename ckpt0_1.t7", 1, "kill"]]).wait() == -signal.SIGKILL
-    if what == "torn":
-        run.checkpoint(2, 1).write_bytes(run.checkpoint(2, 0).read_bytes()[:-500])
-        says(run, 1, f"{run.checkpoint(2, 1)} is truncated, damaged or no checkpoint")
-    else:
-        torch.save({"net": {}, "bomb": Bomb()}, run.checkpoint(2, 1))
-        says(run, 1, f"{run.checkpoint(2, 1)} holds more than tensors and plain values, and could run code")
+    torch.save({"net": {}, "bomb": Bomb()}, run.checkpoint(2, 1))
+    says(run, 1, f"{run.checkpoint(2, 1)} holds more than tensors and plain values, and could run code")
     assert first.poll() is None
-    assert run.start(2, "--resume").wait() == 0
-    assert first.wait() == 0
+    assert (run.start(2, "--resume").wait(), first.wait()) == (0, 0)
     assert not (tmp_path / "it_ran").exists()
     assert_same_runs(run, undisturbed(2, 3))
 
 
-@pytest.mark.parametrize("spoil", ["shape", "not finite", "name"])
-def test_a_neighbour_that_does_not_fit_ends_the_network_in_one_printable_sentence(make_run, spoil):
+def test_a_neighbour_that_does_not_fit_ends_the_network_in_one_printable_sentence(make_run):
     run = make_run(2, 3, "--model", "resnet20")
     run.directory.mkdir()
-    state = build("resnet20", 2).state_dict()
-    if spoil == "shape":
-        state = {"conv1.weight": torch.zeros(64, 3, 3, 3)}
-        words = r"conv1.weight: in the network \(16, 3, 3, 3\) float32, there \(64, 3, 3, 3\) float32"
-    elif spoil == "not finite":
-        state["layer2.0.conv1.weight"][0] = float("nan")
-        words = "layer2.0.conv1.weight.* not finite"
-    else:
-        state["\x1b[2J\nNetwork:1    epoch:9"] = torch.zeros(1)
-        words = "in the network missing"
+    state = build("resnet20", 2).state_dict() | {"\x1b[2J\nNetwork:1    epoch:9": torch.zeros(1)}
     torch.save({"net": state}, run.checkpoint(2, 0))
     first = run.start(1)
     assert first.wait() == 1
-    assert re.search(words, first.sentence()) and str(run.checkpoint(2, 0)) in first.sentence()
+    assert "in the network missing" in first.sentence() and str(run.checkpoint(2, 0)) in first.sentence()
     assert first.sentence().removesuffix("\n").isprintable()
 
 
@@ -197,6 +164,7 @@ def test_a_baseline_touches_nobody(make_run):
     assert "wait:0.00s    graft:0.00s" in run.log(1)
 
 
+@pytest.mark.slow
 def test_a_ring_of_eight_comes_to_its_end_in_any_order(make_run):
     run = make_run(8, 2)
     processes = [run.start(network) for network in (5, 1, 8, 2, 7, 3, 6, 4)]
@@ -205,7 +173,7 @@ def test_a_ring_of_eight_comes_to_its_end_in_any_order(make_run):
     assert runs == {json.loads((run.directory / "run.json").read_text())["run"]}
 
 
-@pytest.mark.parametrize(("networks", "foreign"), [(2, 2), (3, 1)])
+@pytest.mark.parametrize(("networks", "foreign"), [(3, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_a_process_that_knows_only_the_wire_format_sits_in_the_ring(make_run, networks, foreign):
     run = make_run(networks, 4, "--model", "resnet20")
     arguments = [str(run.directory), str(foreign), str(networks), str(run.epochs)]

@@ -53,7 +53,7 @@ def refused(run, network, *flags):
 JOINED = r"after rename network\d\.json"
 
 
-@pytest.mark.parametrize("event", [JOINED, r"after rename metrics\d\.csv", "after train", "after line 1"])
+@pytest.mark.parametrize("event", [JOINED, pytest.param("after train", marks=pytest.mark.slow), "after line 1"])
 def test_killed_it_goes_on_from_where_it_started(make_image_run, files, single, event):
     run = make_image_run(1, 3)
     killed(run, 1, event, "--resume", os.path.relpath(files[0]))
@@ -61,7 +61,7 @@ def test_killed_it_goes_on_from_where_it_started(make_image_run, files, single, 
     assert_same_from_epoch_1(run, single)
 
 
-@pytest.mark.parametrize("event", [JOINED, "after train", r"after rename pth._1\.tar"])
+@pytest.mark.parametrize("event", [JOINED, pytest.param(r"after rename pth._1\.tar", marks=pytest.mark.slow)])
 def test_networks_of_a_ring_each_go_on_from_their_own_file(make_image_run, files, ring, event):
     run = make_image_run(2, 3)
     for network, file in enumerate(files, 1):
@@ -85,15 +85,6 @@ def test_the_file_counts_only_until_the_network_has_a_checkpoint(make_image_run,
     assert_same_from_epoch_1(run, single)
 
 
-def test_a_first_checkpoint_that_is_damaged_is_trained_again_from_the_file(make_image_run, files, single):
-    run = make_image_run(1, 3)
-    killed(run, 1, r"before rename pth0_2\.tar", "--resume", files[0])
-    os.truncate(run.checkpoint(1, 1), 1000)
-    assert run.start(1, "--resume").wait() == 0, run.started[-1].output()
-    assert "set aside as pth0_1.tar.damaged" in run.log(1)
-    assert_same_from_epoch_1(run, single)
-
-
 def test_the_same_command_again_loses_nothing(make_image_run, files, single):
     run = make_image_run(1, 3)
     killed(run, 1, JOINED, "--resume", files[0])
@@ -112,11 +103,3 @@ def test_a_network_that_has_not_begun_is_not_guessed_at(make_image_run, files, r
     assert run.start(2, "--resume", files[1], "--resume").wait() == 0
     assert first.wait() == 0
     assert_same_from_epoch_1(run, ring)
-
-
-def test_a_start_that_came_to_nothing_is_forgotten(make_image_run, files):
-    run = make_image_run(1, 2)
-    killed(run, 1, JOINED, "--resume", files[0])
-    killed(run, 1, "after train")
-    assert run.start(1, "--resume").wait() == 0
-    assert [row["epoch"] for row in run.outcome(1)["tables"]["metrics"]] == ["0", "1"]

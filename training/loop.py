@@ -73,16 +73,16 @@ def cross_entropy(outputs: Tensor | tuple[Tensor, ...], labels: Tensor, smoothin
 
 
 def train_one_epoch(
-    model: Callable[[Tensor], Any],
+    model: nn.Module,
     batches: Any,
     optimizer: torch.optim.Optimizer,
     rate: Callable[[float], float],
+    loss_function: Callable[[Any, Tensor], Tensor] = cross_entropy,
     *,
     seed: int,
     device: torch.device,
     epoch: int = 0,
     amp: torch.dtype | None = None,
-    loss_function: Callable[[Any, Tensor], Tensor] = cross_entropy,
     top5: bool = False,
     progress: Any = None,
     reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
@@ -91,7 +91,6 @@ def train_one_epoch(
     """Trains for one epoch, in which the host never waits for the device.
 
     Args:
-        model: in training mode.
         batches: with `len`, and `epoch(seed)`, which yields (images (b, c, h, w), labels (b,)) on the device.
         rate: learning rate as a function of the epochs that are done, with the fraction of this one.
         seed: of the order, the augmentation and dropout.
@@ -105,6 +104,7 @@ def train_one_epoch(
     """
     began, steps = time.perf_counter(), len(batches)
     torch.manual_seed(seed + rank)
+    model.train()
     totals = torch.zeros(3 + top5, dtype=torch.float64, device=device)
     epoch_batches = batches.epoch(seed)
     for step, (images, labels) in enumerate(progress.follow(epoch_batches) if progress else epoch_batches):

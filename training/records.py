@@ -4,10 +4,9 @@ import csv
 import importlib.util
 import io
 import os
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from filter_grafting.grafting import Layer
 from filter_grafting.information import convolutions, entropy, invalid_filters
 from filter_grafting.rings import FileRing
 from training import loop
+from training.flags import command
 from training.loop import Result, check_finite
 
 METRICS = (
@@ -51,8 +51,8 @@ class Records:
 
     Args:
         ring: whose directory holds the files.
-        settings: of this network, by flag; they are written into best and final.
-        about: further entries of these: the checksum of the data, the model's name, its classes and the like.
+        settings: of this network, by flag.
+        about: what else best and final are to say: the model's name, its classes and the like.
         notes: further lines for the head of the log.
         tensorboard: whether to write for TensorBoard as well.
     """
@@ -60,13 +60,13 @@ class Records:
     def __init__(
         self,
         ring: FileRing,
+        model: nn.Module,
         settings: Mapping[str, Any],
         about: Mapping[str, Any],
-        model: nn.Module,
         notes: Iterable[str],
         tensorboard: bool = False,
     ):
-        self.ring, self.about = ring, {"settings": dict(settings), **about}
+        self.ring, self.about = ring, {"settings": dict(settings), **about, "command": command()}
         self.best_score = self.best = -1.0
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.metrics = Table(ring.directory / f"metrics{ring.network}.csv", METRICS)
@@ -74,13 +74,13 @@ class Records:
         if tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise GraftingError("the package tensorboard is missing: pip install tensorboard, or do without its curves")
         self.tensorboard, self.board = tensorboard, None
-        shown = [
-            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()
-        ]
         parameters = sum(parameter.numel() for parameter in model.parameters())
         with suppress(AttributeError):  # names of files need not fit the terminal's encoding
             sys.stdout.reconfigure(errors="backslashreplace")
         say(f"Network {ring.network} of {ring.networks} in {ring.directory}: {parameters:,} parameters")
+        shown = (
+            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()
+        )
         say(f"settings: {' '.join(shown)}")
         for note in notes:
             say(note)
@@ -100,26 +100,21 @@ class Records:
             Diverged: if the test loss is not finite.
         """
         check_finite(test.loss, "test", lr)  # the last step's doing, whose loss nobody has seen
-        score = test.accuracy if val is None else val.accuracy
+        score = (val or test).accuracy
         improved = score > self.best_score
         if improved:
             self.best_score, self.best = score, test.accuracy
         seconds = {**self.seconds, "train": train.seconds, "test": test.seconds + (val.seconds if val else 0)}
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        row = {
-            **{"epoch": epoch, "lr": lr, "train_loss": train.loss, "train_accuracy": train.accuracy},
-            **{"test_loss": test.loss, "test_accuracy": test.accuracy, "best": self.best},
-            **{f"{phase}_seconds": seconds[phase] for phase in PHASES},
-            **{"best_score": self.best_score, "improved": improved},
-        }
+        row = {"epoch": epoch, "lr": lr, "train_loss": train.loss, "train_accuracy": train.accuracy}
+        row |= {"test_loss": test.loss, "test_accuracy": test.accuracy, "best": self.best}
+        row |= {f"{phase}_seconds": seconds[phase] for phase in PHASES}
+        row |= {"best_score": self.best_score, "improved": improved}
         if layers := convolutions(model):
             row |= {f"invalid_{threshold}": invalid_filters(model, threshold, False)[0] for threshold in (0.1, 0.01)}
             row["information"] = sum(entropy(layer.weight) for layer in layers.values())
-        if val is not None:
-            row["val_accuracy"] = val.accuracy
-        if test.top5 is not None:
-            row["test_top5"] = test.top5
-        return row
+        row |= {"val_accuracy": val.accuracy} if val else {}
+        return row | ({"test_top5": test.top5} if test.top5 is not None else {})
 
     def epoch(self, row: dict[str, Any], layers: Sequence[Sequence[Any]], state: Mapping[str, Tensor]) -> None:
         """Records an epoch that was published, and leaves nothing of it or of later ones twice.
@@ -179,10 +174,9 @@ def layer_rows(epoch: int, layers: Mapping[str, Layer]) -> list[list[Any]]:
 
 def log_fields(row: Mapping[str, Any]) -> str:
     fields = [f"accuracy:{row['test_accuracy']:.3f}", f"best:{row['best']:.3f}"]
-    if "val_accuracy" in row:
-        fields.append(f"val:{row['val_accuracy']:.3f}")
-    if "test_top5" in row:
-        fields.append(f"accuracy@5:{row['test_top5']:.3f}")
+    fields += [
+        f"{name}:{row[key]:.3f}" for name, key in (("val", "val_accuracy"), ("accuracy@5", "test_top5")) if key in row
+    ]
     fields += [f"loss:{row['train_loss']:.4f}", f"lr:{row['lr']:.5g}"]
     return "    ".join(fields + [f"{phase}:{row[f'{phase}_seconds']:.2f}s" for phase in PHASES])
 
@@ -229,30 +223,36 @@ class Progress:
     """Follows one epoch: tells the ring, hears signals, shows a bar on a terminal, or prints a line every few batches.
 
     Args:
-        epoch, steps: the epoch's number, and how many batches it has.
-        check: called after each batch; raises to end the run.
         ring: None where another process speaks for this network.
+        check: called after each batch; raises to end the run.
+        lr: the learning rate at the beginning; None for testing, which has a bar of its own, and no lines.
+        epochs: how many there will be.
         every: print a line every so many batches; 0 for none, and a bar on a terminal.
-        testing: testing has a bar of its own, and no lines.
     """
 
     def __init__(
         self,
-        epoch: int,
-        steps: int,
-        check: Callable[[], None],
         ring: FileRing | None,
+        check: Callable[[], None],
+        epoch: int,
+        batches: Sized,
+        lr: float | None = None,
+        *,
+        epochs: int | None = None,
         every: int = 0,
-        testing: bool = False,
     ):
-        self.epoch, self.steps, self.check, self.ring = epoch, steps, check, ring
+        self.ring, self.check, self.epoch, self.steps = ring, check, epoch, len(batches)
+        self.every = every if lr is not None else 0
         self.step, self.data, self.data_total, self.bar = 0, 0.0, 0.0, None
-        if ring and sys.stdout.isatty() and (testing or not every):
+        if ring and lr is None:
+            ring.update("testing")
+        elif ring:
+            ring.update("training", epoch=epoch, epochs=epochs, steps=self.steps, lr=lr)
+        if ring and not self.every and sys.stdout.isatty():
             from tqdm import tqdm  # here, as only who watches needs it
 
-            label = f"epoch {epoch} test" if testing else f"epoch {epoch}"
-            self.bar = tqdm(total=steps, desc=label, leave=False, dynamic_ncols=True, file=sys.stdout)
-        self.every = 0 if testing else every
+            label = f"epoch {epoch}" + (" test" if lr is None else "")
+            self.bar = tqdm(total=self.steps, desc=label, leave=False, dynamic_ncols=True, file=sys.stdout)
         self.began = self.last = self.shown = time.perf_counter()
 
     def follow(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -281,20 +281,14 @@ class Progress:
 
     def _line(self, now: float, batch: Result, mean: Result) -> str:
         """A line as the PyTorch ImageNet example prints it: each figure of the last batch, then its mean so far."""
+        count = self.step + 1
         fields = [
             f"Epoch: [{self.epoch}][{self.step:{len(str(self.steps))}d}/{self.steps}]",
-            f"Time {now - self.last:6.3f} ({(now - self.began) / (self.step + 1):6.3f})",
-            f"Data {self.data:6.3f} ({self.data_total / (self.step + 1):6.3f})",
+            f"Time {now - self.last:6.3f} ({(now - self.began) / count:6.3f})",
+            f"Data {self.data:6.3f} ({self.data_total / count:6.3f})",
             f"Loss {batch.loss:.4e} ({mean.loss:.4e})",
             f"Acc@1 {batch.accuracy:6.2f} ({mean.accuracy:6.2f})",
         ]
         if mean.top5 is not None:
             fields.append(f"Acc@5 {batch.top5:6.2f} ({mean.top5:6.2f})")
         return "    ".join(fields)
-
-
-def machine(device: torch.device, ranks: int = 1) -> str:
-    """What a network is trained on, as a line for the log."""
-    name = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    name = f"{ranks} processes, each on {name}" if ranks > 1 else name
-    return f"device: {name}; torch {torch.__version__}, Python {platform.python_version()}"
