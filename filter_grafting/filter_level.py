@@ -50,12 +50,11 @@ def chain(model: nn.Module) -> Chain:
         filters = layer.out_channels
         pairs.append((name, after[0]))
     names = list(modules)
-    later = names[names.index(pairs[-1][0]) :]
-    for name in later:
+    for name in names[names.index(pairs[-1][0]) :]:
         if isinstance(module := modules[name], nn.Linear):
             if module.in_features % filters:
                 raise MismatchError(
-                    f"{name}: {module.in_features} inputs do not divide by the {filters} filters before it"
+                    f"{name}: {module.in_features} inputs do not divide by the {filters} filters before"
                 )
             return Chain(pairs, name)
     return Chain(pairs, None)

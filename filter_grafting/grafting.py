@@ -282,22 +282,22 @@ def _weights(model: nn.Module, entries: Mapping[str, Tensor], layers: Selection)
     parts: dict[str, list[str]] = defaultdict(list)
     for key in entries:
         parts[_module_of(key)].append(key)
-    weights = {
-        name: max(
-            parts[name], key=lambda key: (key.split(".")[-1] == "weight", entries[key].dim(), entries[key].numel())
-        )
-        for name, module in modules.items()
-        if name in parts and selects(module)
-    }
-    kind = type(modules[""]).__name__
-    if not weights:
-        what = "convolution (nn.ConvNd)" if layers is None else "layer that layers= selects"
-        raise MismatchError(f"{kind} has no {what} to compare; {_other_layers(modules.values())}")
+    rank = {key: (key.split(".")[-1] == "weight", entry.dim(), entry.numel()) for key, entry in entries.items()}
+    selected = [name for name, module in modules.items() if name in parts and selects(module)]
+    weights = {name: max(parts[name], key=rank.__getitem__) for name in selected}
     held = sum(entries[key].numel() for name in weights for key in parts[name])
     share = held / max(1, sum(entry.numel() for entry in entries.values()))
-    if layers is None and share < 0.1:
-        says = f"convolutions hold {share:.1%} of the weights and set all coefficients"
-        _warn_once(f"{kind}: {says}; {_other_layers(modules.values())}")
+    if not weights or (layers is None and share < 0.1):
+        sizes: Counter[str] = Counter()
+        for module in modules.values():
+            sizes[type(module).__name__] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        most = " and ".join(kind for kind, size in sizes.most_common(2) if size)
+        how = "layers=(nn.Conv2d, nn.Linear), types or a function of a module, lets other layers set their own"
+        kind, advised = type(modules[""]).__name__, f"{how} (most weights are in {most})"
+        if not weights:
+            what = "convolution (nn.ConvNd)" if layers is None else "layer that layers= selects"
+            raise MismatchError(f"{kind} has no {what} to compare; {advised}")
+        _warn_once(f"{kind}: convolutions hold {share:.1%} of the weights and set all coefficients; {advised}")
     return weights
 
 
@@ -308,15 +308,6 @@ def _selector(layers: Selection) -> Callable[[nn.Module], bool]:
     if not callable(kinds):
         raise ValueError(f"layers: got {kinds!r}, expected a type, a tuple of types, or a function of a module")
     return kinds
-
-
-def _other_layers(modules: Iterable[nn.Module]) -> str:
-    sizes: Counter[str] = Counter()
-    for module in modules:
-        sizes[type(module).__name__] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
-    most = " and ".join(kind for kind, size in sizes.most_common(2) if size)
-    how = "layers=(nn.Conv2d, nn.Linear), types or a function of a module, lets other layers set their own"
-    return f"{how} (most weights are in {most})"
 
 
 @functools.cache

@@ -104,9 +104,7 @@ class Grafting:
     def _resume(self, ring: FileRing, last: Checkpoint) -> None:
         for name in self.checkpoint:
             if not isinstance(last.extra, Mapping) or name not in last.extra:
-                raise GraftingError(
-                    f"checkpoint: {last.path} holds no state of {name!r}; leave it out to resume without"
-                )
+                raise GraftingError(f"checkpoint: {last.path} holds no state of {name!r}; leave it out to go without")
         load_plain_state(self.model, last.state)
         for name, part in self.checkpoint.items():
             part.load_state_dict(last.extra[name])

@@ -43,9 +43,7 @@ def plain_names(entries: Mapping[str, T]) -> dict[str, T]:
     for key, entry in entries.items():
         name = plain_name(str(key))
         if name in plain:
-            raise MismatchError(
-                f"{key}: without its wrappers' names it is {name}, as another entry is: rename one of them"
-            )
+            raise MismatchError(f"{key}: without its wrappers' names it is {name}, as another is: rename one of them")
         plain[name] = entry
     return plain
 
@@ -168,16 +166,13 @@ OBSTACLES: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (lambda x: x.is_meta, "it is on the meta device, without values"),
     (
         lambda x: x.layout != torch.strided or (local(x) is x and is_traceable_wrapper_subclass(x)),
-        "it is a {0.__class__.__name__} of layout {0.layout}, which cannot be blended",
+        "it is a {0.__class__.__name__} of layout {0.layout}, which cannot be blended in place",
     ),
     (
         lambda x: x.is_quantized or x.dtype == torch.int8 or (is_weight(x) and x.itemsize < 2),
         "it is {0.dtype}: numbers without their scale cannot be blended",
     ),
-    (
-        lambda x: isinstance(x, nn.Parameter) and not is_weight(x),
-        "it is a parameter of {0.dtype}, which cannot be blended",
-    ),
+    (lambda x: isinstance(x, nn.Parameter) and not is_weight(x), "it is a parameter of {0.dtype}, which has no mean"),
 )
 
 
@@ -199,16 +194,16 @@ def paired(
     other = State({key: whole(entry) for key, entry in plain_names(neighbour).items()}, source)
     skip = excluded(exclude, [*own, *other])
     check_alike(own, other, skip)
-    return _blendable(model, {key: entry for key, entry in own.items() if key not in skip}, other), own, other
+    return _blendable(model, own, other, skip), own, other
 
 
-def _blendable(model: nn.Module, own: Mapping[str, Any], other: State) -> dict[str, Tensor]:
+def _blendable(model: nn.Module, own: Mapping[str, Any], other: State, skip: Collection[str]) -> dict[str, Tensor]:
     tensors = [*model.parameters(), *model.buffers()]
     memory = {place(tensor)[0] for tensor in tensors if not is_lazy(tensor) and tensor.layout == torch.strided}
     entries: dict[str, Tensor] = {}
     first: dict[object, str] = {}  # the first name of what is the same tensor under several
     for key, entry in own.items():
-        if key.endswith("_extra_state") and not isinstance(entry, Tensor):
+        if key in skip or (key.endswith("_extra_state") and not isinstance(entry, Tensor)):
             continue
         for side, value in (("the network", entry), ("its neighbour", other[key])):
             for applies, why in OBSTACLES:
