@@ -23,9 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import filelock
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -44,7 +44,7 @@ STD = (0.2023, 0.1994, 0.2010)
 # Images: many fill a GPU, few stay in the caches of a CPU (250 are 1.3 times as fast there).
 TEST_BATCH = {"cuda": 1000, "cpu": 250}
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "data"
-LOCK_MINUTES = 120  # to wait for another process that decodes
+LOCK_SECONDS = 7200  # to wait for another process that decodes; then this one does
 
 
 class Split(NamedTuple):
@@ -75,8 +75,7 @@ def load(source: str | Path, cifar: int = 10) -> Images:
         else:
             images = _load_standard(folder, {10: CIFAR10, 100: CIFAR100}[cifar])
     except OSError as error:
-        problem = f"{printable(error.filename or folder)} cannot be read ({error.strerror or error})"
-        raise DataError(f"{problem}: mend it, or give another folder") from error
+        raise DataError(f"{printable(error.filename or folder)} cannot be read ({error.strerror or error})") from error
     if cifar == 100 and len(images.classes) != 100:
         raise DataError(f"{printable(source)} has {len(images.classes)} classes, not 100: leave out --cifar 100")
     return images
@@ -88,16 +87,15 @@ def select(images: Images, n: int | None = None, val: int = 0, test_images: int 
     They are the same for everyone: the first and the last of a shuffled order that follows from the number of images.
     Raises DataError if there are too few, or if val is asked of images that come with a val/ of their own.
     """
-    train, test = images.train, images.test
+    train, test, end = images.train, images.test, len(images.train.labels)
     for flag, asked, there in (
-        (f"--images {n or 1} and --val {val}", (n or 1) + val, len(train.labels)),
+        (f"--images {n or 1} and --val {val}", (n or 1) + val, end),
         (f"--test_images {test_images}", test_images or 1, len(test.labels)),
     ):
         if asked > there:
             raise DataError(f"got {flag}, but there are {there:,} such images: ask for fewer, or give a larger --data")
     if val and images.val:
         raise DataError(f"got --val {val}, but these images have a val/ to choose the best epoch on: leave out --val")
-    end = len(train.labels)
     return images._replace(
         train=_shuffled(train, 0, n or end - val) if n or val else train,
         val=_shuffled(train, end - val, end) if val else images.val,
@@ -114,10 +112,9 @@ def _shuffled(split: Split, start: int, end: int) -> Split:
 
 
 class Batches:
-    """A split as batches on a device; the images stay uint8 until they are used.
+    """A split as batches on a device, to which it is copied once; the images stay uint8 until they are used.
 
-    On the CPU the split's own memory is used (it may be a cache's, shared between processes); to CUDA it is
-    copied once. The last batch may be smaller.
+    The last batch may be smaller.
     """
 
     def __init__(self, split: Split, batch_size: int, device: str | torch.device, augment: bool) -> None:
@@ -187,7 +184,7 @@ def _cached(folder: Path, name: str, state: str, make: Callable[[], Images]) -> 
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = _lock(path.with_name(f"{name}.lock"))
-        except (OSError, NotImplementedError):  # read-only, full, or a file system without locks
+        except (OSError, NotImplementedError):  # read-only, full, without locks, or held for too long
             continue
         with lock:  # if another process held it, that one has made the cache
             return _read_cache(paths) or _write_cache(path, name, make())
@@ -195,40 +192,31 @@ def _cached(folder: Path, name: str, state: str, make: Callable[[], Images]) -> 
 
 
 def _lock(path: Path) -> contextlib.AbstractContextManager:
-    lock = filelock.FileLock(path)
-    with contextlib.suppress(filelock.Timeout):
-        return lock.acquire(timeout=5)
+    with contextlib.suppress(Timeout):
+        return FileLock(path).acquire(timeout=5)
     print(f"Waiting for another process, which prepares the images in {path.parent} ...", flush=True)
-    try:
-        return lock.acquire(timeout=60 * LOCK_MINUTES)
-    except filelock.Timeout as error:
-        waited = f"waited {LOCK_MINUTES} minutes for another process, which holds {path}"
-        raise DataError(f"{waited}: see whether it is stuck, end it if so, and start again") from error
+    return FileLock(path).acquire(timeout=LOCK_SECONDS)
 
 
 def _read_cache(paths: list[Path]) -> Images | None:
     """The first whole cache, mapped into memory: writing to the images changes no file."""
     for path in paths:
-        with contextlib.suppress(Exception):  # any exception can come out of a missing or damaged file
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if not damaged:
+        with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:  # whatever a damaged file makes of it
+            if not archive.testzip():
                 cached = torch.load(path, mmap=True, weights_only=True)
-                splits = [split and Split(*split) for split in cached["splits"]]
-                return Images(*splits, cached["classes"], [])
+                return Images(*(split and Split(*split) for split in cached["splits"]), cached["classes"], [])
     return None
 
 
 def _write_cache(path: Path, name: str, images: Images) -> Images:
     try:
-        for entry in list(path.parent.iterdir()):  # the lock is ours: of an earlier state, or left by a killed process
-            if f"{name}-" in entry.name:
-                entry.unlink()
+        for old in path.parent.glob(f"*{name}-*"):  # of an earlier state, or left by a killed process: the lock is ours
+            old.unlink()
         save(path, {"splits": [split and tuple(split) for split in images[:3]], "classes": images.classes})
     except OSError as error:
-        reason = getattr(error.__cause__, "strerror", None) or error
-        note = f"the images could not be cached in {path.parent} ({reason}): they are prepared again at the next start"
-        return images._replace(notes=[note])
+        return images._replace(
+            notes=[f"the images are decoded anew at the next start, as they cannot be cached: {error}"]
+        )
     return _read_cache([path]) or images
 
 
@@ -256,20 +244,15 @@ def _decode(folder: Path, listed: Images) -> Images:
     paths = [path for split in files for path in split.paths]
     pixels = np.empty((len(paths), SIZE, SIZE, 3), dtype=np.uint8)
 
-    def decode(chunk: range) -> int:
-        try:
-            for k in chunk:
-                pixels[k] = read_image(paths[k])
-        except DataError as error:
-            raise DataError(f"{error}: replace or remove it") from error
-        return len(chunk)
+    def decode(start: int) -> None:
+        for k, path in enumerate(paths[start : start + 64], start):
+            pixels[k] = read_image(path)
 
     print(f"Decoding the {len(paths):,} images of {folder}, once ...", flush=True)
-    chunks = [range(len(paths))[start : start + 64] for start in range(0, len(paths), 64)]
+    chunks = range(0, len(paths), 64)
     # Threads, since Pillow decodes and resizes without the interpreter's lock. disable=None: no bar in a log.
-    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), unit="image", leave=False, disable=None) as bar:
-        for done in pool.map(decode, chunks):
-            bar.update(done)
+    with ThreadPoolExecutor() as pool:
+        list(tqdm(pool.map(decode, chunks), total=len(chunks), unit_scale=64, unit="image", leave=False, disable=None))
     parts = iter(torch.from_numpy(pixels).split([len(split) for split in files]))
     return Images(*(split and Split(next(parts), split.labels) for split in listed[:3]), listed.classes, [])
 
@@ -285,34 +268,25 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def _load_standard(folder: Path, dataset: type[CIFAR10]) -> Images:
-    files = dataset.base_folder
     wanted = f"one for the {dataset.__name__} files (an empty one gets the download), or the word glyphs"
-    if folder.name == files and folder.is_dir():
+    if folder.name == dataset.base_folder and folder.is_dir():
         folder = folder.parent
     elif not folder.is_dir() and folder != DEFAULT_FOLDER:
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {problem}: give one with train/<class>/ and test/<class>/, {wanted}")
-    elif not any(folder.glob("cifar-*")) and (stray := _stray_image(folder)):
-        problem = f"has images, such as {stray}, but no train/"
-        raise DataError(f"{folder} {problem}: put images into train/<class>/ and test/<class>/, or give {wanted}")
+    elif not any(folder.glob("cifar-*")):
+        # Class folders of other names? Images that lie deeper are other data sets, beside which CIFAR is welcome.
+        paths = (path for depth in ("*", "*/*", "*/*/*") for path in itertools.islice(folder.glob(depth), 1000))
+        if any(path.suffix.lower() in suffixes() for path in paths):
+            problem = "has images, but no train/: put them into train/<class>/ and test/<class>/, or give"
+            raise DataError(f"{folder} {problem} {wanted}")
     # torchvision compares the files with their published checksums: they cannot be in any other state.
     return _cached(folder, dataset.__name__.lower(), dataset.tgz_md5, lambda: _read_standard(folder, dataset))
-
-
-def _stray_image(folder: Path) -> str | None:
-    """An image up to two folders deep, as class folders laid out in another way have them.
-
-    Those that lie deeper belong to other data sets, beside which the standard files may well be put.
-    """
-    # Only the first files are looked at: there may be millions.
-    paths = (path for depth in ("*", "*/*", "*/*/*") for path in itertools.islice(folder.glob(depth), 1000))
-    return next((printable(path.relative_to(folder)) for path in paths if path.suffix.lower() in suffixes()), None)
 
 
 def _read_standard(folder: Path, dataset: type[CIFAR10]) -> Images:
     if not (folder / dataset.base_folder).is_dir() and not (folder / dataset.filename).is_file():
         print(f"Downloading {dataset.__name__} to {folder}, once ...", flush=True)
-    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torchvision sets none: behind a silent firewall it would wait for ever
     try:
         # On a terminal torchvision's progress bar is welcome; in a log it is thousands of characters long.
@@ -322,7 +296,5 @@ def _read_standard(folder: Path, dataset: type[CIFAR10]) -> Images:
     except Exception as error:  # of the network, the archive, the disk, or a file with another checksum
         missing = f"{dataset.__name__} is not (or not whole) in {folder} and could not be downloaded ({error})"
         raise DataError(f"{missing}: put {dataset.filename} from {dataset.url} into {folder}") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
     splits = [Split(torch.from_numpy(np.ascontiguousarray(x.data)), torch.tensor(x.targets)) for x in (train, test)]
     return Images(splits[0], None, splits[1], list(train.classes), [])

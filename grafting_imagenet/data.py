@@ -13,12 +13,13 @@ from __future__ import annotations
 import errno
 import functools
 import io
+import itertools
 import math
 import multiprocessing
 import os
 import random
+import re
 import resource
-import shutil
 import signal
 import threading
 import warnings
@@ -26,7 +27,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import context, forkserver, popen_forkserver, resource_tracker
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,12 +58,8 @@ load = class_folders
 def read_image(path: str) -> Tensor:
     """The image in a file, whatever its suffix: uint8 (3, h, w).
 
-    The pixels are those of torchvision's ImageFolder: grey and CMYK become RGB, transparency is dropped, of
-    an animation the first frame counts, and the orientation in EXIF is not applied. One thing differs: 16-bit
-    grey is scaled to 8 bits, where it would be clipped to white.
-
-    Raises:
-        DataError: if the file cannot be read as an image; the sentence names it.
+    The pixels are those of torchvision's ImageFolder (the orientation in EXIF is not applied, of an animation the
+    first frame counts), but that 16-bit grey is scaled to 8 bits, not clipped. Raises DataError, naming the file.
     """
     with reading(path), warnings.catch_warnings():
         data = np.fromfile(path, dtype=np.uint8)
@@ -80,9 +76,8 @@ def read_image(path: str) -> Tensor:
 def random_window(height: int, width: int, draw: random.Random) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random crop, distributed as that of torchvision's RandomResizedCrop.
 
-    Its area is uniform in 8 to 100 % of the image's, its ratio of width to height log-uniform in 3/4 to 4/3.
-    If ten such windows do not fit into the image, it is the largest central one whose ratio is within these
-    bounds.
+    Its area is uniform in 8 to 100 % of the image's, its ratio of width to height log-uniform in 3/4 to 4/3. If ten
+    such windows do not fit into the image, it is the largest central one with a ratio within these bounds.
     """
     for _ in range(10):
         area = height * width * draw.uniform(*AREA)
@@ -120,6 +115,9 @@ normalise = functools.partial(normalised, mean=MEAN, std=STD)
 
 # ---- Batches
 
+Request = tuple[str, int, str]  # path, label, and the text that the crop and the flip are drawn from
+Batch = tuple[Tensor, list[int], dict[int, str]]  # uint8 (b, size, size, 3), labels, what is wrong with which row
+
 
 class Batches:
     """A split as batches on a device; one epoch at a time.
@@ -154,11 +152,9 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size % world_size:
-            wanted = f"give a batch size that is a multiple of {world_size}"
-            raise DataError(f"{batch_size} images a batch cannot be shared equally by {world_size} processes: {wanted}")
-        if train and len(files) < world_size:
-            raise DataError(f"{len(files)} training images cannot be shared by {world_size} processes")
+        if batch_size % world_size or (train and len(files) < world_size):
+            shares = f"{len(files)} images in batches of {batch_size} cannot be shared by {world_size} processes"
+            raise DataError(f"{shares}: give a batch size that is a multiple of {world_size}, and more images")
         self.device = torch.device(device)
         self.samples = end = len(files)  # over all ranks
         self.bad: list[str] = []  # what cannot be read: a sentence each
@@ -169,10 +165,9 @@ class Batches:
                 end -= world_size
         # This rank's places in the epoch's order; the k-th part of them is its part of batch k.
         places = torch.arange(rank, max(rank, end), world_size)
-        parts = places.split(batch_size // world_size) if len(places) else ()
-        self._requests = Requests(files, parts)
+        self._requests = Requests(files, places.split(batch_size // world_size) if len(places) else ())
         self._decoder = Decoder(batch_size // world_size, image_size, train)
-        self._loader = start_workers(self._decoder, self._requests, min(workers, len(parts)), self.device)
+        self._loader = start_workers(self._decoder, self._requests, min(workers, len(self)), self.device)
 
     def __len__(self) -> int:
         """Batches per epoch, of this rank."""
@@ -201,17 +196,17 @@ class Batches:
                 yield images, torch.tensor(labels).to(self.device, non_blocking=True)
 
     def _loaded(self) -> Iterator[Batch]:
-        with explaining(self._loader.num_workers * self._decoder.shared_bytes):
+        with explaining():
             yield from self._loader
 
     def _replacement(self, place: int) -> tuple[Tensor, int]:
         """The next image in the epoch's order that can be read, and its label: whoever asks gets the same."""
-        for path, label, draw in self._requests.after(place):
+        for other in itertools.count(place + 1):  # ends: _note_bad does not let all be bad
+            path, label, draw = self._requests.request(other % self.samples, place)
             try:
                 return self._decoder.decode(path, draw), label
             except DataError as error:
                 self._note_bad(str(error))
-        raise DataError(f"none of the {self.samples} training images can be read")
 
     def _note_bad(self, sentence: str) -> None:
         if not self._skip_bad:
@@ -220,13 +215,9 @@ class Batches:
             return
         self.bad.append(sentence)
         print(f"left out, {len(self.bad)} so far: {sentence}", flush=True)
-        if len(self.bad) > max(10, self.samples // 10) or len(self.bad) == self.samples:
+        if len(self.bad) > min(max(10, self.samples // 10), self.samples - 1):
             found = f"{len(self.bad)} of {self.samples} images cannot be read, too many to leave out"
             raise DataError(f"{found}: is their disk all right? The last: {sentence}")
-
-
-Request = tuple[str, int, str]  # path, label, and the text that the crop and the flip are drawn from
-Batch = tuple[Tensor, list[int], dict[int, str]]  # uint8 (b, size, size, 3), labels, what is wrong with which file
 
 
 class Requests:
@@ -242,14 +233,9 @@ class Requests:
 
     def __iter__(self) -> Iterator[list[Request]]:
         for places in self.parts:
-            yield [self._request(place, place) for place in places.tolist()]
+            yield [self.request(place, place) for place in places.tolist()]
 
-    def after(self, place: int) -> Iterator[Request]:
-        """The images that follow in the order, each as it would be cropped and flipped in this place."""
-        n = len(self.files)
-        return (self._request(other % n, place) for other in range(place + 1, place + n))
-
-    def _request(self, place: int, of: int) -> Request:
+    def request(self, place: int, of: int) -> Request:
         """The image at a place of the order, cropped and flipped as that of another place."""
         row = int(self.order[place])
         # Of a text Python makes a hash: what neighbouring seeds and places draw is unrelated.
@@ -268,7 +254,6 @@ class Decoder(Dataset):
         self.size, self.train = size, train
         self.shape = (batch_size, size, size, 3)
         self.buffers: deque[Tensor] = deque()
-        self.shared_bytes = 3 * math.prod(self.shape)
 
     def __getitems__(self, requests: list[Request]) -> Batch:
         if len(self.buffers) < 3:
@@ -295,7 +280,7 @@ class Decoder(Dataset):
 
 def start_workers(decoder: Decoder, requests: Requests, workers: int, device: torch.device) -> DataLoader:
     if workers:
-        with explaining(workers * decoder.shared_bytes):
+        with explaining():
             left = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
             if 0 <= left < 6 * workers + 10:  # as much as they take; half-started workers would drown the sentence
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -325,11 +310,9 @@ def start_fork_server() -> None:
     """
     resource_tracker.ensure_running()  # if the server had to start it, that would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        forkserver.set_forkserver_preload(["torchvision", "PIL.Image"])
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    forkserver.set_forkserver_preload(["torchvision", "PIL.Image"])
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_main_process(worker: int) -> None:
@@ -357,23 +340,19 @@ class ForkServer(context.ForkServerContext):
     Process = Worker
 
 
+ADVICE = {
+    "Too many open files|ancdata": "raise the limit of open files (ulimit -n 4096), or give fewer --workers",
+    "AF_UNIX path too long": "the name of the folder for temporary files is too long: set TMPDIR=/tmp",
+    "": "if memory is short (in a container: docker run --shm-size=8g), fewer --workers or a smaller batch help",
+}
+
+
 @contextmanager
-def explaining(shared_bytes: int) -> Iterator[None]:
-    """What goes wrong with the workers, in one sentence. shared_bytes: of the shared memory that they take."""
+def explaining() -> Iterator[None]:
+    """What goes wrong with the workers, in one sentence."""
     try:
         yield
     except (EOFError, OSError, RuntimeError) as error:
         reason = printable((str(error).strip() or type(error).__name__).splitlines()[-1])
-        raise DataError(f"images cannot be loaded ({reason}): {advice(str(error), shared_bytes)}") from error
-
-
-def advice(error: str, shared_bytes: int) -> str:
-    if "Too many open files" in error or "ancdata" in error:
-        return "raise the limit of open files (ulimit -n 4096), or give fewer --workers"
-    if "AF_UNIX path too long" in error:
-        return "the name of the folder for temporary files is too long: set TMPDIR=/tmp"
-    place = Path("/dev/shm")  # where Linux keeps the memory that processes share; a container may have little
-    if place.is_dir() and (free := shutil.disk_usage(place).free) < shared_bytes:
-        sizes = f"{free / 2**20:.0f} MiB are free, and up to {shared_bytes / 2**20:.0f} MiB are needed"
-        return f"in {place} {sizes}: make it larger (docker run --shm-size=8g), or give fewer --workers"
-    return "if memory is short, fewer --workers or a smaller batch help"
+        advice = next(advice for cause, advice in ADVICE.items() if re.search(cause, str(error)))
+        raise DataError(f"images cannot be loaded ({reason}): {advice}") from error

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import until
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
@@ -166,7 +167,7 @@ def test_what_is_no_image_is_named(kind, tmp_path):
 # ---- What the network sees
 
 
-@pytest.mark.parametrize(("height", "width"), [(300, 400), (375, 500), (60, 400), (500, 90), (7, 5)])
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (60, 400), (7, 5)])
 def test_windows_equal_torchvisions_in_distribution(height, width):
     torch.manual_seed(0)
     draws = 3000
@@ -198,12 +199,6 @@ def test_crops_and_flips_of_a_seed_stay_what_they_are():
     assert data.random_window(60, 500, draw) == (1, 137, 55, 55) and 0.0294 < draw.random() < 0.0295
 
 
-def test_half_of_all_images_are_mirrored():
-    image = torch.arange(64, dtype=torch.uint8).expand(3, 64, 64)
-    rows = [data.augment(image, 8, random.Random(f"0/{k}"))[0, 0] for k in range(1000)]
-    assert 430 < sum(row[0] > row[-1] for row in rows) < 570  # 4.4 standard deviations
-
-
 def test_augmented_pixels_equal_torchvisions():
     image = torch.from_numpy(np.array(picture(3, 400, 300))).permute(2, 0, 1)
     for k in range(10):
@@ -214,7 +209,7 @@ def test_augmented_pixels_equal_torchvisions():
         assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize(("width", "height"), [(400, 300), (300, 401), (224, 900), (31, 33), (1, 5), (500, 375)])
+@pytest.mark.parametrize(("width", "height"), [(400, 300), (300, 401), (31, 33), (1, 5)])
 def test_validation_pixels_equal_torchvisions(width, height):
     image = picture(5, width, height)
     ours = data.central(torch.from_numpy(np.array(image)).permute(2, 0, 1), 56)
@@ -288,23 +283,12 @@ def test_training_batches_show_every_image_once_with_its_label(folder, monkeypat
     assert torch.equal(labels, files.labels[order])
 
 
-def test_an_epoch_is_a_function_of_its_seed(folder):
-    made = batches(folder)
-    first = epoch(made, 5)
-    assert not torch.equal(first[0][0], epoch(made, 6)[0][0])
-    assert_equal(epoch(made, 5), first)
-
-
-def test_the_same_image_is_augmented_anew_at_every_place(tmp_path):
-    path = write(tmp_path / "x.jpg", JPEG)
-    made = data.Batches(data.Files([path] * 8, torch.zeros(8, dtype=torch.int64)), 4, "cpu", train=True, image_size=32)
-    images = torch.cat([images for seed in (0, 1) for images, _ in made.epoch(seed)])
-    assert len({image.mean().item() for image in images}) == 16
-
-
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_neither_workers_nor_a_slow_reader_change_anything(folder, train):
-    expected = epoch(batches(folder, train, batch_size=2), 2)
+    alone = batches(folder, train, batch_size=2)
+    expected = epoch(alone, 2)
+    assert_equal(epoch(alone, 2), expected)
+    assert train is not torch.equal(expected[0][0], epoch(alone, 3)[0][0]), "an epoch is a function of its seed"
     made = batches(folder, train, batch_size=2, workers=2)
     next(made.epoch(0))  # an epoch that is broken off leaves nothing behind
     assert_equal(epoch(made, 2), expected)
@@ -330,7 +314,7 @@ def test_ranks_train_on_equal_parts_of_the_same_batches(folder, ranks):
             assert torch.equal(their_labels, labels[: size * ranks][rank::ranks])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_ranks_evaluate_every_image_once(folder, ranks):
     whole = torch.cat([images for images, _ in batches(folder, False).epoch()])
     made = [batches(folder, False, batch_size=ranks * 2, rank=rank, world_size=ranks) for rank in range(ranks)]
@@ -341,10 +325,11 @@ def test_ranks_evaluate_every_image_once(folder, ranks):
 
 
 def test_arguments_that_do_not_go_together(folder):
-    with pytest.raises(DataError, match="4 images a batch cannot be shared equally by 3 processes: give a batch size"):
-        batches(folder, batch_size=4, world_size=3)
-    with pytest.raises(DataError, match="17 training images cannot be shared by 20 processes"):
-        batches(folder, batch_size=20, world_size=20)
+    for size, ranks in ((4, 3), (20, 20)):
+        with pytest.raises(
+            DataError, match=f"17 images in batches of {size} cannot be shared by {ranks} processes: give"
+        ):
+            batches(folder, batch_size=size, world_size=ranks)
 
 
 # ---- Files that cannot be read
@@ -402,22 +387,18 @@ def test_files_that_are_too_many_to_skip(folder, train, count):
 
 # ---- Processes
 
-MIB = 2**20
-CAUSES = {
-    "[Errno 24] Too many open files": (1000 * MIB, r"raise the limit of open files \(ulimit -n 4096\), or give fewer"),
-    "received 0 items of ancdata": (1000 * MIB, r"ulimit -n"),
-    "AF_UNIX path too long": (1000 * MIB, r"set TMPDIR=/tmp"),
-    "Bus error": (8 * MIB, r"in /dev/shm 8 MiB are free, and up to 50 MiB are needed: make it larger"),
-    "exited unexpectedly": (1000 * MIB, r"if memory is short, fewer --workers or a smaller batch help"),
-}
 
-
-@pytest.mark.parametrize("cause", CAUSES)
-def test_the_advice_fits_the_cause(cause, monkeypatch):
-    free, words = CAUSES[cause]
-    monkeypatch.setattr(Path, "is_dir", lambda path: True)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(free, 0, free))
-    with pytest.raises(DataError, match=rf"images cannot be loaded \(.*\): .*{words}"), data.explaining(50 * MIB):
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        ("[Errno 24] Too many open files", r"raise the limit of open files \(ulimit -n 4096\), or give fewer"),
+        ("received 0 items of ancdata", r"ulimit -n"),
+        ("AF_UNIX path too long", r"set TMPDIR=/tmp"),
+        ("DataLoader worker exited unexpectedly", r"if memory is short .* fewer --workers or a smaller batch help"),
+    ],
+)
+def test_the_advice_fits_the_cause(cause, words):
+    with pytest.raises(DataError, match=rf"images cannot be loaded \(.*\): .*{words}"), data.explaining():
         raise RuntimeError(f"Caught OSError in DataLoader worker process 0.\nTraceback\n{cause}")
 
 
@@ -449,39 +430,22 @@ sys.path.insert(0, {str(ROOT)!r})
 from grafting_imagenet import data
 
 if __name__ == "__main__":
+    signal.alarm(300)
     received = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: received.append(number))
     train = data.load(sys.argv[1]).train
     made = data.Batches(train, 4, "cpu", train=True, image_size=32, workers=2)
-    for seed in range(int(sys.argv[2])):
-        for images, labels in made.epoch(seed):
+    while len(received) < 2:
+        for images, labels in made.epoch(0):
             time.sleep(0.01)
-        print(seed, len(received), flush=True)
-    unfinished = made.epoch(0)  # and it ends while its workers are busy
+        print("an epoch", flush=True)
+    list(made.epoch(1))
+    print("done", flush=True)
+    unfinished = made.epoch(0)  # and it ends, or is killed, while its workers are busy
     next(unfinished)
+    time.sleep(float(sys.argv[2]))
 """
-
-
-@pytest.fixture
-def start(folder):
-    """Starts a main process with two workers, in a process group of its own; waits for its first epoch."""
-    script = folder / "main.py"
-    script.write_text(MAIN)
-    started = []
-
-    def start(epochs):
-        command = [sys.executable, script, folder, str(epochs)]
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, start_new_session=True, **output))
-        assert started[-1].stdout.readline() == "0 0\n"
-        return started[-1]
-
-    yield start
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 def alive(group):
@@ -495,28 +459,25 @@ def alive(group):
     return found
 
 
-def wait_until_none_is_alive(group):
-    deadline = time.monotonic() + 120
-    while alive(group) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert alive(group) == []
-
-
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes in /proc")
-def test_workers_outlive_signals_to_the_group_but_not_their_main_process(start):
-    process = start(epochs=10**9)
-    assert len(alive(process.pid)) >= 4  # itself, two workers, the fork server
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.killpg(process.pid, number)
-    assert any(process.stdout.readline().endswith(" 2\n") for _ in range(1000))
-    assert process.stdout.readline().endswith(" 2\n")  # a whole epoch after the signals
-    process.kill()
-    wait_until_none_is_alive(process.pid)
-    assert "Traceback" not in process.stdout.read()
-
-
-@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes in /proc")
-def test_workers_end_with_a_main_process_that_ends_in_the_middle_of_an_epoch(start):
-    process = start(epochs=1)
-    assert process.wait(120) == 0 and process.stdout.read() == ""
-    wait_until_none_is_alive(process.pid)
+@pytest.mark.parametrize("ending", ["by itself", pytest.param("killed", marks=pytest.mark.slow)])
+def test_workers_outlive_signals_to_the_group_but_not_their_main_process(folder, ending):
+    script = folder / "main.py"
+    script.write_text(MAIN)
+    command = [sys.executable, script, folder, "300" if ending == "killed" else "0"]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **output) as process:
+        try:
+            assert process.stdout.readline() == "an epoch\n"
+            assert len(alive(process.pid)) >= 4  # itself, two workers, the fork server
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.killpg(process.pid, number)
+            assert any(process.stdout.readline() == "done\n" for _ in range(1000)), "an epoch after the signals"
+            if ending == "killed":
+                process.kill()
+            status, said = process.wait(120), process.stdout.read()
+            assert (status, said) == (-signal.SIGKILL if ending == "killed" else 0, "")
+            until(lambda: not alive(process.pid))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

@@ -20,7 +20,6 @@ from torchvision.datasets.folder import make_dataset
 from filter_grafting.errors import GraftingError
 from filter_grafting.membership import printable
 
-STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow recognises, but does not decode
 SYSTEM = {"@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found"}
 
 
@@ -59,37 +58,35 @@ def class_folders(folder: str | Path) -> Images:
     Raises:
         DataError: if the folder is laid out in another way, cannot be read, or its splits have other classes.
     """
-    folder = Path(os.path.abspath(os.path.expanduser(folder)))
+    folder, left_out = Path(os.path.abspath(os.path.expanduser(folder))), []
+    place = printable(folder)
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise DataError(f"{place} {problem}: give one that holds train/<class>/ and test/<class>/")
     try:
-        if not folder.is_dir():
-            problem = "is not a folder" if folder.exists() else "does not exist"
-            raise DataError(f"{printable(folder)} {problem}: give one that holds train/<class>/ and test/<class>/")
         classes = {split: names for split in ("train", "val", "test") if (names := _classes(folder / split))}
-        _check(folder, classes)
-        left_out: list[str] = []
+        _check(place, classes)
         files = {split: _list(folder / split, names, left_out) for split, names in classes.items()}
     except OSError as error:
-        place = printable(error.filename or folder)
-        raise DataError(f"{place} cannot be read ({error.strerror}): mend it, or give another folder") from error
-    unused = [name for name in ("val", "test") if name not in classes and (folder / name).is_dir()]
-    notes = [f"left out of {printable(folder)}: {name}/, which has no class folders" for name in unused]
+        raise DataError(f"{printable(error.filename or folder)} cannot be read ({error.strerror})") from error
+    notes = [
+        f"left out of {place}: {name}/, which has no class folders"
+        for name in ("val", "test")
+        if name not in classes and (folder / name).is_dir()
+    ]
     if left_out:
         example = printable(os.path.relpath(min(left_out), folder))
-        found = f"{len(left_out):,} files that are hidden or no images, such as {example}"
-        notes.append(f"left out of {printable(folder)}: {found}")
+        notes.append(f"left out of {place}: {len(left_out):,} files that are hidden or no images, such as {example}")
     val = files.get("val") if "test" in files else None
     return Images(files["train"], val, files.get("test", files.get("val")), classes["train"], notes)
 
 
 def _classes(place: Path) -> list[str]:
-    if not place.is_dir():
-        return []
-    with os.scandir(place) as entries:
-        return sorted(entry.name for entry in entries if not _is_hidden(entry.name) and entry.is_dir())
+    names = sorted(os.listdir(place)) if place.is_dir() else []
+    return [name for name in names if not _is_hidden(name) and (place / name).is_dir()]
 
 
-def _check(folder: Path, classes: dict[str, list[str]]) -> None:
-    place = printable(folder)
+def _check(place: str, classes: dict[str, list[str]]) -> None:
     if "train" not in classes:
         raise DataError(f"{place} has no class folders in train/: put the images of each class into train/<class>/")
     if len(classes) == 1:
@@ -98,15 +95,10 @@ def _check(folder: Path, classes: dict[str, list[str]]) -> None:
     for split in list(classes)[1:]:
         train, other = set(classes["train"]), set(classes[split])
         only = {"train": sorted(train - other), split: sorted(other - train)}
-        differences = [f"only {name}/ has {_first_few(names)}" for name, names in only.items() if names]
-        if differences:
+        if train != other:
+            differences = [f"only {one}/ has {printable(', '.join(names), 60)}" for one, names in only.items() if names]
             rule = f"train/ and {split}/ of {place} must have the same class folders"
             raise DataError(f"{rule}, but {' and '.join(differences)}: add or remove what differs")
-
-
-def _first_few(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return printable(", ".join(names[:most])) + more
 
 
 def _list(place: Path, classes: list[str], left_out: list[str]) -> Files:
@@ -114,21 +106,17 @@ def _list(place: Path, classes: list[str], left_out: list[str]) -> Files:
 
     def is_image(path: str) -> bool:
         hidden = any(map(_is_hidden, path[len(str(place)) :].split(os.sep)))
-        if hidden or os.path.splitext(path)[1].lower() not in suffixes():
+        counts = not hidden and os.path.splitext(path)[1].lower() in suffixes()
+        if not counts:
             left_out.append(path)
-            return False
-        return True
+        return counts
 
     ranks = {name: rank for rank, name in enumerate(classes)}
-    with os.scandir(place) as entries:
-        left_out += [entry.path for entry in entries if entry.name not in ranks]
-    for name in classes:
-        os.scandir(place / name).close()  # raises where the folder may not be read; torchvision would pass over it
+    left_out += [str(place / name) for name in os.listdir(place) if name not in ranks]
     samples = make_dataset(str(place), ranks, is_valid_file=is_image, allow_empty=True)
     samples.sort(key=lambda sample: (sample[1], sample[0]))
     if empty := sorted(set(range(len(classes))) - {rank for _, rank in samples}):
-        place = printable(place / classes[empty[0]])
-        raise DataError(f"{place} has no image: put some there, or remove this class everywhere")
+        raise DataError(f"{printable(place / classes[empty[0]])} has no image: put some there, or remove this class")
     return Files([path for path, _ in samples], torch.tensor([rank for _, rank in samples]))
 
 
@@ -138,11 +126,10 @@ def _is_hidden(name: str) -> bool:
 
 @cache
 def suffixes() -> frozenset[str]:
-    """Of the files that Pillow decodes: .bmp, .jfif, .jpg, .png and many more."""
+    """Of the files that Pillow reads: .bmp, .jfif, .jpg, .png and many more."""
     # Decoders registered first are tried first on every file: with the usual ones in front, that takes half the time.
     Image.preinit()
-    extensions = Image.registered_extensions()
-    return frozenset(suffix for suffix, name in extensions.items() if name in Image.OPEN.keys() - STUBS)
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
 
 
 @contextmanager
