@@ -254,7 +254,7 @@ DAMAGES = {
     "final1.t7 is truncated, damaged or": ("final1.t7", cut),
     "final1.t7 holds no state dict": ("final1.t7", lambda path: torch.save({"net": [1]}, path)),
     "run.json is missing": ("run.json", Path.unlink),
-    "run.json is unreadable": ("run.json", lambda path: path.write_text("[" * 100_000)),
+    "run.json is unreadable": ("run.json", lambda path: path.write_text("{")),
 }
 
 
