@@ -81,6 +81,11 @@ def assert_untouched(model, before):
         assert torch.equal(entry.nan_to_num(1e9), before[key].nan_to_num(1e9)), key
 
 
+def same(model, other):
+    """Whether two networks, wrapped or not, hold exactly the same."""
+    return all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
 def mixture():
     """Convolutions of every kind, and entries of every kind between them."""
     return nn.Sequential(

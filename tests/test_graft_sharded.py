@@ -21,6 +21,10 @@ def make():
     return nn.Sequential(chain(filters=(5, 8)), nn.Conv2d(1, 1, 3))
 
 
+def holds(model, state):
+    return all(torch.equal(entry, state[key]) for key, entry in plain_state(model).items())
+
+
 def in_each_process(rank, folder):
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
@@ -45,15 +49,13 @@ def check_sharded():
     fully_shard(model, mesh=mesh)
     assert invalid_filters(model, 0.5) == filters
     assert graft(model, neighbour) == expected_layers
-    for key, entry in plain_state(model).items():
-        assert torch.equal(entry, expected.state_dict()[key]), key
+    assert holds(model, expected.state_dict())
     load_plain_state(model, neighbour)
-    for key, entry in plain_state(model).items():
-        assert torch.equal(entry, neighbour[key]), key
+    assert holds(model, neighbour)
     # Sharded on the other side, too; and through whatever exchanges whole weights.
     other = fully_shard(randomised(make(), 2), mesh=mesh)
     graft(whole := randomised(make(), 1), other.state_dict())
-    assert all(torch.equal(entry, expected.state_dict()[key]) for key, entry in whole.state_dict().items())
+    assert holds(whole, expected.state_dict())
     Grafting(model, Giver(plain_state(randomised(make(), 1)))).step()
     with pytest.raises(MismatchError, match="the model is sharded"):
         graft(fully_shard(randomised(chain(), 1), mesh=mesh), chain().state_dict(), level="filter")
@@ -83,7 +85,7 @@ def check_copies():
     other = nn.parallel.DistributedDataParallel(randomised(make(), 2))
     graft(copies, other.state_dict())
     graft(expected, neighbour)
-    assert all(torch.equal(entry, expected.state_dict()[key]) for key, entry in plain_state(copies).items())
+    assert holds(copies, expected.state_dict())
 
 
 def check_fsdp1():

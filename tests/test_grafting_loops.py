@@ -3,10 +3,21 @@
 import copy
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from naive import assert_blended, assert_untouched, chain, coefficients_of, looped_graft, mixture, randomised, snapshot
+from naive import (
+    assert_blended,
+    assert_untouched,
+    chain,
+    coefficients_of,
+    looped_graft,
+    mixture,
+    randomised,
+    same,
+    snapshot,
+)
 from torch import nn
 
 from filter_grafting import FileRing, Grafting, GraftingError, MismatchError, graft, graft_ring
@@ -14,10 +25,6 @@ from filter_grafting import FileRing, Grafting, GraftingError, MismatchError, gr
 
 def ring_of(networks):
     return [randomised(mixture(), seed) for seed in range(1, networks + 1)]
-
-
-def same(model, other):
-    return all(torch.equal(entry, other.state_dict()[key]) for key, entry in model.state_dict().items())
 
 
 # graft_ring
@@ -45,13 +52,13 @@ def floats(model):
     return [entry for entry in model.state_dict().values() if entry.is_floating_point()]
 
 
-def test_two_networks_become_equal_and_three_do_not():
-    for networks in 2, 3:
-        models = ring_of(networks)
-        graft_ring(models)
-        for one, other in itertools.combinations(models, 2):
-            alike = [torch.allclose(a, b, atol=1e-6) for a, b in zip(floats(one), floats(other), strict=True)]
-            assert all(alike) if networks == 2 else not all(alike)
+@pytest.mark.parametrize("networks", [2, 3])
+def test_two_networks_become_equal_and_three_do_not(networks):
+    models = ring_of(networks)
+    graft_ring(models)
+    for one, other in itertools.combinations(models, 2):
+        alike = [torch.allclose(a, b, atol=1e-6) for a, b in zip(floats(one), floats(other), strict=True)]
+        assert all(alike) == (networks == 2)
 
 
 def test_a_ring_at_filter_level():
@@ -90,12 +97,9 @@ class Memory:
     def __init__(self, networks):
         self.barrier, self.states = threading.Barrier(networks, timeout=60), {}
 
-    def place(self, network):
-        return Place(self, network)
-
 
 class Place:
-    def __init__(self, memory, network):
+    def __init__(self, memory, network=0):
         self.memory, self.network, self.rounds = memory, network, []
 
     def swap(self, state, round):
@@ -113,21 +117,8 @@ def trained(model, epoch):
 
 
 def in_threads(*functions):
-    errors = []
-
-    def guarded(function):
-        try:
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [future.result() for future in [pool.submit(function) for function in functions]]
 
 
 def expected_after(models, epochs, grafted=lambda epoch: True, **options):
@@ -155,7 +146,7 @@ def test_a_loop_grafts_every_so_many_rounds_after_a_warm_up(options, rounds):
     models = ring_of(3)
     expected = expected_after(models, 6, lambda epoch: epoch in rounds, a=0.6, c=3, exclude=("14.*",))
     memory = Memory(3)
-    places = [memory.place(network) for network in range(3)]
+    places = [Place(memory, network) for network in range(3)]
     steppers = [
         Grafting(model, place, 0.6, 3, exclude=("14.*",), **options)
         for model, place in zip(models, places, strict=True)
@@ -167,7 +158,7 @@ def test_a_loop_grafts_every_so_many_rounds_after_a_warm_up(options, rounds):
 
 
 def test_step_tells_what_it_found_and_its_state_is_the_next_round():
-    model, place = randomised(mixture(), 1), Memory(1).place(0)
+    model, place = randomised(mixture(), 1), Place(Memory(1))
     stepper = Grafting(model, place, every=2)
     assert stepper.step() is None
     assert stepper.state_dict() == {"round": 1}
@@ -189,11 +180,11 @@ def test_step_tells_what_it_found_and_its_state_is_the_next_round():
 )
 def test_bad_arguments_are_refused_before_training(options, message):
     with pytest.raises(ValueError, match=message):
-        Grafting(chain(), Memory(1).place(0), **options)
+        Grafting(chain(), Place(Memory(1)), **options)
 
 
 def test_what_the_first_graft_would_refuse_is_refused_before_training():
-    model, place = mixture(), Memory(1).place(0)
+    model, place = mixture(), Place(Memory(1))
     with pytest.raises(MismatchError, match="Linear has no convolution"):
         Grafting(nn.Linear(2, 2), place)
     Grafting(model, place, exclude=("head.*",))  # the neighbour may have such entries
@@ -241,16 +232,12 @@ def run_network(directory, network, epochs, resume=False, until=None):
 
 
 def test_a_resumed_network_first_grafts_and_ends_with_the_same_weights(tmp_path):
-    results = {}
+    def run(name, *arguments):
+        return in_threads(*(lambda k=k: run_network(tmp_path / name, k, 4, *arguments) for k in (1, 2)))
 
-    def run(name, network, *arguments):
-        results[name, network] = run_network(tmp_path / name, network, 4, *arguments)
-
-    in_threads(*(lambda k=k: run("undisturbed", k) for k in (1, 2)))
-    in_threads(*(lambda k=k: run("broken", k, False, 2) for k in (1, 2)))
-    in_threads(*(lambda k=k: run("broken", k, True) for k in (1, 2)))
-    for network in 1, 2:
-        (model, optimizer), (expected, other) = results["broken", network], results["undisturbed", network]
+    undisturbed = run("undisturbed")
+    run("broken", False, 2)
+    for (model, optimizer), (expected, other) in zip(run("broken", True), undisturbed, strict=True):
         assert same(model, expected)
         assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"] == 0.01 * 0.5**4
         momenta, expected = ([x["momentum_buffer"] for x in o.state.values()] for o in (optimizer, other))
