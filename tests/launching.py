@@ -11,7 +11,7 @@ import struct
 import sys
 import termios
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,21 +23,18 @@ LAUNCHER = ROOT / "grafting_cifar" / "grafting.sh"
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 # It reads its flags and holds its place as the real one does. It starts once the file HOLD is there, and trains until
-# ENDS is there (without those variables: at once), or ends at once with the sentence FAILS.
+# ENDS is there (without those variables: at once), or ends at once with the sentence FAILS. It never lives for long.
 STAND_IN = """
 import fcntl, json, os, signal, socket, sys, time
 from pathlib import Path
 
+signal.alarm(120)
 sys.path.insert(0, os.environ["REAL_ROOT"])
-Path(os.environ["PIDS"], str(os.getpid())).touch()
-over = Path(os.environ["PIDS"], "over")  # the test is: all that it has started end, also those that are only starting
-if over.exists():
-    sys.exit()
 from importlib import import_module
 from training.flags import command
 
 def wait_for(name):
-    while name in os.environ and not Path(os.environ[name]).exists() and not over.exists():
+    while name in os.environ and not Path(os.environ[name]).exists():
         time.sleep(0.02)
 
 args = import_module(Path(__file__).resolve().parent.name + ".flags").parse()
@@ -45,8 +42,8 @@ path, rank = args.s / f"network{args.i}.json", os.environ.get("RANK", "0")
 wait_for("HOLD")
 if "FAILS" in os.environ:
     sys.exit(os.environ["FAILS"])
-variables = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
-seen = {name: os.environ.get(name) for name in variables} | {"argv": sys.argv[1:], "cwd": os.getcwd()}
+seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+seen |= {"argv": sys.argv[1:], "cwd": os.getcwd(), "pid": os.getpid()}
 seen["nohup"] = [signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, os.getsid(0) == os.getpid(), sys.stdin.read() == ""]
 (args.s / f"seen{args.i}.{rank}").write_text(json.dumps(seen))
 said = {"network": args.i, "num": args.num, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
@@ -58,7 +55,7 @@ def say(state):
 
 def stopped(*_):
     say("stopped")
-    sys.exit("network stopped by SIGTERM") if "DEAF" not in os.environ else None
+    sys.exit("network stopped by SIGTERM")
 
 if rank == "0":
     lock = open(args.s / f"network{args.i}.lock", "w")
@@ -75,23 +72,16 @@ if rank == "0":
 class Project:
     """The copy, in a folder whose name has a space; `cwd` is where the launcher is called from."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str] | None):
-        self.root, self.cwd, self.pids, self.ends = (
-            folder / "a project",
-            folder / "here",
-            folder / "pids",
-            folder / "ends",
-        )
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        self.root, self.cwd, self.go, self.ends = (folder / name for name in ("a project", "here", "go", "ends"))
         self.patch, self.capsys = monkeypatch, capsys
-        for each in (self.cwd, self.pids):
-            each.mkdir()
+        self.cwd.mkdir()
         for name in ("training", "filter_grafting", "grafting_cifar", "grafting_imagenet"):
             shutil.copytree(ROOT / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("grafting_cifar", "grafting_imagenet"):
             (self.root / name / "grafting.py").write_text(STAND_IN)
         (self.root / "requirements.txt").write_text("pytest\n")
-        self.variables = {"PIDS": str(self.pids), "REAL_ROOT": str(ROOT), "PYTHON": sys.executable}
-        for name, value in {**self.variables, "CUDA_VISIBLE_DEVICES": ""}.items():
+        for name, value in {"REAL_ROOT": str(ROOT), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         monkeypatch.chdir(self.cwd)
@@ -110,35 +100,56 @@ class Project:
             status = end.code
         return status, *self.capsys.readouterr()
 
+    def hold(self) -> None:
+        """From now on, stand-ins that are started wait for `go`, and nobody waits for them."""
+        self.patch.setenv("HOLD", str(self.go))
+        self.patch.setattr(view, "START_SECONDS", 0.0)
+
     def trains_on(self) -> None:
         """From now on, stand-ins that are started train until `end`."""
         self.patch.setenv("ENDS", str(self.ends))
 
     def end(self) -> None:
         self.ends.touch()
+        self.go.touch()
+
+    def records(self) -> list:
+        """From now on, nothing is started: the jobs that would be, instead."""
+        jobs = []
+        self.patch.setattr(launch, "launch", lambda folder, args, some, own: jobs.extend(some) or 0)
+        return jobs
 
     def seen(self, directory: str, network: int, rank: int = 0) -> dict:
         """What a stand-in has found when it was started."""
         path = self.cwd / directory / f"seen{network}.{rank}"
         return json.loads(until(lambda: path.exists() and path.read_text(), what=lambda: str(path)))
 
-    def flags(self, directory: str, network: int, folder: str = "grafting_cifar") -> dict:
-        return vars(importlib.import_module(f"{folder}.flags").parse(self.seen(directory, network)["argv"]))
-
     def status(self, directory: str, network: int) -> dict:
         return json.loads((self.cwd / directory / f"network{network}.json").read_text())
 
 
-@contextmanager
-def project(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str] | None = None
-) -> Iterator[Project]:
-    """A project of which no process outlives the test."""
+def project(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Project]:
+    """A fixture: a project whose processes end with the test."""
     made = Project(folder, monkeypatch, capsys)
-    try:
-        yield made
-    finally:
-        (made.pids / "over").touch()
+    yield made
+    made.end()
+
+
+def terminals():
+    """A fixture: terminal(command, cwd, environment) -> Terminal; none outlives the test."""
+    made = []
+
+    def start(command, cwd, environment=ENVIRONMENT):
+        made.append(Terminal(command, cwd, environment))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.kill()
+
+
+def flags_of(words: list[str], folder: str = "grafting_cifar") -> dict:
+    return vars(importlib.import_module(f"{folder}.flags").parse(words))
 
 
 def write_status(directory: Path, network: int, **fields: object) -> None:

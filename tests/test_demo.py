@@ -5,8 +5,9 @@ import re
 import signal
 import subprocess
 
+import launching
 import pytest
-from launching import ENVIRONMENT, LAUNCHER, Terminal, write_status
+from launching import ENVIRONMENT, LAUNCHER, write_status
 from processes import until
 
 from filter_grafting.membership import observe
@@ -18,6 +19,11 @@ NETWORKS = (("baseline", 1), ("grafted", 1), ("grafted", 2))
 
 def flags_of(images):
     return ["demo", "--data", str(images), "--device", "cpu", "--batch_size", "16"]
+
+
+@pytest.fixture
+def terminal():
+    yield from launching.terminals()
 
 
 @pytest.fixture
@@ -37,19 +43,17 @@ def states(folder):
     return [str(observe(folder / "checkpoint/demo" / name, [i])[0]) for name, i in NETWORKS]
 
 
-def test_on_a_terminal_the_demo_shows_a_bar_its_epochs_and_a_table(folder, images):
+@pytest.mark.slow
+def test_on_a_terminal_the_demo_shows_a_bar_its_epochs_and_a_table(folder, images, terminal):
     earlier = folder / "checkpoint/demo"
     write_status(earlier / "grafted", 1)  # killed
     (earlier / MARKER).touch()
-    shown = Terminal([LAUNCHER, *flags_of(images), "--epochs", "2"], folder, ENVIRONMENT)
-    try:
-        assert shown.end() == 0, shown.text
-    finally:
-        shown.kill()
+    shown = terminal([LAUNCHER, *flags_of(images), "--epochs", "2"], folder)
+    assert shown.end() == 0, shown.text
     text = re.sub(r"\x1b\[\d*\w", "", shown.text)
     lines = re.findall(r"^(baseline|grafted 1|grafted 2) +Network:[12] +epoch:([01]) ", text, re.MULTILINE)
     assert sorted(lines) == [(name, epoch) for name in ("baseline", "grafted 1", "grafted 2") for epoch in "01"]
-    assert re.search(r"^[#.]{40} +\d+%", text, re.MULTILINE), "the bar"
+    assert re.search(r"\d+%  \S+ left", text), "the bar"
     table = shown.text.split("\x1b[J")[-1]
     assert re.search(r"\| *gain *\|", table) and re.search(r"checkpoint/demo/\S+/best[12]\.t7", table)
     plots = re.findall(r"checkpoint/demo/plots/\S+\.png", table)
@@ -64,6 +68,7 @@ def test_the_demo_replaces_no_folder_but_its_own(folder):
     assert not list((folder / "checkpoint/demo").iterdir())
 
 
+@pytest.mark.slow
 def test_the_demo_fails_with_the_reason_and_leaves_no_network_behind(folder, images):
     result = call(*flags_of(images), "--images", "1000", cwd=folder)
     assert result.returncode == 1
@@ -71,12 +76,10 @@ def test_the_demo_fails_with_the_reason_and_leaves_no_network_behind(folder, ima
     assert not [status for name in ("baseline", "grafted") for status in living(folder / "checkpoint/demo" / name)]
 
 
-@pytest.mark.parametrize(
-    ("number", "expected"),
-    [(signal.SIGINT, "stopped\n"), pytest.param(signal.SIGTERM, "", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, "stopped\n"), (signal.SIGTERM, "")])
 def test_a_signal_ends_the_demo_and_its_networks(folder, images, number, expected):
-    command = [LAUNCHER, *flags_of(images), "--epochs", "100000"]
+    command = [LAUNCHER, *flags_of(images), "--epochs", "1000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **pipes) as demo:
         try:

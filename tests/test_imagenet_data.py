@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 import warnings
 from pathlib import Path
@@ -23,14 +22,12 @@ import torch
 from PIL import Image
 from processes import until
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
 from grafting_imagenet import data
 from grafting_imagenet.data import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE = ROOT.parent / "shared" / "data" / "imagenet_sample.tar"
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
 
@@ -66,17 +63,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def sample(tmp_path_factory):
-    """The files of 123 real ImageNet images."""
-    if not SAMPLE.exists():
-        pytest.skip(f"{SAMPLE} is not there: no real images")
-    folder = tmp_path_factory.mktemp("sample")
-    with tarfile.open(SAMPLE) as archive:
-        archive.extractall(folder, filter="data")
-    return ImageFolder(folder / "imagenet_sample").samples
-
-
 # ---- Images
 
 
@@ -87,29 +73,16 @@ def pillow(contents):
         return torch.from_numpy(np.array(Image.open(io.BytesIO(contents)).convert("RGB"))).permute(2, 0, 1)
 
 
-def adobe(contents, inverted):
-    """A CMYK JPEG of Pillow, which has Adobe's mark and inverted values, with that mark or without it."""
-    at = contents.index(b"Adobe") - 4
-    length = int.from_bytes(contents[at + 2 : at + 4], "big")
-    return contents if inverted else contents[:at] + contents[at + 2 + length :]
-
-
-def with_orientation():
-    exif = Image.Exif()
-    exif[0x112] = 6  # to be turned by 90 degrees
-    return encode(picture(0), "JPEG", exif=exif)
-
-
+TURNED = Image.Exif()
+TURNED[0x112] = 6  # to be turned by 90 degrees
 ODD_IMAGES = {
     "grey JPEG": lambda: encode(picture(0).convert("L"), "JPEG"),
     "progressive JPEG": lambda: encode(picture(0), "JPEG", progressive=True),
-    "CMYK JPEG by Adobe": lambda: adobe(encode(picture(0).convert("CMYK"), "JPEG"), True),
-    "CMYK JPEG": lambda: adobe(encode(picture(0).convert("CMYK"), "JPEG"), False),
-    "JPEG with an orientation": with_orientation,
+    "CMYK JPEG": lambda: encode(picture(0).convert("CMYK"), "JPEG"),
+    "JPEG with an orientation": lambda: encode(picture(0), "JPEG", exif=TURNED),
     "JPEG with a tail": lambda: encode(picture(0), "JPEG") + b"more" * 1000,
     "JPEG with damaged EXIF": lambda: encode(picture(0), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"),
     "JPEG of one pixel": lambda: encode(picture(0, 1, 1), "JPEG"),
-    "JPEG, very wide": lambda: encode(picture(0, 700, 2), "JPEG"),
     "several JPEGs in one": lambda: encode(picture(0), "MPO", save_all=True, append_images=[picture(1)]),
     "palette PNG with transparency": lambda: encode(picture(0).quantize(16), "PNG", transparency=bytes(range(16))),
     "PNG with alpha": lambda: encode(picture(0).convert("RGBA"), "PNG"),
@@ -141,12 +114,10 @@ def test_without_torchvisions_decoder_pillow_reads_the_same(tmp_path, monkeypatc
 JPEG = encode(picture(0), "JPEG")
 DAMAGED = {
     "truncated": (JPEG[: len(JPEG) // 2], "runcated"),
-    "its last bytes missing": (JPEG[:-20], "runcated"),
     "only its first bytes": (JPEG[:3], "no known format"),
     "empty": (b"", "it is empty"),
     "a text": (b"404 not found\n" * 100, "no known format"),
     "a truncated PNG": (encode(picture(0), "PNG")[:-1000], ""),
-    "a PNG with a damaged header": (b"\x89PNG\r\n\x1a\n" + bytes(100), ""),
     "gone": (None, "No such file or directory"),
 }
 
@@ -216,17 +187,6 @@ def test_validation_pixels_equal_torchvisions(width, height):
     pipeline = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])
     theirs = torch.from_numpy(np.array(pipeline(image))).permute(2, 0, 1)
     assert ours.shape == theirs.shape and (ours.int() - theirs.int()).abs().max() <= 1
-
-
-def test_real_validation_batches_equal_the_usual_pipeline(sample):
-    steps = [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]
-    pipeline = transforms.Compose([*steps, transforms.Normalize(data.MEAN, data.STD)])
-    files = data.Files([path for path, _ in sample[:16]], torch.tensor([label for _, label in sample[:16]]))
-    (images, labels), *rest = data.Batches(files, 16, "cpu", train=False).epoch()
-    assert not rest and torch.equal(labels, files.labels)
-    theirs = torch.stack([pipeline(Image.open(path).convert("RGB")) for path in files.paths])
-    level = 1 / (255 * min(data.STD))  # of 256
-    assert (images - theirs).abs().max() < 1.01 * level and (images - theirs).abs().mean() < 0.01 * level
 
 
 # ---- Batches
@@ -314,14 +274,13 @@ def test_ranks_train_on_equal_parts_of_the_same_batches(folder, ranks):
             assert torch.equal(their_labels, labels[: size * ranks][rank::ranks])
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("ranks", [2, 8])
 def test_ranks_evaluate_every_image_once(folder, ranks):
     whole = torch.cat([images for images, _ in batches(folder, False).epoch()])
-    made = [batches(folder, False, batch_size=ranks * 2, rank=rank, world_size=ranks) for rank in range(ranks)]
-    for rank, share in enumerate(made):
-        shown = epoch(share)
-        seen = torch.cat([images for images, _ in shown]) if shown else whole[:0]
-        assert len(shown) == len(share) and torch.equal(seen, whole[rank::ranks])
+    for rank in range(ranks):
+        share = batches(folder, False, batch_size=ranks * 2, rank=rank, world_size=ranks)
+        shown = [images for images, _ in epoch(share)]
+        assert len(shown) == len(share) and torch.equal(torch.cat([whole[:0], *shown]), whole[rank::ranks])
 
 
 def test_arguments_that_do_not_go_together(folder):

@@ -71,6 +71,7 @@ def test_venv_is_made_reused_and_completed(checkout):
     assert checkout("needs.txt")[:2] == (0, str(checkout.python)), "9.1 is less than 10.0"
 
 
+@pytest.mark.slow
 def test_an_interrupted_installation_is_begun_anew(checkout):
     checkout.make_package("graftingone")
     checkout.requires("graftingone")
@@ -83,6 +84,7 @@ def test_an_interrupted_installation_is_begun_anew(checkout):
     assert not (checkout.root / ".venv/half-made").exists()
 
 
+@pytest.mark.slow
 def test_of_two_calls_at_the_same_time_one_waits_for_the_other(checkout):
     checkout.make_package("graftingone")
     checkout.requires("graftingone")

@@ -16,11 +16,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
@@ -96,17 +96,10 @@ def set_up() -> None:
     python = found.stdout.strip()
     if python != sys.executable:
         os.execv(python, [python, *sys.orig_argv[1:]])
-    try:
-        view = importlib.import_module("training.view")
-    except ImportError as error:
-        fail(f"{python} cannot load what the project needs: {error}")
+    view = importlib.import_module("training.view")
 
 
 # Flags
-
-
-def flags_of(folder: str) -> ModuleType:
-    return importlib.import_module(f"{folder}.flags")
 
 
 def own_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -119,34 +112,33 @@ def own_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def check(folder: str, words: Sequence[str], ranks: int | None = 1, cwd: str = "") -> argparse.Namespace:
     """The flags as a network's ranks will read them; a wrong one, or data that is not there, ends the launcher."""
+    flags = importlib.import_module(f"{folder}.flags")
     world = {"WORLD_SIZE": str(ranks), "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "0"}
     with patch.dict(os.environ, world if (ranks or 1) > 1 else {}):
-        args = flags_of(folder).parse(list(words))
+        args = flags.parse(list(words))
     if getattr(args, "gpu", None) is not None:
         wrong("--gpu: each network has a GPU of its own; CUDA_VISIBLE_DEVICES says which there are")
     if getattr(args, "evaluate", False):
         wrong("-e: networks are evaluated by grafting.py itself")
-    default = flags_of(folder).parser().get_default("data")
-    needs_none = folder == "grafting_cifar" and (str(args.data) == "glyphs" or args.data == default)
+    default = flags.parser().get_default("data")
+    needs_none = folder == "grafting_cifar" and str(args.data) in ("glyphs", str(default))
     if not needs_none and not Path(cwd, args.data).is_dir():
         fail(f"there is no folder {args.data} (--data)")
     return args
 
 
-def given(folder: str, words: Sequence[str], **changes: object) -> list[str]:
-    """The flags that differ from their defaults, each once, with some of them changed."""
-    parser = flags_of(folder).parser()
-    values, result = vars(parser.parse_args(words)) | changes, []
-    for action in parser._actions:
-        value = values.get(action.dest, action.default)
-        if value != action.default:
-            name = next(name for name in action.option_strings if name.startswith("--"))
-            for one in dict.fromkeys(value if isinstance(value, list) else [value]):
-                result += [name] if one is True else [name, str(one)]
-    return result
-
-
 # Starting
+
+
+class Job(NamedTuple):
+    """A network that is to be started."""
+
+    name: str
+    directory: Path
+    i: int
+    words: Sequence[str]  # its flags
+    k: int  # which of all that are started side by side it is, from 1: so it has its GPUs
+    cwd: str | None = None
 
 
 def start(folder: str, words: Sequence[str]) -> int:
@@ -161,12 +153,12 @@ def start(folder: str, words: Sequence[str]) -> int:
             runs, again = "runs" if status.alive else "has run", how(folder, "resume", args.s)
             place = f"network {status.network} {runs} in {view.short(args.s)}"
             fail(f"{place}: {again} continues it; or choose another directory (--s)")
+    words = [*workers_of(folder, (own.gpus_per_network or 1) * args.num), *words, "--s", str(args.s), "--i"]
     pending = [status.network for status in statuses if may_start(status, args.epochs)]
-    if not pending:
-        print(f"nothing to start: all networks in {view.short(args.s)} are alive or done")
-        return 0
-    changes = workers_of(folder, words, (own.gpus_per_network or 1) * args.num) | {"s": args.s, "num": args.num}
-    return launch(folder, args, {i: given(folder, words, **changes, i=i) for i in pending}, own)
+    if pending:
+        return launch(folder, args, [Job(f"network {i}", args.s, i, [*words, str(i)], i) for i in pending], own)
+    print(f"nothing to start: all networks in {view.short(args.s)} are alive or done")
+    return 0
 
 
 def may_start(status: "view.Status", epochs: int | None) -> bool:
@@ -174,33 +166,33 @@ def may_start(status: "view.Status", epochs: int | None) -> bool:
     return not status.alive and (status.state != "done" or (epochs or 0) > (status.epochs or 0))
 
 
-def launch(
-    folder: str,
-    args: argparse.Namespace,
-    flags: Mapping[int, Sequence[str]],
-    own: argparse.Namespace,
-    folders: Mapping[int, str] | None = None,
-) -> int:
-    """Starts networks, each with its flags in its folder, and shows how they are; 1 if one fails meanwhile."""
-    directory, ranks, names = Path(args.s), own.gpus_per_network or 1, gpus(args.device)
-    if 0 < len(names) < ranks:
-        wrong(f"--gpus-per-network: got {ranks}, but there are {len(names)} GPUs")
-    share, started = share_of(args, ranks * args.num, names), {}
-    for i, words in flags.items():
-        variables = gpus_of(i, ranks, names) | share
-        log = directory / f"{i}.{SUFFIXES[folder]}"
-        started[i] = spawn(f"network {i}", command_of(folder, words, ranks), log, variables, (folders or {}).get(i))
-    for one in started.values():  # not before all are started: whoever reads this may stop reading
+def launch(folder: str, args: argparse.Namespace, jobs: Sequence[Job], own: argparse.Namespace) -> int:
+    """Starts networks of one run, and shows how they are; 1 if one fails meanwhile."""
+    started = list(spawn_all(folder, jobs, args, own, args.num))
+    for one in started:  # not before all are started: whoever reads this may stop reading
         print(one.line if own.verbose else f"{one.name}: {view.short(one.log)}")
-    again = f"look again: {how(folder, 'status', directory)}\nend them:   {how(folder, 'stop', directory)}"
+    again = f"look again: {how(folder, 'status', args.s)}\nend them:   {how(folder, 'stop', args.s)}"
     try:
-        failed = view.watch(directory, started)
+        failed = view.watch(args.s, {job.i: one for job, one in zip(jobs, started, strict=True)})
     except KeyboardInterrupt:
         print(f"\nno longer watching; the training goes on\n{again}")
         return 130
-    if any(one.process.poll() is None for one in started.values()):
-        print(f"start it again: {how(folder, 'resume', directory)}" if failed else again)
+    if any(one.process.poll() is None for one in started):
+        print(f"start it again: {how(folder, 'resume', args.s)}" if failed else again)
     return failed
+
+
+def spawn_all(
+    folder: str, jobs: Iterable[Job], args: argparse.Namespace, own: argparse.Namespace, num: int
+) -> Iterator["view.Started"]:
+    """Starts jobs, each with its GPUs, or with its share of the cores as one of num."""
+    ranks, names = own.gpus_per_network or 1, gpus(args.device)
+    if 0 < len(names) < ranks:
+        wrong(f"--gpus-per-network: got {ranks}, but there are {len(names)} GPUs")
+    share = share_of(args, ranks * num, names)
+    for job in jobs:
+        command, log = command_of(folder, job.words, ranks), job.directory / f"{job.i}.{SUFFIXES[folder]}"
+        yield spawn(job.name, command, log, gpus_of(job.k, ranks, names) | share, job.cwd)
 
 
 def cores() -> int:
@@ -214,10 +206,9 @@ def share_of(args: argparse.Namespace, processes: int, gpus: Sequence[str]) -> d
     return {name: str(max(1, cores() // processes)) for name in names if not os.environ.get(name)}
 
 
-def workers_of(folder: str, words: Sequence[str], processes: int) -> dict[str, int]:
-    """The same for the processes that decode images, of which each network would have one for each core."""
-    asked = getattr(flags_of(folder).parser().parse_args(words), "workers", 0)
-    return {"workers": max(1, cores() // processes)} if asked is None else {}
+def workers_of(folder: str, processes: int) -> list[str]:
+    """The same for the processes that decode images: a flag that stands before the user's, which has the last word."""
+    return ["--workers", str(max(1, cores() // processes))] if folder == "grafting_imagenet" else []
 
 
 def gpus_of(k: int, ranks: int, names: Sequence[str]) -> dict[str, str]:
@@ -275,36 +266,39 @@ def how(folder: str, command: str, directory: Path) -> str:
 # Runs that have been started
 
 
+def bases() -> list[Path]:
+    return [Path.cwd(), ROOT, *(ROOT / folder for folder in SUFFIXES)]
+
+
 def runs() -> list[Path]:
     """The runs below checkpoint/, here and in the scripts' folders."""
-    bases = {Path.cwd(), ROOT, *(ROOT / folder for folder in SUFFIXES)}
-    folders = {Path(place).resolve() for base in bases for place, _, _ in os.walk(base / "checkpoint")}
+    folders = {Path(place).resolve() for base in bases() for place, _, _ in os.walk(base / "checkpoint")}
     found = [folder for folder in folders if view.networks(folder)]
     return sorted(found, key=lambda folder: (not folder.is_relative_to(Path.cwd()), folder))  # those below come first
 
 
-def find(folder: str, name: str) -> Path:
+def find(name: str) -> Path:
     """The save directory of a run, by its path or name, from whichever folder one is in."""
-    for base in (Path.cwd(), ROOT / folder, ROOT, *(ROOT / other for other in SUFFIXES)):
+    for base in bases():
         for path in (base / name, base / "checkpoint" / name):
             if view.networks(path):
                 return path.resolve()
     fail(f"{view.printable(name)} is not the save directory of a run: nothing has started there")
 
 
-def which(command: str, words: Sequence[str]) -> argparse.Namespace:
-    """The directories of a command, and its flags."""
+def which(command: str, words: Sequence[str]) -> tuple[list[Path], int | None]:
+    """The directories of a command, and --epochs of resume."""
     parser = Parser(prog=f"grafting.sh {command}", add_help=False)
     parser.add_argument("directories", metavar="DIR", nargs="+" if command == "resume" else "*")
     if command == "resume":
         parser.add_argument("--epochs", metavar="E", type=number(int, 1))
     args = parser.parse_args(words)
     set_up()
-    return args
+    return [find(name) for name in args.directories], getattr(args, "epochs", None)
 
 
 def status(folder: str, words: Sequence[str]) -> int:
-    directories = [find(folder, name) for name in which("status", words).directories]
+    directories, _ = which("status", words)
     if not directories:
         found = runs()
         print(*(view.listing(found) if found else ["there is no run below checkpoint/"]), sep="\n")
@@ -316,7 +310,7 @@ def status(folder: str, words: Sequence[str]) -> int:
 
 
 def stop(folder: str, words: Sequence[str]) -> int:
-    directories = [find(folder, name) for name in which("stop", words).directories]
+    directories, _ = which("stop", words)
     if not directories:
         directories = [run for run in runs() if any(one.alive for one in view.look(run))]
         if len(directories) > 1:
@@ -331,76 +325,57 @@ def end(directory: Path, seconds: float = STOP_SECONDS) -> int:
 
     A process that has only just started has not said yet who it is, and is asked as soon as it has.
     """
-    asked, notes, torchruns, deadline = {}, {}, set(), time.monotonic() + seconds
-    while (alive := view.living(directory)) or any(about(pid, "stat")[:1] not in ("", "Z") for pid in torchruns):
+    asked, deadline = set(), time.monotonic() + seconds
+    while alive := view.living(directory):
         for one in alive:
-            name = f"network {one.network} (process {one.pid})"
-            if one.host not in ("", socket.gethostname()):
-                notes[one.network] = f"{name} is on {one.host}: stop it there"
-            elif one.alive and one.pid and one.state not in view.ENDED and asked.get(one.network) != one.pid:
-                asked[one.network] = one.pid
-                if "torch.distributed.run" in one.command:
-                    torchruns.add(about(one.pid, "ppid"))  # which goes last
-                try:
+            is_here = one.host in ("", socket.gethostname())
+            if is_here and one.alive and one.pid and one.state not in view.ENDED and one.pid not in asked:
+                asked.add(one.pid)
+                with suppress(ProcessLookupError):  # it has just ended by itself
                     os.kill(one.pid, signal.SIGTERM)
-                    print(f"{name} is asked to stop", flush=True)
-                except ProcessLookupError:
-                    pass  # it has just ended by itself
-                except PermissionError:
-                    notes[one.network] = f"{name} is another user's, who alone can stop it"
-        if (alive and all(one.network in notes for one in alive)) or time.monotonic() > deadline:
+                    print(f"network {one.network} (process {one.pid}) is asked to stop", flush=True)
+        elsewhere = [one for one in alive if one.host not in ("", socket.gethostname())]
+        if len(elsewhere) == len(alive) or time.monotonic() > deadline:
             break
         time.sleep(0.1)
     else:
         print(f"no network of {view.short(directory)} is alive")
         return 0
     for one in alive:
-        late = f"(process {one.pid}) is still there after {seconds:g} s; asked again, it ends at once"
-        print(notes.get(one.network, f"network {one.network} {late}"))
-    if not alive:
-        print(f"torchrun is still there after {seconds:g} s (process {' '.join(torchruns)})")
+        late = f"still there after {seconds:g} s; asked again, it ends at once"
+        print(
+            f"network {one.network} (process {one.pid}) is",
+            f"on {one.host}: stop it there" if one in elsewhere else late,
+        )
     return 1
-
-
-def about(pid: int | str, what: str) -> str:
-    """What ps tells of a process; nothing if it is gone."""
-    with suppress(OSError):
-        return subprocess.run(["ps", "-o", f"{what}=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return ""
 
 
 def resume(folder: str, words: Sequence[str]) -> int:
     own, words = own_flags(words)
-    args = which("resume", words)
-    return max([go_on(find(folder, name), args.epochs, own) for name in args.directories])
+    directories, epochs = which("resume", words)
+    return max([go_on(directory, epochs, argparse.Namespace(**vars(own))) for directory in directories])
 
 
 def go_on(directory: Path, epochs: int | None, own: argparse.Namespace) -> int:
     """Continues the networks of a run, as far as `may_start` has it, with the flags that network{i}.json holds."""
-    statuses, flags, folders, status = view.look(directory), {}, {}, 0
-    most = max(one.epochs or 0 for one in statuses)
-    if epochs and epochs < most:
-        wrong(f"--epochs: got {epochs}, expected at least {most}, as the run has")
-    if (epochs or 0) > most and any(one.alive for one in statuses):
-        fail(f"{view.short(directory)} is alive: --epochs can be raised once all networks have ended, or are stopped")
-    for one in [one for one in statuses if may_start(one, epochs)]:
+    jobs, changes = [], [*(["--epochs", str(epochs)] if epochs else []), "--s", str(directory), "--resume"]
+    for one in [one for one in view.look(directory) if may_start(one, epochs)]:
         place = next((k for k, word in enumerate(one.command) if Path(word).name == "grafting.py"), None)
         folder = "" if place is None else Path(one.cwd, one.command[place]).resolve().parent.name
         if folder not in SUFFIXES:
-            status = 1
-            again = f"network {one.network} has left no command in {view.short(directory)}: start it with its flags"
-            print(again, file=sys.stderr)
-            continue
-        ranks = [int(word) for word in one.command[:place] if word.isdecimal()]  # that torchrun was told
-        own.gpus_per_network = own.gpus_per_network or max(ranks, default=1)
-        changes = {"s": directory} | ({"epochs": epochs} if epochs else {})
-        flags[one.network] = given(folder, [*one.command[place + 1 :], "--resume"], **changes)
-        folders[one.network] = one.cwd if Path(one.cwd).is_dir() else os.curdir
-        args = check(folder, flags[one.network], own.gpus_per_network, folders[one.network])
-    if flags:
-        return max(status, launch(folder, args, flags, own, folders))
+            fail(f"network {one.network} has left no command in {view.short(directory)}: start it with its flags")
+        words, torchrun = one.command[place + 1 :], one.command[:place]
+        words += changes if words[-len(changes) :] != changes else []
+        own.gpus_per_network = own.gpus_per_network or max(
+            [int(word) for word in torchrun if word.isdecimal()], default=1
+        )
+        cwd = one.cwd if Path(one.cwd).is_dir() else os.curdir
+        args = check(folder, words, own.gpus_per_network, cwd)
+        jobs.append(Job(f"network {one.network}", directory, one.network, words, one.network, cwd))
+    if jobs:
+        return launch(folder, args, jobs, own)
     print(f"nothing to continue in {view.short(directory)}")
-    return status
+    return 0
 
 
 # The demo, and Slurm
@@ -413,42 +388,33 @@ def demo(folder: str, words: Sequence[str]) -> int:
         wrong(f"{taken[0]}: the demo says itself what it trains, and where")
     own, words = own_flags([*DEMO, *(() if "--data" in flags else DEMO_DATA), *words])
     folder, base = "grafting_cifar", Path("checkpoint", "demo")
-    directories = [base / "baseline", base / "grafted"]
-    networks = [("baseline", directories[0], 1, 1), *((f"grafted {i}", directories[1], 2, i) for i in (1, 2))]
-    jobs = [(name, place, i, given(folder, words, s=place, num=num, i=i)) for name, place, num, i in networks]
-    args, *_ = [check(folder, words) for *_, words in jobs]
+    directories, jobs = [base / "baseline", base / "grafted"], []
+    for name, place, num, i in (("baseline", 0, 1, 1), ("grafted 1", 1, 2, 1), ("grafted 2", 1, 2, 2)):
+        own_words = [*words, "--s", str(directories[place]), "--num", str(num), "--i", str(i)]
+        jobs.append(Job(name, directories[place], i, own_words, len(jobs) + 1))
+        args = check(folder, own_words)
     set_up()
     replace(base, directories)
-    try:
-        failed = train_side_by_side(folder, jobs, args, own.verbose)
-    except KeyboardInterrupt:
-        fail("stopped", 130)
-    if failed:
-        fail(failed.sentence())
-    print("comparing them …", flush=True)
-    report = [ROOT / "analysis" / "report.py", *directories, "--plots", base / "plots"]
-    return subprocess.run([sys.executable, *report]).returncode
-
-
-def train_side_by_side(
-    folder: str, jobs: Sequence[tuple], args: argparse.Namespace, verbose: bool
-) -> "view.Started | None":
-    """Trains the demo's networks and follows them; returns one that has failed. All have ended when it ends."""
     for kind in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, lambda number, frame: sys.exit(128 + number))
-    names, started = gpus(args.device), []
-    share = share_of(args, len(jobs), names)
+    started = []
     try:
-        for k, (name, directory, i, words) in enumerate(jobs, 1):
-            log = directory / f"{i}.{SUFFIXES[folder]}"
-            started.append(spawn(name, command_of(folder, words), log, gpus_of(k, 1, names) | share))
-            print(started[-1].line if verbose else f"{name}: {log}")
-        return view.follow(started, list(dict.fromkeys(job[1] for job in jobs)), args.epochs)
+        started.extend(spawn_all(folder, jobs, args, own, len(jobs)))
+        for one in started:
+            print(one.line if own.verbose else f"{one.name}: {one.log}")
+        failed = view.follow(started, directories, args.epochs)
+    except KeyboardInterrupt:
+        fail("stopped", 130)
     finally:
         for one in started:
             one.process.terminate()
         for one in started:
             one.process.wait()
+    if failed:
+        fail(failed.sentence())
+    print("comparing them …", flush=True)
+    report = [ROOT / "analysis" / "report.py", *directories, "--plots", base / "plots"]
+    return subprocess.run([sys.executable, *report]).returncode
 
 
 def replace(base: Path, directories: Sequence[Path]) -> None:
@@ -477,7 +443,7 @@ def slurm(folder: str, words: Sequence[str]) -> int:
         names = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True).stdout
         meeting = f"{names.split()[0]}:{20000 + int(job) % 40000}"
         nodes = ["--nnodes", str(machines), "--rdzv_backend", "c10d", "--rdzv_id", job, "--rdzv_endpoint", meeting]
-    words = given(folder, [*words, "--resume"], **workers_of(folder, words, ranks), s=args.s, num=args.num, i=i)
+    words = [*workers_of(folder, ranks), *words, "--s", str(args.s), "--i", str(i), "--resume"]
     command = ["srun"] * (machines > 1) + command_of(folder, words, ranks, nodes)
     at_limit, log = [], args.s / f"{i}.{SUFFIXES[folder]}"
     # SIGTERM comes from Slurm to all processes, and is waited for; SIGUSR1, before the time limit, to this one alone.

@@ -14,6 +14,8 @@ from pathlib import Path
 from subprocess import Popen
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from filter_grafting.membership import ENDED, Status, duration, is_held, networks_of, observe, printable, read_status
 
 LOG = re.compile(r"([1-9]\d{0,2})\.(log|out)")  # of a network in the save directory: the CIFAR or the ImageNet script's
@@ -37,11 +39,9 @@ class Started(NamedTuple):
         """How it has ended: what it said last, but for torchrun's report on it."""
         with open(self.log, errors="replace") as log:
             log.seek(self.size)
-            lines = re.split(r"^.*torch/distributed/elastic/", log.read(), maxsplit=1, flags=re.MULTILINE)[
-                0
-            ].splitlines()
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-        return f"{self.name} {'was stopped' if self.process.returncode in STOPPED else 'has failed'}: {printable(last)}"
+            said = re.split(r"\n.*torch/distributed/elastic/", "\n" + log.read())[0].strip() or "it said nothing"
+        how = "was stopped" if self.process.returncode in STOPPED else "has failed"
+        return f"{self.name} {how}: {printable(said.splitlines()[-1].strip())}"
 
 
 # Looking
@@ -79,14 +79,14 @@ def living(directory: Path) -> list[Status]:
 
 def progress(directory: Path, status: Status) -> tuple[float, float | None]:
     """(epochs that are done, seconds that the others take if they take as long as the last ten), by metrics{i}.csv."""
-    done, seconds = 0, []
+    done, seconds, part = 0, [], 0.0
     with suppress(OSError, ValueError, TypeError, KeyError), open(directory / f"metrics{status.network}.csv") as file:
         for row in csv.DictReader(file):
             seconds.append(sum(float(row[part] or 0) for part in SECONDS))
             done = int(row["epoch"]) + 1
-    steps, part = read_status(directory, status.network).get("steps"), 0.0
-    if status.state == "training" and status.epoch == done and status.step and isinstance(steps, int) and steps > 0:
-        part = min(status.step / steps, 1.0)
+    steps = read_status(directory, status.network).get("steps")
+    if status.state == "training" and status.epoch == done and isinstance(steps, int) and steps > 0:
+        part = min((status.step or 0) / steps, 1.0)
     left = max(0.0, (status.epochs or 0) - done - part) * sum(seconds[-10:]) / len(seconds[-10:]) if seconds else None
     return done + part, left
 
@@ -100,34 +100,20 @@ def short(path: Path) -> str:
     return printable(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def bar(share: float, width: int = 8) -> str:
-    return ("#" * round(width * min(share, 1.0))).ljust(width, ".")
-
-
 def columns(done: float, epochs: int | None) -> str:
     """Epochs, as a number and as a bar."""
-    return f"{f'{int(done)}/{epochs}':>9} {bar(done / epochs)}" if epochs else " " * 18
+    return f"{f'{int(done)}/{epochs}':>9} {('#' * round(8 * min(done / epochs, 1))):.<8}" if epochs else " " * 18
 
 
 def number(value: float | None, form: str = ".3f") -> str:
     return "" if value is None else format(value, form)
 
 
-def table(
-    directory: Path, statuses: Sequence[Status], since: dict[int, tuple[float, float]] | None = None
-) -> list[str]:
-    """A line for each network below a heading, then why those that failed have; none is wider than WIDTH.
-
-    Args:
-        since: one dict for all tables of a view: it keeps what tells the time left before an epoch has ended.
-    """
+def table(directory: Path, statuses: Sequence[Status]) -> list[str]:
+    """A line for each network below a heading, then why those that failed have; none is wider than WIDTH."""
     lines = ["network     epoch          accuracy    best     rate       left  state"]
     for status in statuses:
         done, left = progress(directory, status)
-        if left is None and since is not None and done:
-            began, before = since.setdefault(status.network, (time.monotonic(), done))
-            if done > before:
-                left = (time.monotonic() - began) * ((status.epochs or 0) - done) / (done - before)
         measures = f"{number(status.accuracy):>8} {number(status.best):>7} {number(status.lr, '.3g'):>8}"
         time_left = duration(left) if left and status.alive else ""
         state = str(status).replace("network ", "") if status.state == "waiting" else status.state
@@ -143,33 +129,17 @@ def listing(directories: Sequence[Path]) -> list[str]:
     with ThreadPoolExecutor(16) as pool:  # a network on another machine takes seconds to tell
         observed = list(pool.map(look, directories))
     for directory, statuses in zip(directories, observed, strict=True):
-        alive = [status for status in statuses if status.alive]
-        done = min((progress(directory, status)[0] for status in statuses), default=0)
-        left = max((progress(directory, status)[1] or 0 for status in alive), default=0)
+        done, left = zip(*(progress(directory, status) for status in statuses), strict=True)
+        alive = [status.alive for status in statuses]
+        most = max((seconds or 0 for seconds, lives in zip(left, alive, strict=True) if lives), default=0)
         best = max((status.best for status in statuses if status.best is not None), default=None)
-        epochs = max((status.epochs or 0 for status in statuses), default=0)
-        line = f"{columns(done, epochs)} {number(best):>7} {duration(left) if left else '':>10}  {short(directory)}"
-        lines.append(f"{f'{len(alive)}/{len(statuses)}':>5} {line}")
+        epochs = max(status.epochs or 0 for status in statuses)
+        line = f"{columns(min(done), epochs)} {number(best):>7} {duration(most) if most else '':>10}"
+        lines.append(f"{f'{sum(alive)}/{len(alive)}':>5} {line}  {short(directory)}")
     return lines
 
 
 # Watching
-
-
-class Screen:
-    """Lines on a terminal that are drawn anew below what is said; elsewhere only what is said."""
-
-    def __init__(self) -> None:
-        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-        self.drawn = 0
-
-    def show(self, lines: Sequence[str], said: Sequence[str] = ()) -> None:
-        """Prints what is said, then the lines in the place of those before, as many as there is room for."""
-        erase = f"\x1b[{self.drawn}A\x1b[J" if self.drawn else ""
-        width, height = shutil.get_terminal_size()
-        lines = [line[: width - 1] for line in lines][: height - 1] if self.live else []
-        self.drawn = len(lines)
-        print(erase, *(f"{line}\n" for line in [*said, *lines]), sep="", end="", flush=True)
 
 
 def watch(directory: Path, started: Mapping[int, Started]) -> int:
@@ -178,40 +148,45 @@ def watch(directory: Path, started: Mapping[int, Started]) -> int:
     Returns:
         1 if one of those that were started has failed meanwhile, else 0.
     """
-    screen, failed, since, deadline = Screen(), [], {}, time.monotonic() + START_SECONDS
+    is_live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    failed, drawn, deadline = set(), 0, time.monotonic() + START_SECONDS
     while True:
         running = {i for i, one in started.items() if one.process.poll() is None}
         statuses = look(directory)
-        new = [i for i, one in started.items() if one.process.returncode and i not in failed]
-        failed += new
-        screen.show(table(directory, statuses, since), [started[i].sentence() for i in new])
+        new = {i for i, one in started.items() if one.process.returncode} - failed
+        failed |= new
+        width, height = shutil.get_terminal_size()
+        lines = [line[: width - 1] for line in table(directory, statuses)][: height - 1] if is_live else []
+        erase = f"\x1b[{drawn}A\x1b[J" if drawn else ""
+        print(erase, *(f"{line}\n" for line in [*(started[i].sentence() for i in new), *lines]), sep="", end="")
+        sys.stdout.flush()
+        drawn = len(lines)
         at_work = {status.network for status in statuses if status.alive and status.state not in ("starting", *ENDED)}
         has_begun = failed or running <= at_work or time.monotonic() > deadline
-        if not running | at_work or (not screen.live and has_begun):
+        if not running | at_work or (not is_live and has_begun):
             return int(bool(failed))
         time.sleep(LOOK_SECONDS)
 
 
-def follow(started: Sequence[Started], directories: Sequence[Path], epochs: int) -> Started | None:
+def follow(started: Sequence[Started], directories: Iterable[Path], epochs: int) -> Started | None:
     """Shows one bar over all epochs of all networks, and the lines of their logs, until all have ended or one failed.
 
     Returns:
         The one that has failed.
     """
-    screen, began, read = Screen(), time.monotonic(), [0] * len(started)
-    while True:
-        running = [one for one in started if one.process.poll() is None]
-        said = []
-        for k, one in enumerate(started):
-            lines = [line for line in one.log.read_text(errors="replace").splitlines() if line.startswith("Network:")]
-            said += [f"{one.name:11}{line}" for line in lines[read[k] :]]
-            read[k] = len(lines)
-        share = sum(progress(place, status)[0] for place in directories for status in look(place))
-        share /= epochs * len(started)
-        seconds = (time.monotonic() - began) * (1 - share) / share if share > 0.02 else None
-        left = "" if seconds is None else f"  {duration(seconds)} left"
-        screen.show([f"{bar(share, 40)} {share:4.0%}{left}"] if running else [], said)
-        failed = next((one for one in started if one.process.returncode), None)
-        if failed or not running:
-            return failed
-        time.sleep(LOOK_SECONDS)
+    form, read = "{bar:40} {percentage:3.0f}%  {remaining} left", [0] * len(started)
+    with tqdm(total=epochs * len(started), bar_format=form, leave=False, disable=None, file=sys.stdout) as bar:
+        while True:
+            running = [one for one in started if one.process.poll() is None]
+            for k, one in enumerate(started):
+                lines = [line for line in one.log.read_text(errors="replace").splitlines() if line[:8] == "Network:"]
+                for line in lines[read[k] :]:
+                    bar.write(f"{one.name:11}{line}", file=sys.stdout)
+                read[k] = len(lines)
+            bar.n = sum(progress(place, status)[0] for place in directories for status in look(place))
+            bar.refresh()
+            sys.stdout.flush()
+            failed = next((one for one in started if one.process.returncode), None)
+            if failed or not running:
+                return failed
+            time.sleep(LOOK_SECONDS)
