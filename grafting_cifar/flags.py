@@ -53,7 +53,6 @@ def parser() -> Parser:
     steps = "without --cos: the learning rate falls x0.1 every E epochs"
     flag("--step_epochs", metavar="E", type=number(int, 1), default=60, help=steps)
     flag("--difflr", action="store_true", help="network I starts at lr*(1+cos(pi*(N-I)/N))/2 instead of lr")
-    flag("--momentum", metavar="M", type=number(float, 0, 1, high_open=True), default=0.9, help="of SGD")
     flag("--weight_decay", metavar="W", type=number(float, 0), default=5e-4, help="weight decay")
     add_recipe_flags(group)
     level = "one coefficient for a layer, or for each filter (chains such as vgg16 only)"

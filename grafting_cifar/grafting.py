@@ -113,7 +113,6 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
             row, state = records.row(epoch, rate(epoch), train, test, val, published), plain_state(published)
             ring.publish(epoch, state, to_resume(optimizer, row, layers, settings, trained))
             records.epoch(row, layers, state)
-        records.save("final", row, state)
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:

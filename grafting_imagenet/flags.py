@@ -61,7 +61,6 @@ def parser() -> Parser:
     flag("--lr", "--learning-rate", metavar="LR", type=number(float, 0, low_open=True), default=0.1, help=rate)
     steps = "x0.1 every 30 epochs instead of a cosine from the first rate to 0, per step"
     flag("--steplr", action="store_true", help=steps)
-    flag("--momentum", metavar="M", type=number(float, 0, 1, high_open=True), default=0.9, help="of SGD")
     flag("--wd", "--weight-decay", metavar="W", type=number(float, 0), default=1e-4, help="weight decay")
     add_recipe_flags(group)
     size = "side of a training and test image (default: 224; inception_v3: 299; with -e: what the file records)"

@@ -65,7 +65,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         torch.manual_seed(stream_seed(args.seed, args.i, "weights"))
         model = models.build(args.arch, len(images.classes), args.image_size, args.pretrained)
         if args.deterministic:
-            models.make_deterministic(model, args.arch, args.image_size, device)
+            models.make_deterministic(model, args.arch, args.image_size)
         if args.pretrained:
             notes.append(models.load_pretrained(model, args.arch, args.image_size))
         model.to(device, memory_format=torch.channels_last)
@@ -124,8 +124,6 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                 row, state = records.row(epoch, rate(epoch), train, test, val, model), plain_state(model)
                 ring.publish(epoch, state, to_resume(optimizer, row, layers, settings))
                 records.epoch(row, layers, state)
-        if ranks.first:
-            records.save("final", row, state)
 
 
 def join(args: argparse.Namespace, signals: Signals, start_from: Path | None):

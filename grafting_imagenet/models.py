@@ -14,7 +14,6 @@ from filter_grafting.checkpoint import load
 from filter_grafting.errors import CheckpointError, GraftingError, MismatchError
 from filter_grafting.states import check_alike, plain_names, plain_state
 from training.models import load_optimizer, load_state, own_model
-from training.process import UsageError
 
 AUXILIARY_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # of the loss of each auxiliary head, as in their papers
 
@@ -59,19 +58,10 @@ def build(arch: str, num_classes: int, image_size: int | None = None, pretrained
     return model
 
 
-def make_deterministic(model: nn.Module, arch: str, image_size: int, device: torch.device) -> None:
-    """Adaptive pooling to more than one pixel has no deterministic gradient on CUDA; where it does nothing, it goes.
-
-    Raises:
-        UsageError: if the model needs it.
-    """
+def make_deterministic(model: nn.Module, arch: str, image_size: int) -> None:
+    """Adaptive pooling to more than one pixel has no deterministic gradient on CUDA; where it does nothing, it goes."""
     if arch.startswith(("alexnet", "vgg")) and image_size == usual_size(arch):
         model.avgpool = nn.Identity()
-    pools = [layer for layer in model.modules() if isinstance(layer, nn.AdaptiveAvgPool2d)]
-    if device.type == "cuda" and (arch == "googlenet" or any(pool.output_size not in (1, (1, 1)) for pool in pools)):
-        raise UsageError(
-            f"argument --deterministic: the adaptive pooling of {arch} has no deterministic gradient on CUDA"
-        )
 
 
 def load_pretrained(model: nn.Module, arch: str, image_size: int) -> str:

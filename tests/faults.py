@@ -6,7 +6,6 @@ A moment is an event, named by a regular expression, and how often it must have 
 
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -43,15 +42,8 @@ def quicken() -> None:
     membership.BEAT_SECONDS /= 20
 
 
-def become_nobody() -> None:
-    """The superuser may write everywhere; a user may not."""
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-
-
-def limit_file_size(size: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+def set_environment(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
 
 
 def _fill(path: str) -> None:

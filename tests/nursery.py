@@ -45,13 +45,13 @@ def serve() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def become(script: str, arguments: list[str], log: str, append: bool, errors: str, plan: list[list]) -> None:
-    """What a shell does for `python SCRIPT ARGUMENTS >LOG 2>ERRORS`, after the faults that are planned for it."""
+def become(script: str, arguments: list[str], log: str, errors: str, plan: list[list]) -> None:
+    """What a shell does for `python SCRIPT ARGUMENTS >>LOG 2>ERRORS`, after the faults that are planned for it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no process outlives the tests
     os.setsid()
     write = os.O_WRONLY | os.O_CREAT
-    log_flags = write | (os.O_APPEND if append else os.O_TRUNC)
-    for path, flags, standard in (os.devnull, os.O_RDONLY, 0), (log, log_flags, 1), (errors, write | os.O_TRUNC, 2):
+    files = (os.devnull, os.O_RDONLY), (log, write | os.O_APPEND), (errors, write | os.O_TRUNC)
+    for standard, (path, flags) in enumerate(files):
         descriptor = os.open(path, flags, 0o666)
         os.dup2(descriptor, standard)
         os.close(descriptor)

@@ -62,39 +62,22 @@ NURSERY = _Nursery()
 
 
 class Process:
-    """A started script; `status` is its exit status once it has ended (negative: the signal that ended it).
+    """A script, started as a shell would; `status` is its exit status at its end (negative: the signal that ended it).
 
     Args:
         log: where its standard output goes, unless `output` names another file; standard error goes beside it.
         plan: the faults that are to strike it, see faults.py.
-        fork: start it from the nursery; otherwise as a shell would.
     """
 
-    def __init__(
-        self,
-        script: Path,
-        arguments: list[str],
-        log: Path,
-        output: str = "",
-        append: bool = True,
-        plan: list[list] | None = None,
-        fork: bool = True,
-    ):
-        self.log, self.errors, self.status, self.child = log, log.with_name(f"{log.name}.errors"), None, None
-        output = output or str(log)
-        if fork:
-            files = {"log": output, "append": append, "errors": str(self.errors)}
-            start = {"script": str(script), "arguments": arguments, **files, "plan": plan or []}
-            self.pid = NURSERY.ask({"start": start})
-        else:
-            with open(output, "a" if append else "w") as out, open(self.errors, "w") as errors:
-                command = [sys.executable, script.name, *arguments]
-                self.child = subprocess.Popen(command, cwd=script.parent, env=environment(), stdout=out, stderr=errors)
-            self.pid = self.child.pid
+    def __init__(self, script: Path, arguments: list[str], log: Path, output: str = "", plan: list[list] | None = None):
+        self.log, self.errors, self.status = log, log.with_name(f"{log.name}.errors"), None
+        files = {"log": output or str(log), "errors": str(self.errors)}
+        start = {"script": str(script), "arguments": arguments, **files, "plan": plan or []}
+        self.pid = NURSERY.ask({"start": start})
 
     def poll(self) -> int | None:
         if self.status is None:
-            self.status = self.child.poll() if self.child else NURSERY.ask({"poll": self.pid})
+            self.status = NURSERY.ask({"poll": self.pid})
         return self.status
 
     def wait(self, deadline: float = DEADLINE) -> int:

@@ -1,6 +1,5 @@
 """A network may be struck at any moment by any fault: it says so in one sentence, and continues where it was."""
 
-import os
 import re
 import shutil
 import signal
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import assert_same_runs, make_images, until
+from processes import assert_same_runs, until
 
 from filter_grafting.checkpoint import load
 
@@ -217,39 +216,6 @@ def test_a_log_that_cannot_be_written_is_one_sentence(make_run):
     process = run.start(1, output="/dev/full")
     assert process.wait() == 1
     assert process.sentence() == "cannot write the log to standard output: No space left on device\n"
-
-
-def test_a_checkpoint_that_may_not_grow_is_one_sentence(make_run):
-    run = make_run(1, 3)
-    process = run.start(1, plan=[["limit_file_size", 16_000]])
-    assert process.wait() == 1
-    reason = rf"File too large; [\d.]+ MB are free there; {MEND}\n"
-    assert re.fullmatch(rf"cannot write {run.checkpoint(1, 0)}: {reason}", process.sentence())
-
-
-@pytest.fixture
-def place():
-    """A folder that every user may reach and write to."""
-    folder = Path(tempfile.mkdtemp(prefix="place-"))
-    folder.chmod(0o777)
-    yield folder
-    shutil.rmtree(folder)
-
-
-def test_a_directory_that_becomes_read_only_is_one_sentence(make_run, undisturbed, place):
-    run = make_run(1, 3, directory=place / "run", data=make_images(place / "images"))
-    run.logs.chmod(0o777)
-    # The superuser, as whom tests may run, is stopped by no permission.
-    user = [] if os.getuid() else [["become_nobody"]]
-    process = run.start(1, plan=[*user, ["at", "before train", 2, "sleep", 1.0]])
-    run.reaches(1, "training", 1)
-    run.directory.chmod(0o555)
-    assert process.wait() == 1
-    reason = rf"Permission denied; [\d.]+ MB are free there; {MEND}\n"
-    assert re.fullmatch(rf"cannot write {run.directory}/\S+: {reason}", process.sentence())
-    run.directory.chmod(0o777)
-    assert run.start(1, "--resume", plan=user).wait() == 0, run.started[-1].output()
-    assert_same_runs(run, undisturbed(1, 3))
 
 
 def test_a_directory_that_is_deleted_is_one_sentence(make_run):

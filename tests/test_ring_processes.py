@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import struct
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import CIFAR, ROOT, Process, assert_same, assert_same_runs, environment, read_table, until
+from processes import CIFAR, Process, assert_same, assert_same_runs, environment, read_table, until
 
 from filter_grafting.checkpoint import load
 from grafting_cifar.models import build
@@ -192,33 +193,19 @@ def test_a_process_that_knows_only_the_wire_format_sits_in_the_ring(make_run, ne
 
 def test_variables_that_another_job_has_left_do_not_keep_it_from_saving(make_run):
     run, variables = make_run(1, 1), {"RANK": "1", "WORLD_SIZE": "", "LOCAL_RANK": "3"}
-    line = [sys.executable, CIFAR, *run.arguments(1)]
-    result = subprocess.run(line, env=environment() | variables, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "Network:1    epoch:0" in result.stdout and (run.directory / "final1.t7").exists()
+    assert run.start(1, plan=[["set_environment", variables]]).wait() == 0
+    assert "Network:1    epoch:0" in run.log(1) and (run.directory / "final1.t7").exists()
 
 
 def test_a_terminal_shows_bars_and_the_lines(make_run):
-    run, primary, secondary = make_run(1, 1), *pty.openpty()
+    run, (primary, secondary) = make_run(1, 1), pty.openpty()
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    with subprocess.Popen(
-        [sys.executable, CIFAR, *run.arguments(1)],
-        stdout=secondary,
-        stderr=subprocess.PIPE,
-        env=environment(),
-        cwd=ROOT,
-    ) as process:
-        os.close(secondary)
-        text = b""
-        while True:
-            try:
-                part = os.read(primary, 1 << 16)
-            except OSError:  # Linux's end of a terminal
-                break
-            text += part
-            if not part:
-                break
-        os.close(primary)
-        assert process.wait() == 0, process.stderr.read()
+    process = run.start(1, output=os.ttyname(secondary))
+    assert process.wait() == 0, process.sentence()
+    text = b""
+    while select.select([primary], [], [], 0)[0]:
+        text += os.read(primary, 1 << 16)
+    os.close(primary)
+    os.close(secondary)
     for words in (b"epoch 0:", b"loss ", b"epoch 0 test:", b"Network:1    epoch:0    accuracy:"):
         assert words in text

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ def path(text: str) -> Path:
 
 
 def add_recipe_flags(group: argparse._ArgumentGroup) -> None:
-    """What the paper's recipe does without, and others use."""
+    """Momentum, and what the paper's recipe does without and others use."""
     flag, share = group.add_argument, number(float, 0, 1, high_open=True)
+    flag("--momentum", metavar="M", type=share, default=0.9, help="of SGD")
     flag("--nesterov", action="store_true", help="Nesterov's momentum")
     flag("--label_smoothing", metavar="S", type=share, default=0.0, help="share of a label spread over all classes")
     rises = "epochs in which the learning rate rises from 0 to its first value"
@@ -211,11 +213,10 @@ def command(network: int | None = None) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks != "1" else []
     words = sys.argv[1:]
     if network is not None:
-        places = [k for k, word in enumerate(words) if word == "--i" or word.startswith("--i=")]
-        for k in reversed(places):
-            del words[k : k + 1 + (words[k] == "--i")]
-        goes_on = any(
-            pair[0] == "--resume" and pair[1][:1] == "-" for pair in zip(words, [*words[1:], "-"], strict=True)
-        )
-        words += ["--i", str(network)] + ([] if goes_on else ["--resume"])  # beside --resume PATH, that says "go on"
+        words = [
+            word for k, word in enumerate(words) if "--i" not in (word, words[k - 1]) and not word.startswith("--i=")
+        ]
+        # `--resume` alone says "go on", also beside `--resume PATH`.
+        goes_on = any(word == "--resume" and after[:1] == "-" for word, after in pairwise([*words, "-"]))
+        words += ["--i", str(network)] + ([] if goes_on else ["--resume"])
     return [os.path.basename(sys.executable), *torchrun, sys.argv[0], *words]

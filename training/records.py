@@ -117,7 +117,7 @@ class Records:
         return row | ({"test_top5": test.top5} if test.top5 is not None else {})
 
     def epoch(self, row: dict[str, Any], layers: Sequence[Sequence[Any]], state: Mapping[str, Tensor]) -> None:
-        """Records an epoch that was published, and leaves nothing of it or of later ones twice.
+        """Records an epoch that was published, and leaves nothing of it or of later ones twice; the last is `final`.
 
         Args:
             row: see `row`.
@@ -133,6 +133,8 @@ class Records:
             self._write_board(row, layers)
         say(f"Network:{self.ring.network}    epoch:{epoch}    {log_fields(row)}")
         self.ring.update("training", accuracy=row["test_accuracy"], best=row["best"])
+        if epoch + 1 == self.about["settings"]["epochs"]:
+            self.save("final", row, state)
 
     def resume(self, row: dict[str, Any], layers: Sequence[Sequence[Any]], state: Mapping[str, Tensor]) -> None:
         """Goes on after an epoch of an earlier process, which may have been killed before it had recorded it."""
