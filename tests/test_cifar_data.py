@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision import datasets, transforms
+from torchvision import datasets
 
 from filter_grafting.errors import WriteError
 from grafting_cifar import data
@@ -96,41 +96,6 @@ def test_crop_and_flip_is_exact_at_every_offset():
         assert torch.equal(actual[k].permute(2, 0, 1), expected.flip(2) if mirrored else expected)
 
 
-def placements(images):
-    """dy, dx, flip of crops of an image whose red and green are the row and the column of a pixel, from 1 on.
-
-    What is not of the image must be black.
-    """
-    images = images.long()
-    flip = images[:, 16, 17, 1] < images[:, 16, 16, 1]
-    dy = images[:, 16, 16, 0] - 1 - 16 + 4
-    dx = images[:, 16, 16, 1] - 1 - torch.where(flip, 15, 16) + 4
-    steps = torch.arange(32)
-    y = dy[:, None] - 4 + steps  # (n, 32): which row of the image each row of the crop is
-    x = dx[:, None] - 4 + torch.where(flip[:, None], 31 - steps, steps)
-    inside = ((y >= 0) & (y < 32))[:, :, None] & ((x >= 0) & (x < 32))[:, None, :]
-    assert torch.equal(images[..., 0], (y + 1)[:, :, None] * inside)
-    assert torch.equal(images[..., 1], (x + 1)[:, None, :] * inside)
-    return dy, dx, flip
-
-
-def test_augmentation_equals_torchvision_in_distribution():
-    n = 4050
-    rows, columns = torch.meshgrid(torch.arange(1, 33), torch.arange(1, 33), indexing="ij")
-    image = torch.stack([rows, columns, rows], dim=2).to(torch.uint8)
-    split = Split(image.expand(n, -1, -1, -1), torch.zeros(n, dtype=torch.int64))
-    ours = uint8(epoch(split, seed=3, batch_size=512)[0])
-    torch.manual_seed(3)
-    transform = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()])
-    pil = Image.fromarray(image.numpy())
-    theirs = torch.stack([torch.from_numpy(np.array(transform(pil))) for _ in range(n)])
-    for images in (ours, theirs):
-        dy, dx, flip = placements(images)
-        counts = torch.bincount(dy * 18 + dx * 2 + flip, minlength=162).double()
-        # 162 equally likely cases, 25 of each expected: chi-square with a mean of 161 and a deviation of 18.
-        assert counts.numel() == 162 and ((counts - n / 162) ** 2 / (n / 162)).sum() < 161 + 4 * 18
-
-
 # ---- Batches
 
 
@@ -149,6 +114,16 @@ def test_training_batches_are_a_function_of_the_seed(split):
     other, labels_other = epoch(split, seed=2)
     assert torch.equal(images, again) and torch.equal(labels, labels_again)
     assert not torch.equal(labels, labels_other) and not torch.equal(images, other)
+
+
+def test_every_offset_and_flip_is_equally_likely(monkeypatch):
+    n, seen = 4050, []
+    monkeypatch.setattr(data, "crop_and_flip", lambda images, *drawn: seen.append(drawn) or images)
+    epoch(Split(torch.zeros((n, 32, 32, 3), dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)), seed=3)
+    dy, dx, flip = (torch.cat(drawn) for drawn in zip(*seen, strict=True))
+    counts = torch.bincount(dy * 18 + dx * 2 + flip, minlength=162).double()
+    # 162 cases, 25 of each expected: chi-square with a mean of 161 and a deviation of 18.
+    assert counts.numel() == 162 and ((counts - n / 162) ** 2 / (n / 162)).sum() < 161 + 4 * 18
 
 
 def test_order_crops_and_flips_of_a_seed_stay_what_they_are(split):
@@ -277,18 +252,12 @@ def test_the_second_start_decodes_nothing_and_maps_the_cache(folder, decoded, ca
     assert load(folder).train.images.any(), "writing to the images changes no file"
 
 
-def touch(folder):
-    path = folder / "train/cat/1.png"
-    status = path.stat()
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1000))
-
-
 CHANGES = {
     "added": lambda folder: save(picture(99), folder / "train/cat/9.png"),
     "removed": lambda folder: (folder / "test/cat/1.png").unlink(),
     "moved": lambda folder: (folder / "train/cat/1.png").rename(folder / "train/dog/9.png"),
     "replaced": lambda folder: save(picture(99, (40, 40)), folder / "train/cat/1.png"),
-    "touched": touch,
+    "touched": lambda folder: os.utime(folder / "train/cat/1.png", ns=(1, 1)),
 }
 
 
