@@ -73,7 +73,7 @@ def run(folder: str, *words: str) -> int:
         return start(folder, words)
     if words[0] not in commands:
         hint = did_you_mean(words[0], commands)
-        fail(f"grafting.sh: error: there is no command {words[0]!r}{hint} (see grafting.sh --help)", 2)
+        wrong(f"there is no command {words[0]!r}{hint}")
     return commands[words[0]](folder, words[1:])
 
 
@@ -82,8 +82,8 @@ def fail(sentence: str, status: int = 1) -> NoReturn:
     raise SystemExit(status)
 
 
-def wrong(argument: str) -> NoReturn:
-    fail(f"grafting.sh: error: argument {argument} (see grafting.sh --help)", 2)
+def wrong(what: str) -> NoReturn:
+    fail(f"grafting.sh: error: {what} (see grafting.sh --help)", 2)
 
 
 def set_up() -> None:
@@ -117,9 +117,9 @@ def check(folder: str, words: Sequence[str], ranks: int | None = 1, cwd: str = "
     with patch.dict(os.environ, world if (ranks or 1) > 1 else {}):
         args = flags.parse(list(words))
     if getattr(args, "gpu", None) is not None:
-        wrong("--gpu: each network has a GPU of its own; CUDA_VISIBLE_DEVICES says which there are")
+        wrong("argument --gpu: each network has a GPU of its own; CUDA_VISIBLE_DEVICES says which there are")
     if getattr(args, "evaluate", False):
-        wrong("-e: networks are evaluated by grafting.py itself")
+        wrong("argument -e: networks are evaluated by grafting.py itself")
     default = flags.parser().get_default("data")
     needs_none = folder == "grafting_cifar" and str(args.data) in ("glyphs", str(default))
     if not needs_none and not Path(cwd, args.data).is_dir():
@@ -145,7 +145,7 @@ def start(folder: str, words: Sequence[str]) -> int:
     own, words = own_flags(words)
     args = check(folder, words, own.gpus_per_network)
     if any(word.partition("=")[0] == "--i" for word in words):
-        wrong("--i: all networks are started; for a single one there is grafting.py")
+        wrong("argument --i: all networks are started; for a single one there is grafting.py")
     set_up()
     statuses = view.look(args.s, range(1, args.num + 1))
     for status in [] if args.resume else statuses:
@@ -188,7 +188,7 @@ def spawn_all(
     """Starts jobs, each with its GPUs, or with its share of the cores as one of num."""
     ranks, names = own.gpus_per_network or 1, gpus(args.device)
     if 0 < len(names) < ranks:
-        wrong(f"--gpus-per-network: got {ranks}, but there are {len(names)} GPUs")
+        wrong(f"argument --gpus-per-network: got {ranks}, but there are {len(names)} GPUs")
     share = share_of(args, ranks * num, names)
     for job in jobs:
         command, log = command_of(folder, job.words, ranks), job.directory / f"{job.i}.{SUFFIXES[folder]}"
@@ -327,15 +327,14 @@ def end(directory: Path, seconds: float = STOP_SECONDS) -> int:
     """
     asked, deadline = set(), time.monotonic() + seconds
     while alive := view.living(directory):
-        for one in alive:
-            is_here = one.host in ("", socket.gethostname())
-            if is_here and one.alive and one.pid and one.state not in view.ENDED and one.pid not in asked:
+        here = [one for one in alive if one.host in ("", socket.gethostname())]
+        for one in here:
+            if one.alive and one.pid and one.state not in view.ENDED and one.pid not in asked:
                 asked.add(one.pid)
                 with suppress(ProcessLookupError):  # it has just ended by itself
                     os.kill(one.pid, signal.SIGTERM)
                     print(f"network {one.network} (process {one.pid}) is asked to stop", flush=True)
-        elsewhere = [one for one in alive if one.host not in ("", socket.gethostname())]
-        if len(elsewhere) == len(alive) or time.monotonic() > deadline:
+        if not here or time.monotonic() > deadline:
             break
         time.sleep(0.1)
     else:
@@ -343,10 +342,8 @@ def end(directory: Path, seconds: float = STOP_SECONDS) -> int:
         return 0
     for one in alive:
         late = f"still there after {seconds:g} s; asked again, it ends at once"
-        print(
-            f"network {one.network} (process {one.pid}) is",
-            f"on {one.host}: stop it there" if one in elsewhere else late,
-        )
+        where = late if one in here else f"on {one.host}: stop it there"
+        print(f"network {one.network} (process {one.pid}) is {where}")
     return 1
 
 
@@ -366,9 +363,8 @@ def go_on(directory: Path, epochs: int | None, own: argparse.Namespace) -> int:
             fail(f"network {one.network} has left no command in {view.short(directory)}: start it with its flags")
         words, torchrun = one.command[place + 1 :], one.command[:place]
         words += changes if words[-len(changes) :] != changes else []
-        own.gpus_per_network = own.gpus_per_network or max(
-            [int(word) for word in torchrun if word.isdecimal()], default=1
-        )
+        had = [int(word) for word in torchrun if word.isdecimal()]
+        own.gpus_per_network = own.gpus_per_network or max(had, default=1)
         cwd = one.cwd if Path(one.cwd).is_dir() else os.curdir
         args = check(folder, words, own.gpus_per_network, cwd)
         jobs.append(Job(f"network {one.network}", directory, one.network, words, one.network, cwd))
@@ -385,7 +381,7 @@ def demo(folder: str, words: Sequence[str]) -> int:
     """Trains a baseline and two grafted networks on images that are drawn on the spot, and compares them."""
     flags = {word.partition("=")[0] for word in words}
     if taken := sorted(flags & {"--s", "--save_dir", "--num", "--networks", "--i", "--resume"}):
-        wrong(f"{taken[0]}: the demo says itself what it trains, and where")
+        wrong(f"argument {taken[0]}: the demo says itself what it trains, and where")
     own, words = own_flags([*DEMO, *(() if "--data" in flags else DEMO_DATA), *words])
     folder, base = "grafting_cifar", Path("checkpoint", "demo")
     directories, jobs = [base / "baseline", base / "grafted"], []
