@@ -1,4 +1,4 @@
-"""CIFAR's images: every source, the cache that processes share, and the augmentation against torchvision's."""
+"""CIFAR's images: every source, the cache that processes share, and the augmentation."""
 
 import contextlib
 import functools
@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import datasets
 
-from filter_grafting.errors import WriteError
 from grafting_cifar import data
 from grafting_cifar.data import Batches, DataError, Images, Split, crop_and_flip, load, select
 
@@ -298,16 +297,6 @@ def test_where_the_folder_cannot_be_written_the_cache_is_the_users_or_in_memory(
     assert "the images are kept in memory: neither" in images.notes[0]
 
 
-def test_a_full_disk_leaves_the_images_in_memory(folder, monkeypatch):
-    def full(path, contents):
-        raise WriteError(f"cannot write {path}: No space left on device")
-
-    monkeypatch.setattr(data, "save", full)
-    images = load(folder)
-    assert np.array_equal(images.train.images[0], picture(0))
-    assert "as they cannot be cached: cannot write" in images.notes[0]
-
-
 def test_of_processes_that_start_together_one_decodes_and_of_one_that_is_killed_nothing_is_read(folder):
     def try_to(load):
         with open(folder / "log", "a", buffering=1) as log, contextlib.redirect_stdout(log):
@@ -349,11 +338,6 @@ def test_a_wait_says_for_what_and_ends(folder, monkeypatch, capsys):
 # ---- The standard files
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture(params=[10, 100])
 def standard(request, tmp_path, monkeypatch):
     """cifar, its archive in miniature, torchvision's class, which can download it, and a check of the images."""
@@ -379,7 +363,8 @@ def standard(request, tmp_path, monkeypatch):
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
 
-    handler = functools.partial(Handler, directory=archive.parent)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
+    monkeypatch.setattr(handler.func, "log_message", lambda *arguments: None)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -416,13 +401,6 @@ def test_standard_files_that_are_there_are_read_once(standard, target, monkeypat
     check(load(target, cifar))
     monkeypatch.setattr(data, "_read_standard", None)
     check(load(target / dataset.base_folder, cifar))
-
-
-def test_an_archive_that_is_there(standard, target, monkeypatch):
-    cifar, archive, _, check = standard
-    archive.rename(target / archive.name)
-    monkeypatch.setattr(data, "DEFAULT_FOLDER", target)
-    check(load(target, cifar))
 
 
 def test_the_download_goes_where_the_user_said_and_is_quiet_in_a_log(standard, target, capsys):

@@ -50,11 +50,11 @@ def test_on_a_terminal_the_demo_shows_a_bar_its_epochs_and_a_table(folder, image
     (earlier / MARKER).touch()
     shown = terminal([LAUNCHER, *flags_of(images), "--epochs", "2"], folder)
     assert shown.end() == 0, shown.text
-    text = re.sub(r"\x1b\[\d*\w", "", shown.text)
+    text = re.sub(r"\x1b\[\d*\w", "", shown.text).replace("\r", "\n")
     lines = re.findall(r"^(baseline|grafted 1|grafted 2) +Network:[12] +epoch:([01]) ", text, re.MULTILINE)
     assert sorted(lines) == [(name, epoch) for name in ("baseline", "grafted 1", "grafted 2") for epoch in "01"]
     assert re.search(r"\d+%  \S+ left", text), "the bar"
-    table = shown.text.split("\x1b[J")[-1]
+    table = shown.text.split("comparing them")[-1]
     assert re.search(r"\| *gain *\|", table) and re.search(r"checkpoint/demo/\S+/best[12]\.t7", table)
     plots = re.findall(r"checkpoint/demo/plots/\S+\.png", table)
     assert plots and all((folder / path).stat().st_size > 0 for path in plots)
