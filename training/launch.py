@@ -72,8 +72,7 @@ def run(folder: str, *words: str) -> int:
     if not words or words[0].startswith("-"):
         return start(folder, words)
     if words[0] not in commands:
-        hint = did_you_mean(words[0], commands)
-        wrong(f"there is no command {words[0]!r}{hint}")
+        wrong(f"there is no command {words[0]!r}{did_you_mean(words[0], commands)}")
     return commands[words[0]](folder, words[1:])
 
 
@@ -391,6 +390,21 @@ def demo(folder: str, words: Sequence[str]) -> int:
         args = check(folder, own_words)
     set_up()
     replace(base, directories)
+    try:
+        failed = train_side_by_side(folder, jobs, args, own)
+    except KeyboardInterrupt:
+        fail("stopped", 130)
+    if failed:
+        fail(failed.sentence())
+    print("comparing them …", flush=True)
+    report = [ROOT / "analysis" / "report.py", *directories, "--plots", base / "plots"]
+    return subprocess.run([sys.executable, *report]).returncode
+
+
+def train_side_by_side(
+    folder: str, jobs: Sequence[Job], args: argparse.Namespace, own: argparse.Namespace
+) -> "view.Started | None":
+    """Trains the demo's networks and follows them; returns one that has failed. All have ended when it ends."""
     for kind in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, lambda number, frame: sys.exit(128 + number))
     started = []
@@ -398,19 +412,12 @@ def demo(folder: str, words: Sequence[str]) -> int:
         started.extend(spawn_all(folder, jobs, args, own, len(jobs)))
         for one in started:
             print(one.line if own.verbose else f"{one.name}: {one.log}")
-        failed = view.follow(started, directories, args.epochs)
-    except KeyboardInterrupt:
-        fail("stopped", 130)
+        return view.follow(started, list(dict.fromkeys(job.directory for job in jobs)), args.epochs)
     finally:
         for one in started:
             one.process.terminate()
         for one in started:
             one.process.wait()
-    if failed:
-        fail(failed.sentence())
-    print("comparing them …", flush=True)
-    report = [ROOT / "analysis" / "report.py", *directories, "--plots", base / "plots"]
-    return subprocess.run([sys.executable, *report]).returncode
 
 
 def replace(base: Path, directories: Sequence[Path]) -> None:
