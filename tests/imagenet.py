@@ -49,21 +49,8 @@ class ImageRun(Run):
     ):
         super().__init__(directory, data, networks, epochs)
         self.ranks = ranks
-        self.flags = [
-            "--data",
-            str(data),
-            "-a",
-            "ranks:tiny",
-            "-b",
-            "12",
-            "-j",
-            "0",
-            "--image_size",
-            "32",
-            "--lr",
-            "0.02",
-        ]
-        self.flags += ["--device", "cpu", "-p", "0", *flags]
+        flags_of_all = "-a ranks:tiny -b 12 -j 0 --image_size 32 --lr 0.02 --device cpu -p 0"
+        self.flags = ["--data", str(data), *flags_of_all.split(), *flags]
 
     def start(self, network: int, *flags: str, ranks: int | None = None, **options: Any) -> Process:
         """Starts one network; its process is torchrun's, or that of the network itself if it has one rank."""
