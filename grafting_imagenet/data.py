@@ -128,12 +128,10 @@ class Batches:
         image_size: height and width of what comes out, in pixels.
         workers: processes that decode; 0 decodes in this one.
         skip_bad: what cannot be read is named once and kept in `bad`, instead of ending the epoch. In training, the
-            image that follows in the epoch's order takes its place, so that batches keep their sizes, and all ranks
-            the same; in validation it is left out.
-        rank, world_size: of the processes that train this network. In training the last batch is cut to a multiple of
-            world_size, so that all ranks have equally many images in every step; one image a rank would be a batch
-            without statistics for batch norm, and is left out. In validation every image comes once, on one of the
-            ranks; a rank may have a batch less than another, or none.
+            next image in the epoch's order takes its place, so that batches keep their sizes; in validation none does.
+        rank, world_size: of the processes that train this network. In training the last batch is cut so that all ranks
+            have equally many images in every step, and left out where that is one, a batch without statistics for batch
+            norm. In validation every image comes once; a rank may have a batch less than another, or none.
 
     Raises:
         DataError: if these do not go together.
