@@ -172,7 +172,7 @@ OBSTACLES: tuple[tuple[Callable[[Any], bool], str], ...] = (
         lambda x: x.is_quantized or x.dtype == torch.int8 or (is_weight(x) and x.itemsize < 2),
         "it is {0.dtype}: numbers without their scale cannot be blended",
     ),
-    (lambda x: isinstance(x, nn.Parameter) and not is_weight(x), "it is a parameter of {0.dtype}, which has no mean"),
+    (lambda x: not is_weight(x) and isinstance(x, nn.Parameter), "it is a parameter of {0.dtype}, which has no mean"),
 )
 
 
@@ -229,4 +229,4 @@ def _is_bookkeeping(key: str, entry: Tensor, own: Mapping[str, Any]) -> bool:
     """Whether an entry is no weight, but what pruning or a parametrization computes a weight with."""
     stem, _, ending = key.rpartition("_")
     of_weight = ending in ("mask", "u", "v") and f"{stem}_orig" in own
-    return not isinstance(entry, nn.Parameter) and (of_weight or "parametrizations" in key.split("."))
+    return (of_weight or "parametrizations" in key.split(".")) and not isinstance(entry, nn.Parameter)
