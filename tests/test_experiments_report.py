@@ -218,7 +218,7 @@ def test_all_tables_have_their_place(tmp_path, monkeypatch, capsys, preset):
     monkeypatch.setattr(sys, "argv", ["report.py", "--preset", preset, "--results", str(tmp_path)])
     assert report.main() == 0
     text = capsys.readouterr().out
-    names = set(TABLES) if preset != "small" else set(TABLES) - {"imagenet"}
+    names = set(TABLES) if preset in ("paper", "smoke") else set(TABLES) - {"imagenet"}
     assert all(f"| `{name}` " in text and f"## {TABLES[name].title}\n" in text for name in names)
     assert ("mutual learning" in text) == ("92.83" in text) == (preset == "paper")
 
