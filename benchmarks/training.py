@@ -5,7 +5,7 @@
     python benchmarks/training.py --models resnet32 --device cuda --images 50000 --variants plain amp amp+compile graph
     python benchmarks/training.py --models resnet32 --device cuda --images 50000 --variants amp --processes 1 2 4
 
-Ours is what grafting_cifar/grafting.py builds and runs, with the flags of the variant; "graph" is training/graphs.py.
+Ours is what grafting_cifar/grafting.py builds and runs, with the flags of the variant; "graph" is benchmarks/graphs.py.
 Every variant lives in a process of its own, so that its peak memory is its own; they take turns, and one repetition
 each is not counted, in which they compile, choose algorithms and start workers. With --processes N, N of them train at
 the same time on the same device, as the networks of a ring do; the figure is what they do together.
@@ -27,8 +27,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from benchmarks import plain, tools
+from benchmarks.graphs import GraphedTraining
 from grafting_cifar import data, models
-from training.graphs import GraphedTraining
 from training.loop import train_one_epoch
 from training.models import compiled
 from training.process import amp_dtype, deterministic

@@ -38,7 +38,7 @@ def parser() -> Parser:
     flag("--cifar", type=int, choices=(10, 100), default=10, help="which of the standard data sets")
     sources = (
         "the folder of the standard CIFAR files (downloaded if absent), or one with train/<class>/ and test/<class>/ "
-        "images, or the word glyphs: a data set made on the spot"
+        "images (resized to 32x32), or the word glyphs: a data set made on the spot"
     )
     flag("--data", metavar="DIR", type=path, default=DEFAULT_DATA, help=sources)
     some = "{} on N of the {} images, the same for all (default: all)".format

@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from filter_grafting.grafting import graft
-from filter_grafting.information import entropy, l1_norm
 from filter_grafting.scions import internal, noise
 from filter_grafting.states import plain_state
 from grafting_cifar import data, models
@@ -38,7 +37,6 @@ from training.records import Progress, Records, layer_rows
 SHARED = ("model", "num", "epochs", "a", "c", "level", "criterion", "method", "scion", "val")
 OWN = ("lr", "cos", "step_epochs", "difflr", "warmup", "batch_size", "momentum", "nesterov", "weight_decay")
 OWN += ("label_smoothing", "seed")
-CRITERIA = {"entropy": entropy, "l1": l1_norm}
 EMA_SHARE = 0.05  # of all steps: the time constant of the moving average
 SWA_START, SWA_RATE = 0.75, 0.5  # of the epochs, of the first learning rate: as its authors trained their ResNets
 
@@ -91,7 +89,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                     if args.method == "papa":
                         loop.pull(model, neighbour, rate(epoch) / rate(args.warmup), exchanges=steps / 10)
                     else:
-                        criterion = CRITERIA[args.criterion]
+                        criterion = loop.CRITERIA[args.criterion]
                         grafted = graft(model, neighbour, args.a, args.c, args.level, criterion=criterion)
                         layers = layer_rows(epoch - 1, grafted)
             elif epoch > 0 and args.scion != "external":

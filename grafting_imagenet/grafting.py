@@ -23,7 +23,6 @@ import torch
 
 from filter_grafting.errors import GraftingError
 from filter_grafting.grafting import graft
-from filter_grafting.information import entropy, l1_norm
 from filter_grafting.membership import read_json
 from filter_grafting.rings import Checkpoint
 from filter_grafting.states import plain_state
@@ -40,7 +39,6 @@ from training.records import Progress, Records, layer_rows, say
 SHARED = ("arch", "num", "epochs", "a", "c", "criterion")
 OWN = ("lr", "steplr", "warmup", "batch_size", "momentum", "nesterov", "wd", "label_smoothing", "image_size")
 OWN += ("pretrained", "seed")
-CRITERIA = {"entropy": entropy, "l1": l1_norm}
 STEP_EPOCHS = 30
 
 
@@ -106,7 +104,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                     with records.timing("wait"):
                         neighbour = ring.wait(epoch - 1)
                     with records.timing("graft"):
-                        grafted = graft(model, neighbour, args.a, args.c, criterion=CRITERIA[args.criterion])
+                        grafted = graft(model, neighbour, args.a, args.c, criterion=loop.CRITERIA[args.criterion])
                         layers = layer_rows(epoch - 1, grafted)
                 ranks.broadcast(model)
 

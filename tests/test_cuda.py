@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_graphs import make_training, rate
 
+from benchmarks.graphs import GraphedTraining
 from filter_grafting import FileRing, entropy, graft, plain_state
 from filter_grafting.scions import internal, noise
 from grafting_cifar import data, models
-from training.graphs import GraphedTraining
 from training.loop import evaluate, train_one_epoch
 from training.models import compiled
 from training.process import amp_dtype, deterministic, pick_device

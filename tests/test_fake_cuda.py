@@ -7,6 +7,7 @@ import pytest
 import torch
 from fake_cuda import CUDA, HostWaits, fake_cuda, through_a_file, to_fake_cuda
 
+from benchmarks.graphs import GraphedTraining
 from filter_grafting import graft, plain_state
 from filter_grafting.rings import Checkpoint
 from filter_grafting.states import State
@@ -14,7 +15,6 @@ from grafting_cifar import data, models
 from grafting_imagenet import models as imagenet_models
 from grafting_imagenet.data import normalise
 from training import loop
-from training.graphs import GraphedTraining
 from training.models import load_optimizer, restore, to_resume
 
 # Kernels of a step in fp32 and with amp, about: as many as with torch 2.14, and 2 % for other versions. More of them
@@ -126,7 +126,7 @@ def test_nor_does_a_step_of_torchvisions_models(arch, amp):
 @pytest.mark.parametrize("amp", PRECISIONS, ids=("fp32", "amp"))
 def test_nor_does_a_step_that_is_to_be_captured_in_a_graph(monkeypatch, amp):
     model = models.build("resnet20", 10).to(memory_format=torch.channels_last).train()
-    monkeypatch.setattr("training.graphs.means", lambda totals, seconds: loop.Result(0.0, 0.0, None, seconds))
+    monkeypatch.setattr("benchmarks.graphs.means", lambda totals, seconds: loop.Result(0.0, 0.0, None, seconds))
     monkeypatch.setattr(GraphedTraining, "_aside", lambda self, batch: self.step(*batch))
     monkeypatch.setattr(GraphedTraining, "_replay", lambda self, batch: self.step(*batch))
     with fake_cuda() as watch:

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
+from benchmarks.graphs import GraphedTraining
 from filter_grafting import graft, plain_state
 from grafting_cifar import data, models
-from training.graphs import GraphedTraining
 from training.loop import train_one_epoch
 from training.models import compiled
 

@@ -123,7 +123,7 @@ def add_ring_flags(parser: argparse.ArgumentParser, directory: str) -> None:
     flag("--c", metavar="C", type=number(float, 0), default=500.0, help=steepness)
     compared = "what is compared of two layers: their entropies, or their L1 norms"
     flag("--criterion", choices=("entropy", "l1"), default="entropy", help=compared)
-    ends = "end, with exit status 3, when the neighbour has made no progress for so long; 0 waits for ever"
+    ends = "end with status 3 when the neighbour has made no progress for so long (0.25 at the least); 0 waits for ever"
     flag("--timeout", metavar="MINUTES", type=number(float, 0), default=60.0, help=ends)
     flag("--keep_all", action="store_true", help="keep the checkpoints of all epochs")
     flag("--tensorboard", action="store_true", help="write curves and coefficients into DIR/tensorboard as well")

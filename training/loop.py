@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 
 from filter_grafting.errors import GraftingError
+from filter_grafting.information import entropy, l1_norm
+
+CRITERIA = {"entropy": entropy, "l1": l1_norm}  # of --criterion: what graft() compares of two layers
 
 
 class Diverged(GraftingError):
