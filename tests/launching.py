@@ -28,7 +28,7 @@ STAND_IN = """
 import fcntl, json, os, signal, socket, sys, time
 from pathlib import Path
 
-signal.alarm(120)
+signal.alarm(600)
 sys.path.insert(0, os.environ["REAL_ROOT"])
 from importlib import import_module
 from training.flags import command
