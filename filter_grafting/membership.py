@@ -286,7 +286,7 @@ class Membership:
                 for kind in self.path("*").name, f"*[a-z]{self.network}.*":  # what an earlier process left half-written
                     for path in self.directory.glob(f".{kind}.*{TEMPORARY}"):
                         path.unlink(missing_ok=True)
-                self._record(self._agreed(given, may_raise))
+                self._record(self._agreed(given, may_raise, alone=True))
                 self.update("starting")
             except BaseException:
                 self._take_back()
@@ -336,8 +336,14 @@ class Membership:
         with self._turn():
             self._record(self._agreed(plain(settings), may_add=True))
 
-    def _agreed(self, given: dict[str, Any], may_raise: Collection[str] = (), may_add: bool = False) -> dict[str, Any]:
-        """What `run.json` is to hold once these settings are given. Reads only."""
+    def _agreed(
+        self, given: dict[str, Any], may_raise: Collection[str] = (), may_add: bool = False, alone: bool = False
+    ) -> dict[str, Any]:
+        """What `run.json` is to hold once these settings are given. Reads only.
+
+        Whether others are at work is asked within this network's turn alone: one that starts at the same moment, and
+        raises the same settings, holds its place before it records them.
+        """
         try:
             recorded, contents = read_run(self.directory)[1], read_json(self._run_path)
         except (FileNotFoundError, NotADirectoryError):
@@ -357,7 +363,7 @@ class Membership:
         )
         is_number = {key: isinstance(recorded.get(key), int | float) for key in differing}
         raised = [key for key in differing if key in may_raise and is_number[key] and given[key] > recorded[key]]
-        others = living(self.directory, {*networks_of(self.directory)} - {self.network}) if raised else set()
+        others = living(self.directory, {*networks_of(self.directory)} - {self.network}) if raised and alone else set()
         if raised == differing and not others:
             return contents | {"settings": recorded | given}
         rows = ", ".join(

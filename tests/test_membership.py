@@ -129,13 +129,13 @@ def test_a_network_has_one_owner_in_a_process_and_among_processes(tmp_path, ring
             assert snapshot(tmp_path).keys() == before.keys()
         with pytest.raises(AliveError):
             ring(1)  # that it lives is said before that it has run
-        with pytest.raises(
-            SettingsError, match=r"epochs is 9 here .* \(network 1 is at work with the recorded value\)"
-        ):
-            ring(2, resume=True, settings=SETTINGS | {"epochs": 9}, may_raise=["epochs"])
     finally:
         end(process)
     assert [status.state for status in observe(tmp_path)] == ["training", "died"]
+    before = snapshot(tmp_path)
+    with pytest.raises(SettingsError, match=r"epochs is 9 here .* \(network 1 is at work with the recorded value\)"):
+        ring(2, resume=True, settings=SETTINGS | {"epochs": 9}, may_raise=["epochs"])
+    assert snapshot(tmp_path).keys() == before.keys()
     ring(2, resume=True)
 
 
@@ -222,6 +222,24 @@ def test_epochs_may_be_raised_by_a_resume(tmp_path, ring):
     ring(2, **more)
     again.leave("stopped")  # before it trained: but network 2 builds on it
     assert read_run(tmp_path)[1]["epochs"] == 9
+
+
+def test_networks_that_start_at_once_may_both_raise_the_epochs(ring, monkeypatch):
+    for network in 1, 2:
+        before = ring(network)
+        before.publish(0, STATE)
+        before.leave("stopped")
+    read, more, started = membership.read_run, {"settings": SETTINGS | {"epochs": 9}, "may_raise": ["epochs"]}, []
+
+    def another_starts_just_after(directory):
+        found = read(directory)
+        if not started:
+            started.append(1)
+            ring(1, resume=True, **more)
+        return found
+
+    monkeypatch.setattr(membership, "read_run", another_starts_just_after)
+    ring(2, resume=True, **more)
 
 
 @pytest.mark.parametrize("data", ["", "{", "[]", "{}", '{"run": 1, "settings": {}}', '{"run": "x"}'])
