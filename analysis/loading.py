@@ -78,7 +78,7 @@ def load_trained(path: Path, name: str | None = None, device: torch.device | str
     known = {key: value if contents.get(key) is None else contents[key] for key, value in instead.items()}
     try:
         if ":" in name:
-            model = own_model(name, len(known["classes"]), known["image_size"])
+            model = own_model(name, len(known["classes"]))
         elif is_cifar:
             model = models.build(name, len(known["classes"]))
         else:

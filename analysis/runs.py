@@ -29,7 +29,7 @@ from filter_grafting.errors import CheckpointError, GraftingError
 from filter_grafting.information import invalid_filters, norms_by_layer
 from filter_grafting.membership import Status, networks_of, observe, printable
 from filter_grafting.membership import read_run as read_record
-from training.process import UsageError, explain
+from training.process import UsageError
 
 THRESHOLDS = (0.1, 0.01)  # of the L1 norm, below which a filter is invalid
 SECONDS = ["train_seconds", "test_seconds", "wait_seconds", "graft_seconds"]
@@ -339,13 +339,9 @@ def program(main: Callable[[], int]) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (OSError, GraftingError, RuntimeError, MemoryError) as error:
+    except (OSError, GraftingError, torch.OutOfMemoryError) as error:
         sentence = str(error)
         if isinstance(error, OSError) and error.filename:
             sentence = f"{error.filename}: {error.strerror}"
-        elif not isinstance(error, OSError | GraftingError):
-            sentence, is_known = explain(error)  # as of a GPU that is full
-            if not is_known:
-                raise
         print(printable(sentence, 1000), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -28,9 +28,8 @@ from filter_grafting.states import plain_state
 from grafting_cifar import data, models
 from training import loop
 from training.loop import evaluate, stream_seed, train_one_epoch
-from training.machine import computer
 from training.models import compiled, own_model, restore, to_resume
-from training.process import Signals, amp_dtype, deterministic, ending, join_ring, pick_device
+from training.process import Signals, amp_dtype, computer, deterministic, ending, join_ring, pick_device
 from training.records import Progress, Records, layer_rows
 
 # The flags that all networks of a ring have in common, and those that else change what comes out of a network.
@@ -114,7 +113,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
-    return own_model(name, num_classes, data.SIZE) if ":" in name else models.build(name, num_classes)
+    return own_model(name, num_classes) if ":" in name else models.build(name, num_classes)
 
 
 def schedule(args: argparse.Namespace) -> Callable[[float], float]:

@@ -29,9 +29,8 @@ from filter_grafting.states import plain_state
 from grafting_imagenet import data, models
 from training import loop
 from training.loop import evaluate, stream_seed, train_one_epoch
-from training.machine import computer
 from training.models import compiled, restore, to_resume
-from training.process import Signals, amp_dtype, deterministic, ending, join_ring, pick_device
+from training.process import Signals, amp_dtype, computer, deterministic, ending, join_ring, pick_device
 from training.ranks import Ranks
 from training.records import Progress, Records, layer_rows, say
 

@@ -82,34 +82,19 @@ def test_torchvisions_models_are_known_without_importing_it():
         ("cifar", "--batchsize=8", "unrecognized argument --batchsize; did you mean --batch_size?"),
         ("cifar", "--model nothing", "got 'nothing', expected one of resnet20, resnet32"),
         ("imagenet", "-a resnet19", "got 'resnet19'; did you mean resnet18?"),
-        ("imagenet", "-a fasterrcnn_resnet50_fpn", "argument -a/--arch: got 'fasterrcnn_resnet50_fpn'"),
-        ("imagenet", "--worker 3", "unrecognized argument --worker; did you mean --workers?"),
         ("imagenet", "-b 0", "argument -b/--batch-size: got '0', expected an integer at least 1"),
         ("imagenet", "--lr nan", "argument --lr/--learning-rate: got 'nan', expected a number above 0"),
         ("imagenet", "--momentum 1", "got '1', expected a number at least 0 and below 1"),
         ("imagenet", "--a 1.5", "argument --a: got '1.5', expected a number at least 0 and at most 1"),
-        ("imagenet", "--image_size 8", "argument --image_size: got '8'"),
         ("imagenet", "--i 3", "argument --i: got 3, expected 1 to 2 (--num)"),
-        ("imagenet", "--s=", "argument --s/--save_dir: got nothing, expected a path"),
         ("imagenet", "--gpu 0 --device cpu", "argument --gpu: needs --device cuda"),
-        ("imagenet", "-e", "argument -e: expected --resume PATH or --pretrained"),
         ("imagenet", "-e --resume auto", "argument -e: expected --resume PATH or --pretrained"),
         ("imagenet", "--pretrained --resume x.tar", "--pretrained: does not go with --resume PATH"),
-        ("imagenet", "--pretrained -a timm:x", "--pretrained: torchvision has no weights of -a timm:x"),
-        # What makes no sense together
-        ("cifar", "--num 1 --difflr", "argument --difflr: without a meaning for --num 1"),
-        ("cifar", "--num 1 --a 0.2", "argument --a: without a meaning for --num 1"),
-        ("imagenet", "--num 1 --criterion l1", "argument --criterion: without a meaning for --num 1"),
-        ("cifar", "--data glyphs --cifar 100", "argument --cifar: --data glyphs has classes of its own"),
-        ("cifar", "--cos --step_epochs 3", "argument --cos: does not go with --step_epochs"),
-        ("imagenet", "--nesterov --momentum 0", "argument --nesterov: needs a --momentum above 0"),
         ("cifar", "--warmup 5 --epochs 5", "argument --warmup: got 5, expected less than 5 (--epochs)"),
         ("cifar", "--level filter", "--level: filter needs a chain of layers (--model vgg16), got --model resnet32"),
         ("cifar", "--method ema", "--method: ema needs no neighbour: got --num 2, expected --num 1"),
-        ("cifar", "--method swa", "--method: swa needs no neighbour: got --num 2, expected --num 1"),
         ("cifar", "--method papa --num 1", "papa needs a neighbour: got --num 1"),
         ("cifar", "--scion noise", "--scion: noise needs no neighbour: got --num 2, expected --num 1"),
-        ("cifar", "--scion internal --num 1 --method ema", "--method: ema does not go with --scion"),
         ("cifar", "--method average --level filter --model vgg16", "average does not go with --level"),
         ("cifar", "--method average --a 0.2", "average does not go with --a"),
         ("cifar", "--level filter --model vgg16 --c 5", "--level: filter does not go with --c"),
@@ -174,23 +159,8 @@ def test_torchruns_line_means_what_the_other_one_does():
 
 
 def test_variables_that_another_job_has_left_do_not_count():
-    assert world({"RANK": "1"}) == world({"WORLD_SIZE": ""}) == world({"RANK": "3", "WORLD_SIZE": "1"}) == (0, 1)
+    assert world({"RANK": "1"}) == world({"WORLD_SIZE": ""}) == world({"RANK": "3", "WORLD_SIZE": "4"}) == (0, 1)
     assert world({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "here", "MASTER_PORT": "1"}) == (1, 4)
-
-
-@pytest.mark.parametrize(
-    ("variables", "words"),
-    [
-        ({"WORLD_SIZE": "4"}, "the environment says WORLD_SIZE=4, but not RANK: start 4 processes with torchrun, or"),
-        ({"WORLD_SIZE": "4", "RANK": "0"}, "but not MASTER_ADDR"),
-        ({"WORLD_SIZE": "four"}, "the environment says WORLD_SIZE='four', which is no rank and number of ranks"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK='2' WORLD_SIZE='2', which is no rank"),
-    ],
-)
-def test_ranks_that_cannot_find_each_other_are_a_sentence(script, capsys, monkeypatch, variables, words):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert words in refused(script, capsys)
 
 
 def test_ranks_are_for_the_imagenet_script(capsys, monkeypatch):
@@ -204,10 +174,6 @@ def test_the_command_that_starts_another_network(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/grafting.py", "--i=1", "--num", "3", "--i", "2", "--lr", "0.1"])
     assert command()[1:] == sys.argv
     assert command(3)[1:] == ["/x/grafting.py", "--num", "3", "--lr", "0.1", "--i", "3", "--resume"]
-    monkeypatch.setattr(sys, "argv", ["/x/grafting.py", "--resume", "--i", "2"])
-    assert command(3)[1:] == ["/x/grafting.py", "--resume", "--i", "3"]
-    monkeypatch.setattr(sys, "argv", ["/x/grafting.py", "--resume", "a.tar", "--i", "2"])
-    assert command(3)[1:] == ["/x/grafting.py", "--resume", "a.tar", "--i", "3", "--resume"]
     variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

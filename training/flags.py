@@ -1,4 +1,4 @@
-"""The flags that both scripts share, and errors of one line. No torch here: --help and a wrong flag answer at once."""
+"""The flags that both scripts share. No torch here: --help and a wrong flag answer at once."""
 
 import argparse
 import difflib
@@ -6,31 +6,9 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from itertools import pairwise
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-# What to do about an error of the library, by its class, in words of flags, of which the library knows none.
-HINTS = {
-    "AlreadyRunError": "--resume continues it, --s names another directory",
-    "SettingsError": "a resumed run may raise --epochs alone, while no other network is at work, and without --cos or "
-    "averages over epochs",
-    "UnreadableError": "mend that, then continue with --resume",
-    "NeighbourTimeout": "--timeout says how long to wait",
-    "Diverged": "try a lower --lr, or do without --amp if it was given",
-}
-# What torch reports though the program is not at fault, and the sentence that it becomes.
-REPORTS = {
-    r"out of memory|can't allocate memory|^MemoryError": "the memory of the device is full: give a smaller batch, a "
-    "smaller model, or another device",
-    r"busy or unavailable": "the GPU is taken by another process: choose another one with CUDA_VISIBLE_DEVICES",
-    r"C\+\+ compiler|C compiler|working triton": "--compile needs a C++ compiler (and on CUDA, triton): install it, or "
-    "do without",
-    r"Expected more than 1 value per channel when training": "a batch of one image has no statistics for batch norm: "
-    "choose a batch size that leaves no such rest",
-    r"does not have a deterministic implementation": "a layer of this model has no deterministic gradient: do without "
-    "--deterministic",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,27 +54,23 @@ def one_of(known: Iterable[str]) -> Callable[[str], str]:
 
 def number(kind: type, low: float, high: float = math.inf, low_open: bool = False, high_open: bool = False):
     """A converter for argparse: a finite number within [low, high], without the ends that are open."""
+    what = "an integer" if kind is int else "a number"
+    bounds = f"{'above' if low_open else 'at least'} {low}"
+    bounds += f" and {'below' if high_open else 'at most'} {high}" if high < math.inf else ""
 
     def convert(text: str):
-        bounds = f"{'above' if low_open else 'at least'} {low}"
-        bounds += f" and {'below' if high_open else 'at most'} {high}" if high < math.inf else ""
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        inside = low <= value <= high and math.isfinite(value)
-        if not inside or (low_open and value == low) or (high_open and value == high):
-            what = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {what} {bounds}")
-        return value
+            is_inside = low <= value <= high and math.isfinite(value)
+            if is_inside and not (low_open and value == low) and not (high_open and value == high):
+                return value
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {what} {bounds}")
 
     return convert
 
 
 def path(text: str) -> Path:
     """A converter for argparse: a path, with ~ expanded, which shells leave alone in --s=~/run."""
-    if not text:
-        raise argparse.ArgumentTypeError("got nothing, expected a path")
     return Path(text).expanduser()
 
 
@@ -142,49 +116,23 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_common(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """The checks that need more than one flag, or what the shell or torchrun has set."""
+    """The checks that need more than one flag."""
     if os.name != "posix":
         parser.error("the scripts run on Linux and macOS; elsewhere, graft in training code of your own")
     if args.i > args.num:
         parser.error(f"argument --i: got {args.i}, expected 1 to {args.num} (--num)")
-    if args.num == 1:
-        for name in ("difflr", "level", "a", "c", "criterion"):
-            if getattr(args, name, None) not in (None, parser.get_default(name)):
-                parser.error(f"argument --{name}: without a meaning for --num 1, which has no neighbour")
-    if args.nesterov and not args.momentum:
-        parser.error("argument --nesterov: needs a --momentum above 0")
     if args.warmup and args.warmup >= args.epochs:
         parser.error(f"argument --warmup: got {args.warmup:g}, expected less than {args.epochs} (--epochs)")
-    try:
-        world()
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def world(variables: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """(rank, number of ranks) of this process among those that train one network, from what torchrun sets.
 
     Variables that another job has left behind do not count unless all are there.
-
-    Raises:
-        ValueError: if they say that there are several ranks, but not how these find each other.
     """
-    if not variables.get("WORLD_SIZE", "").strip():
+    if not all(variables.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return 0, 1
-    try:
-        size, rank = int(variables["WORLD_SIZE"]), int(variables.get("RANK") or 0)
-        if size < 1 or not (0 <= rank < size or size == 1):
-            raise ValueError
-    except ValueError:
-        found = " ".join(f"{name}={variables[name]!r}" for name in ("RANK", "WORLD_SIZE") if name in variables)
-        raise ValueError(f"the environment says {found}, which is no rank and number of ranks: unset them") from None
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not variables.get(name)]
-    if size > 1 and missing:
-        raise ValueError(
-            f"the environment says WORLD_SIZE={size}, but not {missing[0]}: start {size} processes with torchrun, or "
-            "one after `unset WORLD_SIZE RANK`"
-        )
-    return (rank, size) if size > 1 else (0, 1)
+    return int(variables["RANK"]), int(variables["WORLD_SIZE"])
 
 
 def run_name(parser: argparse.ArgumentParser, args: argparse.Namespace, what: str, shown: Mapping[str, str]) -> str:
@@ -209,14 +157,11 @@ def settings_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any
 
 def command(network: int | None = None) -> list[str]:
     """The command line that started this process; with a number, that which continues another network of its run."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1") if world()[1] > 1 else "1"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks != "1" else []
-    words = sys.argv[1:]
+    words, torchrun = sys.argv[1:], []
+    if world()[1] > 1:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
     if network is not None:
-        words = [
-            word for k, word in enumerate(words) if "--i" not in (word, words[k - 1]) and not word.startswith("--i=")
-        ]
-        # `--resume` alone says "go on", also beside `--resume PATH`.
-        goes_on = any(word == "--resume" and after[:1] == "-" for word, after in pairwise([*words, "-"]))
-        words += ["--i", str(network)] + ([] if goes_on else ["--resume"])
+        kept = [word for k, word in enumerate(words) if "--i" not in (word, words[k - 1]) and word[:4] != "--i="]
+        words = [*kept, "--i", str(network), "--resume"]
     return [os.path.basename(sys.executable), *torchrun, sys.argv[0], *words]

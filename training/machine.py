@@ -33,10 +33,3 @@ def versions() -> dict[str, str]:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
         found["project"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return found
-
-
-def computer(device: torch.device, ranks: int = 1) -> str:
-    """What a network is trained on, as a line for the log."""
-    name = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    name = f"{ranks} processes, each on {name}" if ranks > 1 else name
-    return f"device: {name}; torch {torch.__version__}, Python {platform.python_version()}"

@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from filter_grafting.errors import CheckpointError, GraftingError, RefusedError
+from filter_grafting.errors import CheckpointError, RefusedError
 from filter_grafting.rings import Checkpoint
 from filter_grafting.states import plain_state
 from training.process import UsageError
 
 
-def own_model(name: str, num_classes: int, image_size: int) -> nn.Module:
+def own_model(name: str, num_classes: int) -> nn.Module:
     """Anyone's model by `package.module:function`, which is called with num_classes; looked for from here, too.
 
     Raises:
-        UsageError: if there is no such function.
-        GraftingError: if it fails, or what it returns does not turn images into scores (b, num_classes).
+        UsageError: if there is no such function, or what it returns is no model.
     """
     place, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -30,19 +29,10 @@ def own_model(name: str, num_classes: int, image_size: int) -> nn.Module:
         build = getattr(importlib.import_module(place), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"{name}: {error}; expected package.module:function") from error
-    try:
-        model = build(num_classes=num_classes)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"it returned a {type(model).__name__}, expected a torch.nn.Module")
-        with torch.no_grad():
-            outputs = model.eval()(torch.zeros(2, 3, image_size, image_size))
-        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        if shape != (2, num_classes):
-            expected = f"scores of shape {(2, num_classes)}"
-            raise TypeError(f"for 2 images of {image_size} pixels its model gave {shape}, expected {expected}")
-    except Exception as error:  # it is anyone's code
-        raise GraftingError(f"{name}(num_classes={num_classes}): {' '.join(str(error).split())[:300]}") from error
-    return model.train()
+    model = build(num_classes=num_classes)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{name}: it returned a {type(model).__name__}, expected a torch.nn.Module")
+    return model
 
 
 def compiled(model: nn.Module, device: torch.device, enabled: bool = True) -> nn.Module:
@@ -63,22 +53,16 @@ def load_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """`load_state_dict`, and every buffer in its parameter's shape and memory layout.
+    """`load_state_dict`, and every buffer in its parameter's memory layout.
 
     Fused optimizers walk through the memory of both as if it were the same: with a momentum saved in another layout
     they would update the wrong weights on CPUs without a word, and fail on CUDA.
-
-    Raises:
-        ValueError: if it is of other parameters.
     """
     optimizer.load_state_dict(dict(state))
     for parameter, buffers in optimizer.state.items():
         for name, buffer in buffers.items():
-            if not isinstance(buffer, Tensor) or buffer.dim() == 0:
-                continue
-            if buffer.shape != parameter.shape:
-                raise ValueError(f"{name} has shape {tuple(buffer.shape)}, its weight {tuple(parameter.shape)}")
-            buffers[name] = torch.empty_like(parameter).copy_(buffer)
+            if isinstance(buffer, Tensor) and buffer.dim() > 0:
+                buffers[name] = torch.empty_like(parameter).copy_(buffer)
 
 
 def to_resume(
@@ -108,23 +92,19 @@ def restore(
         trained: the model that the optimizer trains, if that is another one.
 
     Raises:
+        CheckpointError: if another program has left it.
         RefusedError: if the settings differ.
-        CheckpointError: if the checkpoint does not fit this network.
     """
     extra = found.extra
     if not isinstance(extra, Mapping) or "optimizer" not in extra:
         raise CheckpointError(f"{found.path} holds no training state to go on from, as of another program")
-    try:
-        recorded = extra["settings"]
-        differing = [key for key in settings if key != "epochs" and recorded.get(key) != settings[key]]
-        if differing:
-            rows = ", ".join(f"{key} is {settings[key]!r} here and was {recorded.get(key)!r}" for key in differing)
-            raise RefusedError(f"the network cannot be continued with other settings: {rows}")
-        load_state(model, found.state)
-        if trained is not None:
-            load_state(trained, extra["trained"])
-        load_optimizer(optimizer, extra["optimizer"])
-        return dict(extra["row"]), [list(row) for row in extra["layers"]]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise CheckpointError(f"{found.path} does not fit this network ({reason})") from error
+    recorded = extra["settings"]
+    differing = [key for key in settings if key != "epochs" and recorded.get(key) != settings[key]]
+    if differing:
+        rows = ", ".join(f"{key} is {settings[key]!r} here and was {recorded.get(key)!r}" for key in differing)
+        raise RefusedError(f"the network cannot be continued with other settings: {rows}")
+    load_state(model, found.state)
+    if trained is not None:
+        load_state(trained, extra["trained"])
+    load_optimizer(optimizer, extra["optimizer"])
+    return extra["row"], extra["layers"]

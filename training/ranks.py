@@ -1,8 +1,6 @@
 """One network trained by several processes, as torchrun starts them: a GPU each, one batch in equal parts."""
 
-import warnings
 from datetime import timedelta
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -58,17 +56,11 @@ class Ranks:
         """The model, such that every backward pass averages the gradients over the ranks."""
         if self.size == 1:
             return model
-        # Of 1x1 convolutions in channels_last format, whose gradients are the same numbers in the same places.
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
-        # Newer torch has another name for it, which older torch does not know.
-        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def __enter__(self) -> "Ranks":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.size > 1 and error is None:  # else the others are to see the connection break
             dist.destroy_process_group()
