@@ -2,10 +2,12 @@
 
 import math
 
+import pytest
 import torch
 from torch import nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -20,6 +22,10 @@ def looped_entropy(weight, bins=10):
         share = sum(low + k * scale <= value < upper for value in values) / len(values)
         total -= share * math.log(share) if share else 0.0
     return total
+
+
+def looped_l1_norm(weight):
+    return sum(abs(value) for value in weight.flatten().tolist())
 
 
 def looped_coefficient(own, neighbour, a=0.4, c=500, criterion=looped_entropy):

@@ -23,52 +23,36 @@ from torch import nn
 from filter_grafting import FileRing, Grafting, GraftingError, MismatchError, graft, graft_ring
 
 
-def ring_of(networks):
-    return [randomised(mixture(), seed) for seed in range(1, networks + 1)]
-
-
-# graft_ring
-
-
-@pytest.mark.parametrize("networks", [2, 3, 5])
-def test_a_ring_is_blended_all_at_once(networks):
-    models = ring_of(networks)
-    before = [snapshot(model) for model in models]
-    expected = [looped_graft(model, before[k - 1], c=5) for k, model in enumerate(models)]
-    assert [coefficients_of(found) for found in graft_ring(models, c=5)] == [shares for shares, _ in expected]
-    for model, (_, blended) in zip(models, expected, strict=True):
-        assert_blended(model, blended)
-
-
-def test_a_loop_over_the_networks_is_not_the_method():
-    models, looped = ring_of(3), ring_of(3)
-    graft_ring(models)
-    for k in range(3):
-        graft(looped[k], looped[k - 1].state_dict())
-    assert same(models[0], looped[0]) and not same(models[1], looped[1]) and not same(models[2], looped[2])
+def ring_of(networks, make=mixture):
+    return [randomised(make(), seed) for seed in range(1, networks + 1)]
 
 
 def floats(model):
     return [entry for entry in model.state_dict().values() if entry.is_floating_point()]
 
 
-@pytest.mark.parametrize("networks", [2, 3])
-def test_two_networks_become_equal_and_three_do_not(networks):
+# graft_ring
+
+
+@pytest.mark.parametrize("networks", [2, 3, 5])
+def test_a_ring_is_blended_all_at_once_and_two_networks_become_equal(networks):
     models = ring_of(networks)
-    graft_ring(models)
+    before = [snapshot(model) for model in models]
+    expected = [looped_graft(model, before[k - 1]) for k, model in enumerate(models)]
+    assert [coefficients_of(found) for found in graft_ring(models)] == [shares for shares, _ in expected]
+    for model, (_, blended) in zip(models, expected, strict=True):
+        assert_blended(model, blended)
     for one, other in itertools.combinations(models, 2):
         alike = [torch.allclose(a, b, atol=1e-6) for a, b in zip(floats(one), floats(other), strict=True)]
         assert all(alike) == (networks == 2)
 
 
 def test_a_ring_at_filter_level():
-    models = [randomised(chain(), seed) for seed in (1, 2, 3)]
-    expected = copy.deepcopy(models)
+    models, expected = ring_of(3, chain), ring_of(3, chain)
     states = [snapshot(model) for model in models]
-    found = graft_ring(models, level="filter")
+    graft_ring(models, level="filter")
     for k, model in enumerate(expected):
-        layers = graft(model, states[k - 1], level="filter")
-        assert all(torch.equal(layers[name].coefficient, found[k][name].coefficient) for name in layers)
+        graft(model, states[k - 1], level="filter")
         assert same(model, models[k])
 
 
@@ -82,7 +66,7 @@ def test_where_one_network_cannot_be_grafted_all_are_untouched():
         assert_untouched(model, state)
 
 
-@pytest.mark.parametrize("pick", [lambda m: [], lambda m: [m], lambda m: [m] * 2, lambda m: [m, mixture(), m]])
+@pytest.mark.parametrize("pick", [lambda m: [m], lambda m: [m, mixture(), m]])
 def test_a_ring_needs_networks_of_their_own(pick):
     with pytest.raises(ValueError, match=r"models: got \d, expected at least two, each a model of its own"):
         graft_ring(pick(mixture()))
@@ -91,22 +75,19 @@ def test_a_ring_needs_networks_of_their_own(pick):
 # Grafting
 
 
-class Memory:
-    """An exchange between the threads of one process."""
-
-    def __init__(self, networks):
-        self.barrier, self.states = threading.Barrier(networks, timeout=60), {}
-
-
 class Place:
-    def __init__(self, memory, network=0):
-        self.memory, self.network, self.rounds = memory, network, []
+    """A network's place in a ring of the threads of one process."""
+
+    def __init__(self, network=0, barrier=None, states=None):
+        self.network, self.rounds = network, []
+        self.barrier = barrier or threading.Barrier(1)
+        self.states = {} if states is None else states
 
     def swap(self, state, round):
-        self.memory.states[self.network, round] = {key: entry.clone() for key, entry in state.items()}
+        self.states[self.network, round] = {key: entry.clone() for key, entry in state.items()}
         self.rounds.append(round)
-        self.memory.barrier.wait()
-        return self.memory.states[(self.network - 1) % self.memory.barrier.parties, round]
+        self.barrier.wait()
+        return self.states[(self.network - 1) % self.barrier.parties, round]
 
 
 def trained(model, epoch):
@@ -121,19 +102,9 @@ def in_threads(*functions):
         return [future.result() for future in [pool.submit(function) for function in functions]]
 
 
-def expected_after(models, epochs, grafted=lambda epoch: True, **options):
-    models = copy.deepcopy(models)
-    for epoch in range(epochs):
-        for model in models:
-            trained(model, epoch)
-        if epoch + 1 < epochs and grafted(epoch):
-            graft_ring(models, **options)
-    return models
-
-
-def loop(grafting, model, epochs):
+def loop(grafting, epochs):
     for epoch in range(grafting.round, epochs):
-        trained(model, epoch)
+        trained(grafting.model, epoch)
         if epoch + 1 < epochs:
             grafting.step()
 
@@ -143,28 +114,28 @@ def loop(grafting, model, epochs):
     [({}, [0, 1, 2, 3, 4]), ({"every": 2}, [1, 3]), ({"warmup": 3}, [3, 4]), ({"every": 3, "warmup": 2}, [2])],
 )
 def test_a_loop_grafts_every_so_many_rounds_after_a_warm_up(options, rounds):
-    models = ring_of(3)
-    expected = expected_after(models, 6, lambda epoch: epoch in rounds, a=0.6, c=3, exclude=("14.*",))
-    memory = Memory(3)
-    places = [Place(memory, network) for network in range(3)]
-    steppers = [
-        Grafting(model, place, 0.6, 3, exclude=("14.*",), **options)
-        for model, place in zip(models, places, strict=True)
-    ]
-    in_threads(*(lambda s=stepper: loop(s, s.model, 6) for stepper in steppers))
+    models, how = ring_of(3), {"a": 0.6, "c": 3, "exclude": ("14.*",)}
+    expected = copy.deepcopy(models)
+    for epoch in range(6):
+        for model in expected:
+            trained(model, epoch)
+        if epoch in rounds:
+            graft_ring(expected, **how)
+    barrier, states = threading.Barrier(3, timeout=60), {}
+    places = [Place(network, barrier, states) for network in range(3)]
+    graftings = [Grafting(model, place, **how, **options) for model, place in zip(models, places, strict=True)]
+    in_threads(*(lambda each=grafting: loop(each, 6) for grafting in graftings))
     assert all(place.rounds == rounds for place in places)
     assert all(same(model, other) for model, other in zip(models, expected, strict=True))
-    assert [stepper.round for stepper in steppers] == [5] * 3
 
 
 def test_step_tells_what_it_found_and_its_state_is_the_next_round():
-    model, place = randomised(mixture(), 1), Place(Memory(1))
-    stepper = Grafting(model, place, every=2)
-    assert stepper.step() is None
-    assert stepper.state_dict() == {"round": 1}
-    assert coefficients_of(stepper.step()) == dict.fromkeys(coefficients_of(graft(model, model.state_dict())), 0.5)
+    model, place = randomised(mixture(), 1), Place()
+    grafting = Grafting(model, place, every=2)
+    assert grafting.step() is None
+    assert coefficients_of(grafting.step()) == dict.fromkeys(coefficients_of(graft(model, model.state_dict())), 0.5)
     later = Grafting(model, place, every=2)
-    later.load_state_dict(stepper.state_dict())
+    later.load_state_dict(grafting.state_dict())
     assert later.round == 2 and later.step() is None and later.round == 3
 
 
@@ -174,39 +145,29 @@ def test_step_tells_what_it_found_and_its_state_is_the_next_round():
         ({"every": 0}, "every: got 0, expected at least 1"),
         ({"warmup": -1}, "warmup: got -1, expected at least 0"),
         ({"a": 2}, "a: got 2"),
-        ({"level": "layers"}, "level: got 'layers'"),
         ({"checkpoint": {"optimizer": torch.optim.SGD(chain().parameters())}}, "checkpoint: a Place keeps none"),
     ],
 )
 def test_bad_arguments_are_refused_before_training(options, message):
     with pytest.raises(ValueError, match=message):
-        Grafting(chain(), Place(Memory(1)), **options)
+        Grafting(chain(), Place(), **options)
 
 
 def test_what_the_first_graft_would_refuse_is_refused_before_training():
-    model, place = mixture(), Place(Memory(1))
     with pytest.raises(MismatchError, match="Linear has no convolution"):
-        Grafting(nn.Linear(2, 2), place)
-    Grafting(model, place, exclude=("head.*",))  # the neighbour may have such entries
-    model.register_buffer("mask", torch.tensor(-torch.inf))
-    with pytest.raises(MismatchError, match=r"^mask: the network holds .* exclude=\('mask',\)"):
-        Grafting(model, place)
-    Grafting(model, place, exclude="mask")
+        Grafting(nn.Linear(2, 2), Place())
+    Grafting(chain(), Place(), exclude=("head.*",))  # the neighbour may have such entries
 
 
 def test_a_round_that_failed_is_not_counted():
-    model = randomised(mixture(), 1)
-    before = snapshot(model)
-
     class Broken:
         def swap(self, state, round):
             raise GraftingError("no neighbour")
 
-    stepper = Grafting(model, Broken())
+    grafting = Grafting(randomised(mixture(), 1), Broken())
     with pytest.raises(GraftingError, match="no neighbour"):
-        stepper.step()
-    assert stepper.round == 0
-    assert_untouched(model, before)
+        grafting.step()
+    assert grafting.round == 0
 
 
 # Grafting through files
@@ -218,8 +179,8 @@ def run_network(directory, network, epochs, resume=False, until=None):
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     with FileRing(directory, network, 2, resume=resume) as ring:
-        stepper = Grafting(model, ring, checkpoint={"optimizer": optimizer, "schedule": schedule})
-        for epoch in range(stepper.round, epochs):
+        grafting = Grafting(model, ring, checkpoint={"optimizer": optimizer, "schedule": schedule})
+        for epoch in range(grafting.round, epochs):
             if epoch == until:
                 break
             optimizer.zero_grad()
@@ -227,7 +188,7 @@ def run_network(directory, network, epochs, resume=False, until=None):
             optimizer.step()
             schedule.step()
             if epoch + 1 < epochs:
-                stepper.step()
+                grafting.step()
     return model, optimizer
 
 
@@ -249,8 +210,7 @@ def test_a_checkpoint_without_the_state_that_is_asked_for_is_named(tmp_path):
         ring.publish(0, mixture().state_dict(), {"optimizer": {}})
     model = mixture()
     before = snapshot(model)
-    optimizer = torch.optim.SGD(nn.ParameterList(model.parameters()), 0.1)
-    with FileRing(tmp_path / "run", 1, 1, resume=True) as ring, pytest.raises(GraftingError) as error:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with FileRing(tmp_path / "run", 1, 1, resume=True) as ring, pytest.raises(GraftingError, match="no state of 'ema'"):
         Grafting(model, ring, checkpoint={"optimizer": optimizer, "ema": optimizer})
-    assert str(error.value).startswith(f"checkpoint: {tmp_path / 'run' / 'ckpt0_0.t7'} holds no state of 'ema'")
     assert_untouched(model, before)
