@@ -10,23 +10,18 @@ out, from the number of ranks that share the network's batches.
 
 from __future__ import annotations
 
-import errno
 import functools
 import io
-import itertools
 import math
 import multiprocessing
 import os
 import random
-import re
-import resource
 import signal
 import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing import context, forkserver, popen_forkserver, resource_tracker
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -35,7 +30,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from filter_grafting.membership import printable
 from training.images import DataError, Files, Images, checksum, class_folders, normalised, reading, rgb
 
 try:
@@ -50,6 +44,7 @@ AREA = (0.08, 1.0)  # of a random crop, as a share of the image's
 LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))  # of its width to its height
 
 load = class_folders
+normalise = functools.partial(normalised, mean=MEAN, std=STD)
 
 
 # ---- Images
@@ -110,9 +105,6 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0]
 
 
-normalise = functools.partial(normalised, mean=MEAN, std=STD)
-
-
 # ---- Batches
 
 Request = tuple[str, int, str]  # path, label, and the text that the crop and the flip are drawn from
@@ -127,14 +119,11 @@ class Batches:
         train: shuffled, cropped and flipped at random; otherwise in order, the centre of each image.
         image_size: height and width of what comes out, in pixels.
         workers: processes that decode; 0 decodes in this one.
-        skip_bad: what cannot be read is named once and kept in `bad`, instead of ending the epoch. In training, the
-            next image in the epoch's order takes its place, so that batches keep their sizes; in validation none does.
+        skip_bad: what cannot be read is named once and kept in `bad`, instead of ending the epoch. In training, another
+            image of the batch takes its place, so that batches keep their sizes; in validation none does.
         rank, world_size: of the processes that train this network. In training the last batch is cut so that all ranks
             have equally many images in every step, and left out where that is one, a batch without statistics for batch
             norm. In validation every image comes once; a rank may have a batch less than another, or none.
-
-    Raises:
-        DataError: if these do not go together.
     """
 
     def __init__(
@@ -150,9 +139,6 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size % world_size or (train and len(files) < world_size):
-            shares = f"{len(files)} images in batches of {batch_size} cannot be shared by {world_size} processes"
-            raise DataError(f"{shares}: give a batch size that is a multiple of {world_size}, and more images")
         self.device = torch.device(device)
         self.samples = end = len(files)  # over all ranks
         self.bad: list[str] = []  # what cannot be read: a sentence each
@@ -163,9 +149,9 @@ class Batches:
                 end -= world_size
         # This rank's places in the epoch's order; the k-th part of them is its part of batch k.
         places = torch.arange(rank, max(rank, end), world_size)
-        self._requests = Requests(files, places.split(batch_size // world_size) if len(places) else ())
-        self._decoder = Decoder(batch_size // world_size, image_size, train)
-        self._loader = start_workers(self._decoder, self._requests, min(workers, len(self)), self.device)
+        self._requests = Requests(files, places.split(batch_size // world_size) if len(places) else (), shuffle=train)
+        decoder = Decoder(batch_size // world_size, image_size, train)
+        self._loader = make_loader(decoder, self._requests, min(workers, len(self)), self.device)
 
     def __len__(self) -> int:
         """Batches per epoch, of this rank."""
@@ -180,68 +166,50 @@ class Batches:
         Raises:
             DataError: if a file cannot be read, which it names; with skip_bad, if these are no longer few.
         """
-        self._requests.start(seed, shuffle=self._train)
-        for places, (images, labels, errors) in zip(self._requests.parts, self._loaded(), strict=True):
-            for row in errors:
-                self._note_bad(errors[row])
-                if self._train:
-                    images[row], labels[row] = self._replacement(int(places[row]))
-            if errors and not self._train:
-                good = [row for row in range(len(labels)) if row not in errors]
-                images, labels = images[good], [labels[row] for row in good]
+        self._requests.seed = seed
+        for images, labels, errors in self._loader:
+            if errors:
+                rows = self._rows_without(errors, len(labels))
+                images, labels = images[rows], [labels[row] for row in rows]
             if labels:
                 images = normalise(images.to(self.device, non_blocking=True))
                 yield images, torch.tensor(labels).to(self.device, non_blocking=True)
 
-    def _loaded(self) -> Iterator[Batch]:
-        with explaining():
-            yield from self._loader
-
-    def _replacement(self, place: int) -> tuple[Tensor, int]:
-        """The next image in the epoch's order that can be read, and its label: whoever asks gets the same."""
-        for other in itertools.count(place + 1):  # ends: _note_bad does not let all be bad
-            path, label, draw = self._requests.request(other % self.samples, place)
-            try:
-                return self._decoder.decode(path, draw), label
-            except DataError as error:
-                self._note_bad(str(error))
-
-    def _note_bad(self, sentence: str) -> None:
-        if not self._skip_bad:
-            raise DataError(f"{sentence}: replace or remove it, or leave out such files with --skip_bad")
-        if sentence in self.bad:
-            return
-        self.bad.append(sentence)
-        print(f"left out, {len(self.bad)} so far: {sentence}", flush=True)
-        if len(self.bad) > min(max(10, self.samples // 10), self.samples - 1):
+    def _rows_without(self, errors: dict[int, str], count: int) -> list[int]:
+        """The rows of a batch that stand for all of it, as some cannot be read."""
+        for sentence in errors.values():
+            if not self._skip_bad:
+                raise DataError(f"{sentence}: replace or remove it, or leave out such files with --skip_bad")
+            if sentence not in self.bad:
+                self.bad.append(sentence)
+                print(f"left out, {len(self.bad)} so far: {sentence}", flush=True)
+        good = [row for row in range(count) if row not in errors]
+        if len(self.bad) > max(10, self.samples // 10) or (self._train and not good):
             found = f"{len(self.bad)} of {self.samples} images cannot be read, too many to leave out"
-            raise DataError(f"{found}: is their disk all right? The last: {sentence}")
+            raise DataError(f"{found}: is their disk all right? The last: {self.bad[-1]}")
+        if self._train:
+            return [good[row % len(good)] if row in errors else row for row in range(count)]
+        return good
 
 
 class Requests:
     """What the workers get to do, a batch at a time. They are told paths, so that they need no copy of the list."""
 
-    def __init__(self, files: Files, parts: Sequence[Tensor]) -> None:
-        self.files, self.parts = files, parts
-
-    def start(self, seed: int, shuffle: bool) -> None:
-        n, generator = len(self.files), torch.Generator().manual_seed(seed)
-        self.order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
-        self.seed = seed
+    def __init__(self, files: Files, parts: Sequence[Tensor], shuffle: bool) -> None:
+        self.files, self.parts, self.shuffle, self.seed = files, parts, shuffle, 0
 
     def __iter__(self) -> Iterator[list[Request]]:
+        n, generator = len(self.files), torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
         for places in self.parts:
-            yield [self.request(place, place) for place in places.tolist()]
-
-    def request(self, place: int, of: int) -> Request:
-        """The image at a place of the order, cropped and flipped as that of another place."""
-        row = int(self.order[place])
-        # Of a text Python makes a hash: what neighbouring seeds and places draw is unrelated.
-        return self.files.paths[row], int(self.files.labels[row]), f"{self.seed}/{of}"
+            rows = order[places]
+            labelled = zip(rows.tolist(), self.files.labels[rows].tolist(), places.tolist(), strict=True)
+            # Of a text Python makes a hash: what neighbouring seeds and places draw is unrelated.
+            yield [(self.files.paths[row], label, f"{self.seed}/{place}") for row, label, place in labelled]
 
 
 class Decoder(Dataset):
-    """Makes of a batch of requests what the network sees.
+    """Makes of the requests of a batch what the network sees.
 
     A worker writes into three buffers of shared memory by turns, since new memory for every batch costs 5 % of the
     time. That is enough of them: DataLoader sends a worker its batch k + 3 to do when its batch k + 1 is fetched, and
@@ -253,7 +221,7 @@ class Decoder(Dataset):
         self.shape = (batch_size, size, size, 3)
         self.buffers: deque[Tensor] = deque()
 
-    def __getitems__(self, requests: list[Request]) -> Batch:
+    def __getitem__(self, requests: list[Request]) -> Batch:
         if len(self.buffers) < 3:
             buffer = torch.empty(self.shape, dtype=torch.uint8)
             self.buffers.append(buffer.share_memory_() if get_worker_info() else buffer)
@@ -273,84 +241,28 @@ class Decoder(Dataset):
         return image.permute(1, 2, 0)
 
 
-# ---- Workers
-
-
-def start_workers(decoder: Decoder, requests: Requests, workers: int, device: torch.device) -> DataLoader:
-    if workers:
-        with explaining():
-            left = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
-            if 0 <= left < 6 * workers + 10:  # as much as they take; half-started workers would drown the sentence
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            start_fork_server()  # imports torch while this process goes on
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than there are cores; at length
+def make_loader(decoder: Decoder, requests: Requests, workers: int, device: torch.device) -> DataLoader:
+    # Workers are forked from a small server: they inherit no threads, locks, CUDA memory or sockets of this process.
+    multiprocessing.set_forkserver_preload(["torchvision", "PIL.Image"])
     return DataLoader(
         decoder,
-        batch_sampler=requests,
-        collate_fn=as_it_is,
-        worker_init_fn=end_with_main_process,
+        batch_size=None,  # what the sampler yields is a whole batch
+        sampler=requests,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",  # so that the host need not wait for the copies
-        multiprocessing_context=ForkServer() if workers else None,
+        worker_init_fn=end_with_main_process,
+        multiprocessing_context="forkserver" if workers else None,
         generator=torch.Generator(),  # or it would draw from the one that the network draws from
     )
 
 
-def as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
-def start_fork_server() -> None:
-    """Ctrl-C and SIGTERM for the whole process group are the main process's to answer, when its batch is done.
-
-    What is blocked here stays so in the server and in the workers that it forks, from their first moment.
-    """
-    resource_tracker.ensure_running()  # if the server had to start it, that would unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    forkserver.set_forkserver_preload(["torchvision", "PIL.Image"])
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def end_with_main_process(worker: int) -> None:
     """However it ends. DataLoader would have a worker wait for the end of the fork server, which waits for workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C, which all processes get, is the main process's to answer
 
     def wait() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-class Popen(popen_forkserver.Popen):
-    def terminate(self) -> None:
-        self.kill()  # whoever no longer needs a worker asks so, and it does not listen to SIGTERM
-
-
-class Worker(context.ForkServerProcess):
-    _Popen = Popen
-
-
-class ForkServer(context.ForkServerContext):
-    """Workers that inherit no threads, locks, CUDA memory or sockets of the main process."""
-
-    Process = Worker
-
-
-ADVICE = {
-    "Too many open files|ancdata": "raise the limit of open files (ulimit -n 4096), or give fewer --workers",
-    "AF_UNIX path too long": "the name of the folder for temporary files is too long: set TMPDIR=/tmp",
-    "": "if memory is short (in a container: docker run --shm-size=8g), fewer --workers or a smaller batch help",
-}
-
-
-@contextmanager
-def explaining() -> Iterator[None]:
-    """What goes wrong with the workers, in one sentence."""
-    try:
-        yield
-    except (EOFError, OSError, RuntimeError) as error:
-        reason = printable((str(error).strip() or type(error).__name__).splitlines()[-1])
-        advice = next(advice for cause, advice in ADVICE.items() if re.search(cause, str(error)))
-        raise DataError(f"images cannot be loaded ({reason}): {advice}") from error
