@@ -13,37 +13,33 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import get_total_norm
 
 from . import filter_level
 from .errors import MismatchError
 from .information import entropy
-from .states import State, advice, local, paired, placed, plain_modules, plain_state, whole
+from .states import advice, local, paired, placed, plain_modules, plain_state, whole
 
 logger = logging.getLogger("filter_grafting")
 
 
 class Layer(NamedTuple):
-    """A layer beside its neighbour's: entropies in nats (or what another criterion gave), and the share it keeps."""
+    """A layer beside its neighbour's: entropies in nats (or what another criterion gave), and the share it keeps.
+
+    At filter level that is a share for each filter: a tensor (filters,).
+    """
 
     own_entropy: float
     neighbour_entropy: float
-    coefficient: float
+    coefficient: float | Tensor
 
 
-class FilterLayer(NamedTuple):
-    """The same at filter level, with a share for each filter: (filters,)."""
-
-    own_entropy: float
-    neighbour_entropy: float
-    coefficient: Tensor
-
-
-Layers: TypeAlias = dict[str, Layer] | dict[str, FilterLayer]
+Layers: TypeAlias = dict[str, Layer]
 Level: TypeAlias = Literal["layer", "filter"]
 Selection: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool] | None
 Criterion: TypeAlias = Callable[[Tensor], float]
@@ -63,13 +59,17 @@ def coefficient(own_entropy: float, neighbour_entropy: float, a: float = 0.4, c:
     Raises:
         ValueError: if a, c or an entropy is out of its range or not finite.
     """
+    check_ranges(a, c)
+    if not (math.isfinite(own_entropy) and math.isfinite(neighbour_entropy)):
+        raise ValueError(f"entropies: got {own_entropy} and {neighbour_entropy}, expected finite values")
+    return round(a / math.pi * math.atan(c * (own_entropy - neighbour_entropy)) + 0.5, 2)
+
+
+def check_ranges(a: float, c: float) -> None:
     if not 0 <= a <= 1:
         raise ValueError(f"a: got {a}, expected a value from 0 to 1")
     if not 0 <= c < math.inf:
         raise ValueError(f"c: got {c}, expected a finite value of at least 0")
-    if not (math.isfinite(own_entropy) and math.isfinite(neighbour_entropy)):
-        raise ValueError(f"entropies: got {own_entropy} and {neighbour_entropy}, expected finite values")
-    return round(a / math.pi * math.atan(c * (own_entropy - neighbour_entropy)) + 0.5, 2)
 
 
 def blend(own: Tensor, neighbour: Tensor, w: float | Tensor) -> Tensor:
@@ -82,29 +82,6 @@ def blend(own: Tensor, neighbour: Tensor, w: float | Tensor) -> Tensor:
     return torch.lerp(own.to(kind), neighbour.to(kind), 1 - w).to(own.dtype)
 
 
-@overload
-def graft(
-    model: nn.Module,
-    neighbour: Mapping[str, Tensor],
-    a: float = ...,
-    c: float = ...,
-    level: Literal["layer"] = ...,
-    *,
-    layers: Selection = ...,
-    exclude: Sequence[str] = ...,
-    criterion: Criterion = ...,
-) -> dict[str, Layer]: ...
-@overload
-def graft(
-    model: nn.Module,
-    neighbour: Mapping[str, Tensor],
-    a: float = ...,
-    c: float = ...,
-    *,
-    level: Literal["filter"],
-    exclude: Sequence[str] = ...,
-    criterion: Criterion = ...,
-) -> dict[str, FilterLayer]: ...
 def graft(
     model: nn.Module,
     neighbour: Mapping[str, Tensor],
@@ -199,24 +176,27 @@ def compute(
     criterion: Criterion,
 ) -> tuple[Layers, Blends]:
     """What a graft finds, and what it makes of each entry. Raises all errors of `graft`, and changes nothing."""
-    coefficient(0, 0, a, c)  # refuses a and c that are out of their ranges
+    check_ranges(a, c)
     if level not in ("layer", "filter"):
         raise ValueError(f"level: got {level!r}, expected 'layer' or 'filter'")
     if level == "filter" and layers is not None:
         raise ValueError("layers: at level 'filter' the chain's batch norms set the coefficients; expected None")
     entries, own, other = paired(model, neighbour, exclude)
+    for side, state in ("the network", own), (f"its neighbour {other.source}".strip(), other):
+        _check_finite(side, {key: whole(state[key]).detach() for key in entries})
     weights = _weights(model, entries, layers)  # of the layers that set a coefficient, by module
-    information = _information(own, other, entries, weights, criterion)
-
-    found: Layers
+    entropies = {
+        name: (_information(own, key, entries, criterion), _information(other, key, entries, criterion))
+        for name, key in weights.items()
+    }
     shares: Iterable[tuple[str, float | Tensor]]  # w of each entry
     if level == "filter":
         chain = filter_level.chain(model)
         of_filters = filter_level.coefficients(chain, entries, other)
-        found = {name: FilterLayer(*information[name], of_filters[name]) for name in weights}
+        found = {name: Layer(*entropies[name], of_filters[name]) for name in weights}
         shares = filter_level.shares(chain, entries, of_filters)
     else:
-        found = {name: Layer(*information[name], coefficient(*information[name], a, c)) for name in weights}
+        found = {name: Layer(*entropies[name], coefficient(*entropies[name], a, c)) for name in weights}
         shares = _shares(entries, found)
     blends = []
     for key, w in shares:  # of a sharded entry, this process's shard
@@ -227,15 +207,11 @@ def compute(
 
 @torch.no_grad()
 def write(blends: Blends) -> None:
-    """Changes the model. Of entries that share memory, the first is written last: it counts, wherever it lies."""
-    for entry, blended in reversed(blends):
-        if 0 in entry.stride():  # a value that is repeated without a copy is written once
-            once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in entry.stride())
-            entry, blended = entry[once], blended[once]
+    for entry, blended in blends:
         entry.copy_(blended)
 
 
-def _shares(entries: Iterable[str], found: Mapping[str, Layer]) -> Iterator[tuple[str, float]]:
+def _shares(entries: Iterable[str], found: Layers) -> Iterator[tuple[str, float | Tensor]]:
     """(key, w) of each entry, in state-dict order: that of its own layer, or of the nearest before it that has one."""
     layer = next(iter(found.values()))
     for key in entries:
@@ -249,31 +225,25 @@ def _module_of(key: str) -> str:
     return ".".join(parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts[:-1])
 
 
-def _information(
-    own: Mapping[str, Any],
-    other: State,
-    entries: Mapping[str, Tensor],
-    weights: Mapping[str, str],
-    criterion: Criterion,
-) -> dict[str, tuple[float, float]]:
-    """(the network's, its neighbour's) entropy of each layer, by module. All entries are checked to be finite."""
-    neighbour = f"its neighbour ({other.source})" if other.source else "its neighbour"
-    values: dict[str, list[float]] = defaultdict(list)
-    names = {key: name for name, key in weights.items()}
+def _check_finite(side: str, entries: Mapping[str, Tensor]) -> None:
+    if get_total_norm(entries.values()).isfinite():  # of all at once: quick, and one wait for the device
+        return
     for key, entry in entries.items():
-        for side, state in ("the network", own), (neighbour, other):
-            weight = whole(state[key]).detach().to(entry.device)
-            if weight.numel() > 0 and not math.isfinite(weight.abs().max()):  # sooner than isfinite().all()
-                raise MismatchError(f"{key}: {side} holds a value that is not finite{advice(key)}")
-            if key in names:
-                mask = state.get(f"{key.removesuffix('_orig')}_mask")  # of a pruned layer, what is left
-                try:
-                    value = float(criterion(weight if mask is None else weight * mask.to(weight)))
-                    coefficient(value, value)  # refuses what is not finite
-                except ValueError as error:
-                    raise MismatchError(f"{key}: {error}{advice(key)}") from error
-                values[names[key]].append(value)
-    return {name: (mine, theirs) for name, (mine, theirs) in values.items()}
+        if not entry.isfinite().all():
+            raise MismatchError(f"{key}: {side} holds a value that is not finite{advice(key)}")
+
+
+def _information(state: Mapping[str, Tensor], key: str, entries: Mapping[str, Tensor], criterion: Criterion) -> float:
+    """What a criterion, such as the entropy, says of a weight in one of the two state dicts."""
+    weight = whole(state[key]).detach().to(entries[key].device)
+    mask = state.get(f"{key.removesuffix('_orig')}_mask")  # of a pruned layer, what is left counts
+    try:
+        value = float(criterion(weight if mask is None else weight * mask.to(weight)))
+    except ValueError as error:
+        raise MismatchError(f"{key}: {error}{advice(key)}") from error
+    if not math.isfinite(value):
+        raise MismatchError(f"{key}: the criterion gave {value}, expected a finite value{advice(key)}")
+    return value
 
 
 def _weights(model: nn.Module, entries: Mapping[str, Tensor], layers: Selection) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """State dicts: under plain names whatever wraps the network, whole whatever shards it, compared before a blend."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -159,21 +159,17 @@ def is_weight(entry: Tensor) -> bool:
     return entry.is_floating_point() or entry.is_complex()
 
 
-# What cannot be blended, and what is said of it: the first that applies. Integers are refused where they are weights.
-OBSTACLES: tuple[tuple[Callable[[Any], bool], str], ...] = (
-    (lambda x: not isinstance(x, Tensor), "it is a {0.__class__.__name__}"),
-    (is_lazy, "it has no values before the first batch"),
-    (lambda x: x.is_meta, "it is on the meta device, without values"),
-    (
-        lambda x: x.layout != torch.strided or (local(x) is x and is_traceable_wrapper_subclass(x)),
-        "it is a {0.__class__.__name__} of layout {0.layout}, which cannot be blended in place",
-    ),
-    (
-        lambda x: x.is_quantized or x.dtype == torch.int8 or (is_weight(x) and x.itemsize < 2),
-        "it is {0.dtype}: numbers without their scale cannot be blended",
-    ),
-    (lambda x: not is_weight(x) and isinstance(x, nn.Parameter), "it is a parameter of {0.dtype}, which has no mean"),
-)
+def obstacle(entry: Tensor) -> str:
+    """Why an entry cannot be blended; empty if it can, or is none of the weights."""
+    if is_lazy(entry) or entry.is_meta:
+        return "it has no values yet"
+    if entry.layout != torch.strided or (local(entry) is entry and is_traceable_wrapper_subclass(entry)):
+        return f"it is a {type(entry).__name__} of layout {entry.layout}, which cannot be blended in place"
+    if entry.is_quantized or entry.dtype == torch.int8 or (is_weight(entry) and entry.itemsize < 2):
+        return f"it is {entry.dtype}: numbers without their scale cannot be blended"
+    if not is_weight(entry) and isinstance(entry, nn.Parameter):
+        return f"it is a parameter of {entry.dtype}, which has no mean"
+    return ""
 
 
 def paired(
@@ -181,7 +177,8 @@ def paired(
 ) -> tuple[dict[str, Tensor], dict[str, Any], State]:
     """(entries to blend, all of the network's, all of its neighbour's), under plain names, and compared.
 
-    To blend are all floating-point and complex entries of the model that no pattern excludes.
+    To blend are all floating-point and complex entries of the model that no pattern excludes, once if it has several
+    names.
 
     Raises:
         ValueError: if a pattern covers no entry.
@@ -199,16 +196,13 @@ def paired(
 
 def _blendable(model: nn.Module, own: Mapping[str, Any], other: State, skip: Collection[str]) -> dict[str, Tensor]:
     tensors = [*model.parameters(), *model.buffers()]
-    memory = {place(tensor)[0] for tensor in tensors if not is_lazy(tensor) and tensor.layout == torch.strided}
-    entries: dict[str, Tensor] = {}
-    first: dict[object, str] = {}  # the first name of what is the same tensor under several
+    memory = {place(tensor)[0] for tensor in tensors if not obstacle(tensor)}
+    entries: dict[object, tuple[str, Tensor]] = {}  # by where they lie, under their first name
     for key, entry in own.items():
-        if key in skip or (key.endswith("_extra_state") and not isinstance(entry, Tensor)):
+        if key in skip or not isinstance(entry, Tensor):
             continue
-        for side, value in (("the network", entry), ("its neighbour", other[key])):
-            for applies, why in OBSTACLES:
-                if applies(value):
-                    raise MismatchError(f"{key}: in {side} {why.format(value)}{advice(key)}")
+        if why := obstacle(entry):
+            raise MismatchError(f"{key}: {why}{advice(key)}")
         if not is_weight(entry):
             continue
         if _is_bookkeeping(key, entry, own):
@@ -218,11 +212,8 @@ def _blendable(model: nn.Module, own: Mapping[str, Any], other: State, skip: Col
         at = place(entry)
         if at[0] not in memory:
             raise MismatchError(f"{key}: the state dict holds a copy, not the model's own (FSDP1?){advice(key)}")
-        name = first.setdefault(at, key)
-        if name != key and not torch.equal(other[name], other[key]):
-            raise MismatchError(f"{key}: in the network it is {name}, in its neighbour they differ{advice(key)}")
-        entries[key] = entry
-    return entries
+        entries.setdefault(at, (key, entry))
+    return dict(entries.values())
 
 
 def _is_bookkeeping(key: str, entry: Tensor, own: Mapping[str, Any]) -> bool:
