@@ -2,11 +2,16 @@
 
 import heapq
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from filter_grafting.checkpoint import write_atomically
 
@@ -27,6 +32,21 @@ def hold(directory: Path, network: int) -> subprocess.Popen[str]:
 def end(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.communicate()
+
+
+def in_processes(work: Callable[[int, Path], None], count: int, folder: Path) -> None:
+    """Runs `work(rank, folder)` in each process of a gloo group; they are forked, so that torch is imported once."""
+    mp.start_processes(_work, (work, count, folder), nprocs=count, daemon=True, start_method="fork")
+
+
+def _work(rank: int, work: Callable[[int, Path], None], count: int, folder: Path) -> None:
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=count)
+    try:
+        work(rank, folder)
+    finally:
+        dist.destroy_process_group()
 
 
 def write_status(directory: Path, network: int, **fields: object) -> None:
