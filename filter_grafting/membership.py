@@ -9,13 +9,12 @@ import os
 import re
 import secrets
 import socket
-import stat
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -52,11 +51,8 @@ def duration(seconds: float) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A small JSON object that anyone may have written. Raises OSError or ValueError if it is none."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block for ever
-        raise ValueError(f"{path} is not a regular file")
-    with open(path, "rb") as file:
-        contents = json.loads(file.read(1 << 20))
+    """A JSON object out of a file. Raises OSError or ValueError if there is none."""
+    contents = json.loads(Path(path).read_bytes())
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds a {type(contents).__name__}, expected an object")
     return contents
@@ -64,7 +60,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_status(directory: str | os.PathLike[str], network: int) -> dict[str, Any]:
     """What a network last said of itself (see `Membership.update`); empty if it has said nothing that can be read."""
-    with suppress(OSError, ValueError, RecursionError):
+    with suppress(OSError, ValueError):
         return read_json(Path(directory) / f"network{network}.json")
     return {}
 
@@ -79,30 +75,20 @@ def read_run(directory: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
 
 
 def networks_of(directory: str | os.PathLike[str]) -> range:
-    """The networks 1...N of the run in a directory: as its settings have it, else those that left a status file."""
-    with suppress(OSError, ValueError):
-        networks = read_run(directory)[1].get("num")
-        if isinstance(networks, int) and 1 <= networks <= 1000:
-            return range(1, networks + 1)
-    names = [path.name for path in Path(directory).glob("network*.json")]
-    found = [int(match[1]) for name in names if (match := re.fullmatch(r"network([1-9]\d{0,2})\.json", name))]
-    return range(1, max(found, default=0) + 1)
+    """The networks 1...N of the run in a directory; none if there is no run."""
+    with suppress(OSError, ValueError, TypeError):
+        return range(1, read_run(directory)[1].get("num", 0) + 1)
+    return range(1, 1)
 
 
 def is_held(path: str | os.PathLike[str]) -> bool:
     """Whether a living process holds a lock; the kernel answers, not a file. Reading it is enough to ask."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who ask do not disturb each other
-        return False
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who ask do not disturb each other
+        except OSError:
+            return True
+    return False
 
 
 def take_lock(path: Path, seconds: float, refusal: RefusedError) -> AbstractContextManager[Any]:
@@ -141,17 +127,18 @@ class Status(NamedTuple):
     network: int
     state: str
     alive: bool
-    detail: str
-    epoch: int | None
-    epochs: int | None
-    step: int | None
-    accuracy: float | None
-    best: float | None
-    lr: float | None
-    pid: int | None
-    host: str
-    command: list[str]
-    cwd: str
+    detail: str = ""
+    epoch: int | None = None
+    epochs: int | None = None
+    step: int | None = None
+    steps: int | None = None
+    accuracy: float | None = None
+    best: float | None = None
+    lr: float | None = None
+    pid: int | None = None
+    host: str = ""
+    command: Sequence[str] = ()
+    cwd: str = ""
 
     def __str__(self) -> str:
         """As people say it: "waiting for network 2", "failed: the loss became nan"."""
@@ -170,21 +157,13 @@ def observe(directory: str | os.PathLike[str], networks: Iterable[int] | None = 
 
 
 def status_of(network: int, said: Mapping[str, Any], alive: bool) -> Status:
-    """What a network said, as far as it makes sense: anyone may have written the file."""
-    state, command = said.get("state"), said.get("command")
+    state = said.get("state")
     if state is None:
         state = "starting" if alive else "not started"
     elif state not in ENDED and not alive:
         state = "died"
-
-    known: dict[str, Any] = {key: printable(said.get(key) or "") for key in ("detail", "host", "cwd")}
-    for kind, keys in (int, ("epoch", "epochs", "step", "pid")), (int | float, ("accuracy", "best", "lr")):
-        for key in keys:
-            value = said.get(key)
-            is_number = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < 1e18
-            known[key] = value if is_number else None
-    known["command"] = [str(word) for word in command] if isinstance(command, list) else []
-    return Status(network=network, state=printable(state), alive=alive, **known)
+    known = {key: said[key] for key in Status._fields if said.get(key) is not None}
+    return Status(**{**known, "network": network, "state": state, "alive": alive})
 
 
 # Taking part
@@ -257,19 +236,15 @@ class Membership:
     def _join(self, settings: Mapping[str, Any] | None, resume: bool, may_raise: Collection[str]) -> None:
         given, may_raise = plain({**(settings or {}), "num": self.networks}), may_raise if resume else ()
         self._agreed(given, may_raise)  # reads only: a refused start changes nothing
-        is_at_work = is_held(self._lock_path)
-        if not is_at_work and living(self.directory, [self.network]):
-            raise self._alive()  # on another host
-        metrics = self.directory / f"metrics{self.network}.csv"
-        traces = [*map(self.path, self._rounds(self.network)), metrics, self.file("best"), self.file("final")]
-        trace = next((path for path in traces if path.exists()), None)
-        said = read_status(self.directory, self.network)
+        said, is_alive = read_status(self.directory, self.network), bool(living(self.directory, [self.network]))
+        kept = [self.directory / f"metrics{self.network}.csv", self.file("best"), self.file("final")]
+        trace = next((path for path in [*map(self.path, self._rounds(self.network)), *kept] if path.exists()), None)
+        if is_alive and (said.get("host") != HOST or (trace and not resume)):
+            raise self._alive()
         if trace and not resume:
-            if is_at_work:
-                raise self._alive()
             raise AlreadyRunError(
-                f"network {self.network} has already run in {self.directory} ({printable(said.get('state'))}): "
-                f"there is {trace.name}; resume it (resume=True), or start anew in another directory"
+                f"network {self.network} has already run in {self.directory} ({said.get('state')}): there is "
+                f"{trace.name}; resume it (resume=True), or start anew in another directory"
             )
         if trace:
             self._status |= {key: said.get(key) for key in ("epoch", "epochs", "accuracy", "best")}
@@ -286,7 +261,7 @@ class Membership:
                 for kind in self.path("*").name, f"*[a-z]{self.network}.*":  # what an earlier process left half-written
                     for path in self.directory.glob(f".{kind}.*{TEMPORARY}"):
                         path.unlink(missing_ok=True)
-                self._record(self._agreed(given, may_raise, alone=True))
+                self._record(*self._agreed(given, may_raise, alone=True))
                 self.update("starting")
             except BaseException:
                 self._take_back()
@@ -334,18 +309,18 @@ class Membership:
         """
         self._check_place()
         with self._turn():
-            self._record(self._agreed(plain(settings), may_add=True))
+            self._record(*self._agreed(plain(settings), may_add=True))
 
     def _agreed(
         self, given: dict[str, Any], may_raise: Collection[str] = (), may_add: bool = False, alone: bool = False
-    ) -> dict[str, Any]:
-        """What `run.json` is to hold once these settings are given. Reads only.
+    ) -> tuple[str, dict[str, Any]]:
+        """(name, settings) that `run.json` is to hold once these settings are given. Reads only.
 
         Whether others are at work is asked within this network's turn alone: one that starts at the same moment, and
         raises the same settings, holds its place before it records them.
         """
         try:
-            recorded, contents = read_run(self.directory)[1], read_json(self._run_path)
+            run, recorded = read_run(self.directory)
         except (FileNotFoundError, NotADirectoryError):
             # A new run must not start among an old one's checkpoints: its neighbours would take them for this run's. A
             # process of the published script that started earlier can be ahead, but by less than the ring is long.
@@ -355,31 +330,29 @@ class Membership:
                     f"{self.directory} holds checkpoints of an earlier run (of round {newest}) without its run.json; "
                     "start anew in another directory"
                 ) from None
-            return {"run": secrets.token_hex(8), "settings": given, "created": time.time()}
+            return secrets.token_hex(8), given
         except (OSError, ValueError) as error:
             raise RefusedError(f"{self._run_path} is damaged ({error}); start anew in another directory") from error
-        differing = sorted(
-            key for key in given if (key in recorded or not may_add) and recorded.get(key, "(not given)") != given[key]
-        )
-        is_number = {key: isinstance(recorded.get(key), int | float) for key in differing}
-        raised = [key for key in differing if key in may_raise and is_number[key] and given[key] > recorded[key]]
+        known = {key: recorded.get(key, value if may_add else "(not given)") for key, value in given.items()}
+        differing = sorted(key for key, value in given.items() if known[key] != value)
+        raised = [key for key in differing if key in may_raise and given[key] > known[key]]
         others = living(self.directory, {*networks_of(self.directory)} - {self.network}) if raised and alone else set()
         if raised == differing and not others:
-            return contents | {"settings": recorded | given}
+            return run, recorded | given
         rows = ", ".join(
-            f"{key} is {given[key]!r} here and {recorded.get(key, '(not given)')!r} in the run"
+            f"{key} is {given[key]!r} here and {known[key]!r} in the run"
             for key in (["num"] if "num" in differing else differing)  # which is the cause of whatever else differs
         )
         at_work = f" (network {min(others)} is at work with the recorded value)" if others else ""
         raise SettingsError(
-            f"network {self.network} does not fit the run in {self.directory}: {printable(rows)}{at_work}; give the "
-            "same settings, or another directory"
+            f"network {self.network} does not fit the run in {self.directory}: {rows}{at_work}; give the same "
+            "settings, or another directory"
         )
 
-    def _record(self, contents: dict[str, Any]) -> None:
-        data, self.run = json.dumps(contents, indent=1).encode(), contents["run"]
-        if not self._run_path.exists() or self._run_path.read_bytes() != data:
-            write_atomically(self._run_path, data)
+    def _record(self, run: str, settings: dict[str, Any]) -> None:
+        self.run = run
+        if not self._run_path.exists() or read_run(self.directory) != (run, settings):
+            write_atomically(self._run_path, json.dumps({"run": run, "settings": settings}, indent=1).encode())
 
     def _check_place(self) -> None:
         """Raises WriteError if the directory was deleted under this network, or made anew by another run."""
@@ -405,7 +378,6 @@ class Membership:
         Raises:
             WriteError: if it cannot be written, or the directory is gone.
         """
-        self._check_process()
         with self._mutex:
             self._is_starting = self._is_starting and state != "training"
             self._status |= {"run": self.run, "state": state, "detail": printable(detail), **fields}
@@ -461,16 +433,3 @@ class Membership:
             self.leave()
         else:
             self.leave("failed" if isinstance(error, Exception) else "stopped", str(error) or type(error).__name__)
-
-    def __reduce__(self) -> NoReturn:
-        raise GraftingError(
-            f"a FileRing cannot be pickled or copied: it holds the place of network {self.network} for process "
-            f"{self._pid}; make it in the process that trains"
-        )
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise GraftingError(
-                f"this FileRing belongs to process {self._pid}, and this is its fork {os.getpid()}; make the ring in "
-                "the process that trains"
-            )

@@ -115,7 +115,6 @@ class FileRing(Membership):
             CheckpointError: if the file could not be loaded again, for `state` or `extra` holds something else.
             WriteError: if it cannot be written, or the directory is gone. What was published before is untouched.
         """
-        self._check_process()
         round = operator.index(round)
         if round < 0:
             raise ValueError(f"round: got {round}, expected 0 or more")
@@ -156,7 +155,6 @@ class FileRing(Membership):
         Raises:
             UnreadableError: if one that may be good cannot be read just now; it is left as it is.
         """
-        self._check_process()
         for round in reversed(self._rounds(self.network)):
             path = self.path(round)
             try:
@@ -205,7 +203,6 @@ class FileRing(Membership):
                 long. While it trains and reports its steps, progress is a step or a checkpoint, otherwise a heartbeat.
             WriteError: if the directory is gone.
         """
-        self._check_process()
         timeout = max(self._timeout, 3 * BEAT_SECONDS) if self._timeout else math.inf
         now = time.monotonic()
         watch = _Watch(self, round, now)
