@@ -131,7 +131,6 @@ class Status(NamedTuple):
     epoch: int | None = None
     epochs: int | None = None
     step: int | None = None
-    steps: int | None = None
     accuracy: float | None = None
     best: float | None = None
     lr: float | None = None
@@ -139,6 +138,7 @@ class Status(NamedTuple):
     host: str = ""
     command: Sequence[str] = ()
     cwd: str = ""
+    steps: int | None = None  # of an epoch
 
     def __str__(self) -> str:
         """As people say it: "waiting for network 2", "failed: the loss became nan"."""
