@@ -1,64 +1,64 @@
-"""Plots of the experiments' tables, one function a figure: gains, accuracies, filters and information, coefficients."""
+"""Plots of a table's rows, one function a figure: gains, courses of accuracy, filters and information, coefficients."""
 
 import io
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis.plots import BLACK, COLOURS, FEW, WIDTH, coefficients, draw_band, finish, pyplot, styled, whole_ticks
-from analysis.runs import THRESHOLDS, Run
-from experiments.results import Cell, Cells, gain
-from experiments.tables import TABLES
+from analysis.plots import BLACK, COLOURS, WIDTH, coefficients, draw_band, finish, pyplot, styled
+from analysis.runs import THRESHOLDS
+from experiments.results import Cells, gain
 
 FIGURES = {"last": ("o", -0.14), "best": ("D", 0.14)}  # marker, and place beside the row's own
 LINES = 4  # that are told apart in one panel, beside the baseline
-QUARTER = "Last quarter of each run"
+QUARTER = 75  # % of a run, after which the last quarter begins
 
 
-def draw(tables: dict[str, dict[str, Cells]], preset: str, out: Path) -> dict[tuple[str, str], list[Path]]:
-    """Draws what there is of the tables; the paths of the files by name of the table and data set."""
-    paths: dict[tuple[str, str], list[Path]] = {}
-    mapped: set[str] = set()  # runs whose coefficients are drawn: one table's are enough
-    for name, found in tables.items():
-        for dataset, cells in found.items():
-            ran = {label: one for label, one in cells.items() if len(one.results)}
-            title = f"{TABLES[name].title}, {dataset}, preset {preset}"
-            stem = re.sub(r"[^\w.-]+", "_", f"{name}-{dataset}")
-            figures = plots(ran, title, TABLES[name].kind, mapped)
-            paths[name, dataset] = [save(figure, out / f"{stem}-{what}.png") for what, figure in figures]
-    return paths
+def draw(cells: Cells, title: str, stem: Path) -> list[Path]:
+    """Draws what there is of a table's rows on one data set, into files whose names begin with the stem's."""
+    return [save(figure, stem.with_name(f"{stem.name}-{what}.png")) for what, figure in figures(cells, title)]
 
 
-def plots(cells: Cells, title: str, kind: str, mapped: set[str]) -> Iterator[tuple[str, Figure]]:
+def figures(cells: Cells, title: str) -> Iterator[tuple[str, Figure]]:
     """What each figure shows, and the figure."""
-    trained = {label: one for label, one in cells.items() if not one.first("members")}
-    networks = [network for one in trained.values() for run in one.results["result"] for network in run.networks]
-    metrics = pd.concat([pd.DataFrame(), *(network.metrics for network in networks)])
-    if kind != "filters" and trained:
-        if any(math.isfinite(gain(one, cells.get(one.row.baseline), "last").mean) for one in cells.values()):
-            yield "gain", gains(cells, title)
-        columns = {"Whole course": "test_accuracy"}
-        if min(len(network.metrics) for network in networks) > FEW:
-            columns[QUARTER] = "test_accuracy"
-        yield "accuracy", courses(trained, columns, "test accuracy (%)", title)
-    if metrics.get(f"invalid_{THRESHOLDS[0]}", pd.Series([0])).max() > 0:
-        columns = {f"L1 norm below {threshold}": f"invalid_{threshold}" for threshold in THRESHOLDS}
-        yield "invalid", courses(trained, columns, "invalid filters", title)
-    if "information" in metrics:
-        yield "information", courses(trained, {"Sum of the layers' entropies": "information"}, "nats", title)
-    for label, one in trained.items() if kind != "filters" else ():
-        first = one.results["result"].iloc[0]
-        if one.first("is_grafting") and one.row.run not in mapped and any(len(n.coefficients) for n in first.networks):
-            mapped.add(one.row.run)
-            yield "coefficients", coefficients(replace(first, label=f"{label}, seed {one.results.index[0]}"))
+    if any(math.isfinite(gain(one, cells.get(one.row.baseline), "last").mean) for one in cells.values()):
+        yield "gain", gains(cells, title)
+    frame = courses_of(cells)
+    if len(frame):
+        late = frame[frame.index.get_level_values("share") > QUARTER]
+        columns = {"Whole course": frame["test_accuracy"], "Last quarter": late["test_accuracy"]}
+        yield "accuracy", courses(cells, columns, "test accuracy (%)", title)
+    if frame.get(f"invalid_{THRESHOLDS[0]}", pd.Series([0])).max() > 0:
+        columns = {f"L1 norm below {threshold}": frame[f"invalid_{threshold}"] for threshold in THRESHOLDS}
+        yield "invalid", courses(cells, columns, "invalid filters", title)
+    if "information" in frame:
+        columns = {"Sum of the layers' entropies": frame["information"].dropna()}
+        yield "information", courses(cells, columns, "nats", title)
+    for label, one in cells.items():
+        if one.first("is_grafting") and any(len(network.coefficients) for network in one.first("result").networks):
+            named = replace(one.first("result"), label=f"{label}, seed {one.results.index[0]}")
+            yield "coefficients", coefficients(named)
             break  # one shows how they behave
+
+
+def courses_of(cells: Cells) -> pd.DataFrame:
+    """The networks' metrics, means over a run's networks, by label of the row, seed and share of the epochs (%)."""
+    parts = {
+        (label, seed, network.number): network.metrics.assign(share=lambda own: 100 * (own["epoch"] + 1) / len(own))
+        for label, one in cells.items()
+        for seed, run in one.results["result"].items()
+        for network in run.networks
+    }
+    if not parts:
+        return pd.DataFrame()
+    frame = pd.concat(parts, names=["row", "seed", "network"])
+    return frame.groupby(["row", "seed", "share"]).mean(numeric_only=True)
 
 
 @styled
@@ -74,9 +74,9 @@ def save(figure: Figure, path: Path) -> Path:
 @styled
 def gains(cells: Cells, title: str) -> Figure:
     """A dot with its interval for each row and figure (hollow without one), the published gain beside them."""
-    compared = {label: one for label, one in cells.items() if one.row.baseline in cells}
+    compared = {label: one for label, one in cells.items() if one.row.baseline in cells and len(one.results)}
     figure, panel = pyplot.subplots(figsize=(WIDTH, 1 + 0.34 * len(compared)))
-    by = "by validation" if any(one.first("validated") == 1 for one in cells.values()) else "on the test set"
+    by = "by validation" if any(one.results["picked"].notna().any() for one in compared.values()) else "on the test set"
     names = {"last": "last epoch", "best": f"best epoch, {by}"}
     for (name, (marker, offset)), colour in zip(FIGURES.items(), COLOURS, strict=False):
         panel.plot([], [], marker, color=colour, label=names[name])
@@ -90,9 +90,6 @@ def gains(cells: Cells, title: str) -> Figure:
     papers = {y: own - other for y, (own, other) in enumerate(papers) if isinstance(own, float) and other is not None}
     if papers:
         panel.plot(papers.values(), papers.keys(), "x", color="dimgrey", markersize=5, label="published")
-    for y, (above, below) in enumerate(pairwise(compared.values())):
-        if above.row.baseline != below.row.baseline:
-            panel.axhline(y + 0.5, color="lightgrey", linewidth=0.8)
     panel.axvline(0, color=BLACK, linewidth=0.8)
     panel.set_yticks(range(len(compared)), [f"{label}  (n = {len(one.results)})" for label, one in compared.items()])
     panel.set_ylim(len(compared) - 0.5, -0.5)
@@ -103,53 +100,32 @@ def gains(cells: Cells, title: str) -> Figure:
 
 
 @styled
-def courses(cells: Cells, columns: dict[str, str], ylabel: str, title: str) -> Figure:
+def courses(cells: Cells, columns: dict[str, pd.Series], ylabel: str, title: str) -> Figure:
     """A row of panels for a baseline and each few of its rows: means over networks and seeds, the seeds' range."""
     groups = grouped(cells)
     options = {"squeeze": False, "sharex": "col", "sharey": "col"}
     figure, panels = pyplot.subplots(len(groups), len(columns), figsize=(WIDTH, 0.6 + 2 * len(groups)), **options)
     for group, beside in zip(groups, panels, strict=True):
-        for panel, (heading, column) in zip(beside, columns.items(), strict=True):
+        for panel, column in zip(beside, columns.values(), strict=True):
             for label, colour in zip(group, [BLACK, *COLOURS], strict=False):
-                seeds = seeds_of(cells[label], column, heading == QUARTER) if label else pd.DataFrame()
-                style = {"color": colour, "label": label}
-                draw_band(panel, seeds.mean(axis=1), seeds.min(axis=1), seeds.max(axis=1), style)
+                seeds = column[column.index.get_level_values("row") == label].groupby("share")
+                draw_band(panel, seeds.mean(), seeds.min(), seeds.max(), {"color": colour, "label": label})
         beside[0].set_ylabel(ylabel)
         beside[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7)
     for top, bottom, heading in zip(panels[0], panels[-1], columns, strict=True):
         top.set_title(heading)
-        whole_ticks(bottom)
-        bottom.set_xlabel("epochs (% of the run's own)" if heading == QUARTER else "epoch")
+        bottom.set_xlabel("epochs (% of the run's own)")
     figure.supxlabel("Lines: mean over networks and seeds. Bands: lowest to highest seed.", fontsize=7, color="dimgrey")
     figure.suptitle(title)
     return figure
 
 
 def grouped(cells: Cells) -> list[list[str]]:
-    """A baseline and some of its rows, no more than a panel can show; "" in the place of one that has not run."""
-    rows: dict[str, list[str]] = {label: [] for label, one in cells.items() if one.row.baseline is None}
-    for label, one in cells.items():
-        if one.row.baseline is not None:
-            rows.setdefault(one.row.baseline if one.row.baseline in cells else "", []).append(label)
+    """A baseline and some of its rows, no more than a panel can show; only such as were trained."""
     groups = []
-    for baseline, labels in rows.items():
-        count = max(1, math.ceil(len(labels) / LINES))
-        size = math.ceil(len(labels) / count)
-        groups += [[baseline, *labels[k * size : (k + 1) * size]] for k in range(count)]
+    trained = [label for label, one in cells.items() if len(one.results) and not one.first("members")]
+    for baseline in [label for label, one in cells.items() if one.row.baseline is None]:
+        own = [label for label in trained if cells[label].row.baseline == baseline]
+        if own or baseline in trained:
+            groups += [[baseline, *part] for part in np.array_split(own, math.ceil(len(own) / LINES) or 1)]
     return groups
-
-
-def seeds_of(one: Cell, column: str, is_end: bool) -> pd.DataFrame:
-    """A column for each seed, by epoch; of the last quarter, by the share of the epochs that have ended."""
-    frame = pd.concat([mean_course(run, column) for run in one.results["result"]], axis=1).dropna(axis=1, how="all")
-    if is_end:
-        frame.index = 100 * (frame.index + 1) / len(frame)
-        frame = frame.iloc[len(frame) - len(frame) // 4 :]
-    return frame
-
-
-def mean_course(run: Run, column: str) -> pd.Series:
-    """Over the networks, by epoch; empty if any has no such column."""
-    if not all(column in network.metrics for network in run.networks):
-        return pd.Series(dtype=float)
-    return pd.concat([network.metrics.set_index("epoch")[column] for network in run.networks], axis=1).mean(axis=1)

@@ -2,22 +2,25 @@
 
 import math
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 from scipy import stats
 
-from analysis.runs import THRESHOLDS, read_run
-from experiments.tables import SEEDS, TABLES, Row, Run, rows, runs, without_steps
+from analysis.runs import THRESHOLDS, Run, read_run
+from experiments import tables
+from experiments.tables import SEEDS, TABLES, Row, rows, runs, without_steps
+from filter_grafting.errors import GraftingError
 
-# Figures that some results have none of: NaN there.
-SOME = ["best", "validated", "top5", "information", "cost", "seconds", "alone", "weight_average", "total"]
-SOME += [f"{kind}invalid_{threshold}" for kind in ("", "shortcut_") for threshold in THRESHOLDS]
+# What is known of a run with one seed; NaN where it has no such figure. Accuracies are in %.
+ABOUT = ["run", "seed", "result", "settings", "members", "networks", "is_grafting"]
+ABOUT += ["hardware", "versions", "precision", "data", "cost", "seconds"]
+FIGURES = ["last", "best", "picked", "top5", "information", "alone", "weight_average", "total", "shortcut_total"]
+FIGURES += [f"{kind}invalid_{threshold}" for kind in ("", "shortcut_") for threshold in THRESHOLDS]
 
 
-class OtherCommand(ValueError):
+class OtherCommand(GraftingError):
     """Results of other settings than the run's."""
 
 
@@ -33,12 +36,13 @@ class Cell(NamedTuple):
 
 
 Cells = dict[str, Cell]  # of one table on one data set, by label of the row
+Pair = tuple[Cell, Cell]
 
 
 class Gain(NamedTuple):
     """Difference of two rows in percentage points, with its 95 % interval; NaN where there are too few values."""
 
-    mean: float
+    mean: float = math.nan
     low: float = math.nan
     high: float = math.nan
 
@@ -65,68 +69,64 @@ def read_results(directory: Path, preset: str) -> tuple[pd.DataFrame, list[str]]
     lines, damages = {}, []
     for folder in sorted(directory.glob("*/seed*")):
         name = f"{folder.parent.name}/{folder.name}"
-        if name in expected:
-            try:
+        try:
+            if name in expected:
                 lines[name] = read_result(folder, expected[name])
-            except ValueError as error:
-                damages.append(f"{name}: {error}")
-    frame = pd.DataFrame.from_dict(lines, orient="index")
-    frame = frame.reindex(columns=list(dict.fromkeys([*frame, "run", "seed", *SOME])))
-    for name, members in frame.get("members", pd.Series()).items():
+        except (ValueError, OtherCommand) as error:
+            damages.append(f"{name}: {error}")
+    frame = pd.DataFrame(lines.values(), index=list(lines), columns=ABOUT + FIGURES)
+    for name, members in frame["members"].items():
         if members:  # an ensemble costs what its networks do
             frame.loc[name, "cost"] = frame["cost"].reindex(members).sum(skipna=False)
+            frame.loc[name, "precision"] = " and ".join(sorted({*frame["precision"].reindex(members).dropna()}))
     return frame.sort_values(["run", "seed"]), damages
 
 
-def read_result(folder: Path, expected: Run) -> dict[str, Any]:
-    """Every figure of one run with one seed, accuracies in %.
+def read_result(folder: Path, expected: tables.Run) -> dict[str, Any]:
+    """Every figure of one run with one seed.
 
-    Raises ValueError, in a sentence, if it is missing, damaged, unfinished or of another command.
+    Raises ValueError, in a sentence, if it is missing, damaged or unfinished; OtherCommand.
     """
     run = read_run(folder)
     if run.errors:
         raise ValueError("; ".join(run.errors))
-    try:
-        # The words behind the script's name, which may have moved: results stay what they are.
-        if without_steps(shlex.split(str(run.record["command"])))[2:] != shlex.split(expected.command)[2:]:
-            raise OtherCommand(f"result.json is of another command: {run.record['command']}")
-        found = {"run": expected.name, "seed": expected.seed, "result": run, "settings": run.settings, "precision": ""}
-        found |= {"hardware": str(run.record["hardware"]), "data": str(run.record.get("data", ""))}
-        found["versions"] = ", ".join(f"{name} {version}" for name, version in run.record["versions"].items())
-        return found | (of_ensemble(run.record["ensemble"]) if expected.members else of_networks(run))
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"result.json is damaged ({type(error).__name__}: {error})") from None
+    command = str(run.record.get("command"))
+    # The words behind the script's name, which may have moved: results stay what they are.
+    if without_steps(shlex.split(command))[2:] != shlex.split(expected.command)[2:]:
+        raise OtherCommand(f"{folder}/result.json is of another command, move it elsewhere: {command}")
+    found = {"run": expected.name, "seed": expected.seed, "result": run, "settings": run.settings, "members": ()}
+    found |= {"hardware": run.record["hardware"], "data": run.record.get("data", "")}
+    found["versions"] = ", ".join(f"{name} {version}" for name, version in run.record["versions"].items())
+    return found | (of_ensemble(run.record["ensemble"]) if expected.members else of_networks(run))
 
 
 def of_ensemble(record: dict[str, Any]) -> dict[str, Any]:
-    alone = pd.Series(record["networks"], dtype=float)
-    found = {"members": [str(member) for member in record["members"]], "networks": len(alone), "is_grafting": False}
-    return found | {"alone": alone.mean(), "last": record["ensemble"], "weight_average": record["weight_average"]}
+    """`last` of the ensemble, `alone` of its networks (mean), `weight_average` of their uniform average."""
+    networks = pd.Series(record["networks"], dtype=float)
+    found = {"members": tuple(record["members"]), "networks": len(networks), "is_grafting": False}
+    return found | {"last": record["ensemble"], "alone": networks.mean(), "weight_average": record["weight_average"]}
 
 
-def of_networks(run: Any) -> dict[str, Any]:
+def of_networks(run: Run) -> dict[str, Any]:
+    """`last`, `top5` and `information` are means over the networks; `best` is that of any network and epoch."""
     networks, settings = run.networks, run.settings
-    if len(networks) != run.record["networks"]:
-        raise ValueError(f"result.json counts filters of {len(networks)} networks, not {run.record['networks']}")
     epochs = pd.concat([network.metrics for network in networks], ignore_index=True)
-    judge = epochs["val_accuracy" if settings.get("val") else "test_accuracy"]
-    if judge.isna().any():
-        raise ValueError(f"metrics1.csv has gaps in {judge.name}")
-    ends = epochs.groupby("epoch").mean(numeric_only=True).iloc[-1]  # means over the networks
+    ends = epochs.groupby("epoch").mean(numeric_only=True).iloc[-1]
+    has_validation = bool(settings.get("val"))  # images held out, by which the best epoch is picked
+    best = epochs["test_accuracy"][epochs["val_accuracy" if has_validation else "test_accuracy"].idxmax()]
     is_external = settings.get("scion", "external") == "external"
     is_average = settings.get("method", "grafting") != "grafting" or settings.get("a") == 0
     found = {
-        "members": [],
         "networks": len(networks),
         "is_grafting": len(networks) > 1 and is_external and not is_average,
-        "validated": bool(settings.get("val")),  # whether the best epoch was picked on held-out images
-        "best": epochs["test_accuracy"][judge.idxmax()],
-        "last": ends["test_accuracy"],
-        "top5": ends.get("test_top5"),
-        "information": ends.get("information"),
+        "precision": "bfloat16" if settings.get("amp") else "float32",
         "cost": float(len(epochs)),  # epochs of training, over all networks
         "seconds": max(len(network.metrics) * network.seconds_per_epoch for network in networks),
-        "precision": "bfloat16" if settings.get("amp") else "float32",
+        "last": ends["test_accuracy"],
+        "best": best,
+        "picked": best if has_validation else math.nan,  # not on the images that it is measured on
+        "top5": ends.get("test_top5"),
+        "information": ends.get("information"),
     }
     return found | pd.json_normalize([network.filters for network in networks], sep="_").mean().to_dict()
 
@@ -148,16 +148,12 @@ def gain(one: Cell, other: Cell | None, figure: str) -> Gain:
 
     Seed k gives every row the same initial weights, order and augmentation: the two are no independent samples, and
     Student's t is of the differences. The interval is NaN if fewer than 2 seeds are common, or all differ by the same.
-    An ensemble is compared with the mean of its own networks, where these are the other row's. Rows that pick their
-    best epoch unlike have no difference of it.
+    An ensemble is compared with the mean of its own networks, where these are the other row's.
     """
-    if other is None or not len(one.results) or not len(other.results):
-        return Gain(math.nan)
-    partners = other.results[figure]
-    if {member.rpartition("/")[0] for member in one.first("members")} == {other.row.run}:
-        partners = one.results["alone"]
-    elif figure == "best" and one.first("validated") != other.first("validated"):
-        return Gain(math.nan)
+    if other is None:
+        return Gain()
+    is_of_other = {member.rpartition("/")[0] for member in one.first("members") or ()} == {other.row.run}
+    partners = one.results["alone"] if is_of_other else other.results[figure]
     pairs = pd.concat([one.results[figure], partners], axis=1, keys=["one", "other"]).astype(float).dropna()
     differences = pairs["one"] - pairs["other"]
     if len(pairs) < 2 or differences.max() - differences.min() < 1e-9:
@@ -166,38 +162,34 @@ def gain(one: Cell, other: Cell | None, figure: str) -> Gain:
     return Gain(differences.mean(), interval.low, interval.high)
 
 
-def gain_by_validation(one: Cell, other: Cell) -> Gain:
-    """That of the best epochs, of rows that pick them by validation: others pick what they are measured on."""
-    is_fair = one.first("validated") == 1 and other.first("validated") == 1
-    return gain(one, other, "best") if is_fair else Gain(math.nan)
+class Pairs(NamedTuple):
+    """Rows on one data set that are compared, as far as both have run."""
+
+    own: list[Pair]  # each grafting row, and the single network that it is compared with
+    rivals: list[Pair]  # each grafting row, and every other of its baseline whose training costs no more
+    schedules: list[Pair]  # each baseline on a cosine, and that of the same network on steps
 
 
-Pairs = Iterator[tuple[Cell, Cell]]  # of rows on one data set that both have run
+def pairs_of(cells: Cells) -> Pairs:
+    ran = [one for one in cells.values() if len(one.results)]
+    grafting = [one for one in ran if one.first("is_grafting")]
+    others = [one for one in ran if not one.first("is_grafting")]
+    return Pairs(
+        own=[(one, other) for one in grafting for other in ran if other.row.label == one.row.baseline],
+        rivals=[
+            (one, other)
+            for one in grafting
+            for other in others
+            if other.row.baseline == one.row.baseline and other.first("cost") <= one.first("cost")
+        ],
+        schedules=[
+            (one, other)
+            for one in ran
+            for other in ran
+            if one.row.baseline is None and one.row.run == f"{other.row.run}_cos"
+        ],
+    )
 
 
-def against_baseline(cells: Cells) -> Pairs:
-    """Each grafting row against the single network that it is compared with."""
-    for one in cells.values():
-        baseline = cells.get(one.row.baseline)
-        if one.first("is_grafting") and baseline and len(baseline.results):
-            yield one, baseline
-
-
-def against_rivals(cells: Cells) -> Pairs:
-    """Each grafting row against the others of its baseline whose training costs no more."""
-    for one in cells.values():
-        for other in cells.values() if one.first("is_grafting") else ():
-            is_rival = len(other.results) and not other.first("is_grafting") and other.row.baseline == one.row.baseline
-            if is_rival and other.first("cost") <= one.first("cost"):
-                yield one, other
-
-
-def against_steps(cells: Cells) -> Pairs:
-    """Each baseline on a cosine against that of the same network on steps: what the schedule alone does."""
-    baselines = [one for one in cells.values() if one.row.baseline is None and len(one.results)]
-    for one in baselines:
-        for other in baselines:
-            own, others = one.first("settings"), other.first("settings")
-            alike = all(own.get(name) == others.get(name) for name in ("model", "lr"))
-            if alike and own.get("cos") is True and others.get("cos") is False:
-                yield one, other
+def precision_of(one: Cell) -> str:
+    return " and ".join(sorted({*one.results["precision"]}))

@@ -11,7 +11,6 @@ which experiments/report.py makes the tables and plots.
 import argparse
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -19,18 +18,17 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from analysis.runs import count_filters, program, read_checkpoint
-from experiments.results import OtherCommand, read_result
+from experiments.results import read_result
 from experiments.tables import PRESETS, SEEDS, TABLES, Run, runs
 from filter_grafting.checkpoint import write_atomically
-from filter_grafting.membership import observe, read_status
+from filter_grafting.membership import observe
 from training import launch
 from training.flags import Parser, number, path
 from training.machine import hardware, versions
@@ -69,7 +67,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("--preset", choices=PRESETS, default="paper", help=presets)
     flag("--seeds", metavar="K", type=number(int, 1, SEEDS), default=3, help="runs of each row")
     images = "the images, of class folders or CIFAR's files; NAME: of cifar10, cifar100 or imagenet alone"
-    flag("--data", metavar="[NAME=]DIR", nargs="+", default=[], help=images)
+    flag("--data", metavar="[NAME=]DIR", type=named_folder, nargs="+", default=[], help=images)
     at_once = (
         f"networks at once (default: one a core, or {NETWORKS_PER_GPU} a GPU, of ImageNet one); a larger run goes alone"
     )
@@ -84,15 +82,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.tables = list(TABLES) if "all" in args.tables else args.tables
     args.work, args.results = args.work.resolve(), args.results.resolve()
-    folders: dict[str, str] = {}
-    for text in args.data:
-        named = re.fullmatch(r"(?:(cifar10|cifar100|imagenet)=)?(.*)", text)
-        folder = Path(named[2]).expanduser().resolve()
-        if not folder.is_dir():
-            parser.error(f"argument --data: there is no folder {folder}")
-        if folders.setdefault(named[1] or "", str(folder)) != str(folder):
-            parser.error("argument --data: got two folders for the same images, expected one")
-    args.data, args.runs = folders, runs(args.tables, args.preset, args.seeds)
+    if len(dict(args.data)) < len(args.data):
+        parser.error("argument --data: got two folders for the same images, expected one")
+    args.data, args.runs = dict(args.data), runs(args.tables, args.preset, args.seeds)
     if not args.runs:
         parser.error(f"argument --preset: {args.preset} runs nothing of {', '.join(args.tables)}")
     known = {name for run in args.runs for name in (run.name, str(run))}
@@ -101,17 +93,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def data_flags(run: Run, folders: dict[str, str]) -> list[str] | None:
-    """The flags that name the run's images; None if no folder was given that has them."""
-    folder = folders.get(run.data, folders.get("") if run.data != "imagenet" else None)
+def named_folder(text: str) -> tuple[str, str]:
+    """A converter for argparse: (name or "", folder) of [NAME=]DIR."""
+    name, _, folder = text.partition("=")
+    if name not in ("cifar10", "cifar100", "imagenet"):
+        name, folder = "", text
+    if not path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {folder}")
+    return name, str(path(folder).resolve())
+
+
+def data_flags(run: Run, folders: dict[str, str]) -> list[str]:
+    """The flags that name the run's images; none if no folder was given for them."""
     if run.data == "glyphs":
         return ["--data", "glyphs"]
-    if folder is None:
-        return None if run.data == "imagenet" else []
-    classes = [entry for entry in Path(folder, "train").glob("*") if entry.is_dir()]
-    if run.data not in folders and classes and len(classes) != int(run.data.removeprefix("cifar")):
-        return None
-    return ["--data", folder]
+    folder = folders.get(run.data, "" if run.data == "imagenet" else folders.get(""))
+    return ["--data", folder] if folder else []
 
 
 # ---- A run
@@ -120,77 +117,64 @@ def data_flags(run: Run, folders: dict[str, str]) -> list[str] | None:
 class Job:
     """A run of the tables, its folders, and the processes that train its networks."""
 
-    def __init__(self, run: Run, args: argparse.Namespace, images: list[str]):
+    def __init__(self, run: Run, args: argparse.Namespace):
         self.run, self.preset, self.failure, self.gpus = run, args.preset, "", []
         self.save, self.results = args.work / args.preset / str(run), args.results / args.preset / str(run)
-        self.numbers = [1] if run.members else list(range(1, run.networks + 1))  # an ensemble is one process
+        self.numbers = range(1, run.networks + 1)
+        images = data_flags(run, args.data)
         if run.members:
-            members = [str(args.work / args.preset / name) for name in run.member_names]
-            command = ["analysis/ensemble.py", *members, *images, "--json", str(self.save / "ensemble.json")]
+            members = [str(args.work / args.preset / member) for member in run.members]
+            words = ["analysis/ensemble.py", *members, *images, "--json", str(self.save / "ensemble.json")]
         else:
-            command = [f"{run.script}/grafting.py", *run.flags, *images, "--s", str(self.save), "--resume"]
-        self.command = [sys.executable, str(ROOT / command[0]), *command[1:]]
+            words = [f"{run.script}/grafting.py", *run.flags, *images, "--s", str(self.save), "--resume"]
+        self.command = [sys.executable, str(ROOT / words[0]), *words[1:]]
 
     def command_of(self, i: int) -> list[str]:
         return self.command + ([] if self.run.members else ["--i", str(i)])
 
-    def is_finished(self) -> bool:
-        """Whether its results are there, and such as a report takes."""
-        with suppress(ValueError):
-            return bool(read_result(self.results, self.run))
-        return False
-
     def final(self, i: int) -> Path:
         return self.save / f"final{i}.{'tar' if self.run.data == 'imagenet' else 't7'}"
 
-    def cost(self) -> float:
-        """Of what is done of it."""
-        statuses = [read_status(self.save, i) for i in self.numbers]
-        epochs = sum(self.run.epochs if one.get("state") == "done" else one.get("epoch") or 0 for one in statuses)
-        return self.run.cost * epochs / (len(statuses) * max(1, self.run.epochs))
+    def is_finished(self) -> bool:
+        """Whether its results are there, and such as a report takes. Raises OtherCommand: not to be written over."""
+        try:
+            return bool(read_result(self.results, self.run))
+        except ValueError:  # there are none, or they are damaged
+            return False
 
-    def execute(self, threads: int, signals: Signals) -> str:
-        """Trains what is missing and leaves the results; in a thread of its own. A sentence if it failed."""
+    def execute(self, threads: int, signals: Signals) -> None:
+        """Trains what is missing and leaves the results; in a thread of its own. Raises what stood in the way."""
         self.save.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.save / "queue.lock", timeout=0):
-                return self.train(threads, signals) or self.collect()
-        except Timeout:
-            return "another queue is at work on it"
+        with FileLock(self.save / "queue.lock", timeout=0):  # a run belongs to one queue at a time
+            self.train(threads, signals)
+            self.collect()
 
-    def train(self, threads: int, signals: Signals) -> str:
+    def train(self, threads: int, signals: Signals) -> None:
         """Starts the networks that neither are done nor live on from a killed queue, and waits for all of them."""
-        try:
-            read_result(self.results, self.run)
-        except OtherCommand as error:  # not to be written over
-            return f"{self.results}: {error}; move it and {self.save} elsewhere"
-        except ValueError:  # none, or damaged
-            pass
-        alive = set() if self.run.members else {one.network for one in observe(self.save, self.numbers) if one.alive}
-        done = {i for i in self.numbers if read_status(self.save, i).get("state") == "done" and self.final(i).exists()}
+        seen = observe(self.save, self.numbers)
+        alive = {one.network for one in seen if one.alive}
+        done = {one.network for one in seen if one.state == "done" and self.final(one.network).exists()}
         processes: dict[int, subprocess.Popen] = {}
         try:
-            for k, i in enumerate(sorted({*self.numbers} - alive - done)):
-                processes[i] = self.start(i, threads, self.gpus[k : k + 1])
-            while not signals.received:
-                running = [process for process in processes.values() if process.poll() is None]
-                for i, process in processes.items():
-                    if process.returncode:
-                        return self.last_words(i, process.returncode)
-                if not running and not alive:
-                    return ""
+            for i in {*self.numbers} - alive - done:
+                processes[i] = self.start(i, threads)
+            while alive or any(process.poll() is None for process in processes.values()):
                 time.sleep(POLL_SECONDS)
-                alive = alive and {one.network for one in observe(self.save, alive) if one.alive}
-            return "stopped"
+                if signals.received:
+                    raise RuntimeError("stopped")
+                for i, process in processes.items():
+                    if process.poll():
+                        raise RuntimeError(self.last_words(i, process.returncode))
+                alive = {one.network for one in observe(self.save, alive) if one.alive}
         finally:  # networks that still run would wait for those that have ended
             for process in processes.values():
                 process.terminate()
             for process in processes.values():
                 process.wait()
 
-    def start(self, i: int, threads: int, gpu: list[str]) -> subprocess.Popen:
+    def start(self, i: int, threads: int) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        environment |= {"CUDA_VISIBLE_DEVICES": gpu[0]} if gpu else {}
+        environment |= {"CUDA_VISIBLE_DEVICES": self.gpus[i - 1]} if self.gpus else {}
         # In a session of its own: Ctrl-C is for the queue, which passes it on.
         options = {"stdin": subprocess.DEVNULL, "env": environment, "start_new_session": True}
         with open(self.save / f"{i}.log", "ab") as log:
@@ -201,7 +185,7 @@ class Job:
         lines = (self.save / f"{i}.log").read_text(errors="replace").strip().splitlines() or ["without a word"]
         return f"network {i} ended with {how}: {lines[-1]}"
 
-    def collect(self) -> str:
+    def collect(self) -> None:
         """Leaves what a report needs in the folder of results; result.json last: it says that all is there."""
         record = {"name": self.run.name, "preset": self.preset, "seed": self.run.seed, "command": self.run.command}
         record |= {"networks": self.run.networks, "hardware": hardware(), "versions": versions()}
@@ -209,7 +193,7 @@ class Job:
         self.results.mkdir(parents=True, exist_ok=True)
         if self.run.members:
             found = json.loads((self.save / "ensemble.json").read_text())
-            record["ensemble"] = found | {"members": self.run.member_names}
+            record["ensemble"] = found | {"members": self.run.members}
         for i in self.numbers if not self.run.members else ():
             state, contents = read_checkpoint(self.final(i))
             record.setdefault("filters", []).append(count_filters(state))
@@ -220,7 +204,6 @@ class Job:
             for file in copied:
                 write_atomically(self.results / file.name, file.read_bytes())
         write_atomically(self.results / "result.json", (json.dumps(record, indent=1) + "\n").encode())
-        return ""
 
 
 # ---- The queue
@@ -229,50 +212,51 @@ class Job:
 def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], signals: Signals) -> None:
     """Runs the jobs, cheapest first and as many at once as their networks fit into the slots, until all have ended."""
     waiting, running = sorted(jobs, key=lambda job: job.run.cost), {}
+    total, form = sum(job.run.cost for job in jobs), "{l_bar}{bar}| {remaining} left{postfix}"
     # disable=None: in a log there is no bar, but a line for each run.
-    bar = tqdm(
-        total=sum(job.run.cost for job in jobs),
-        disable=None,
-        smoothing=0,
-        bar_format="{l_bar}{bar}| {remaining} left{postfix}",
-    )
-    bar.update(sum(job.cost() for job in jobs))
+    bar = tqdm(total=total, disable=None, smoothing=0, bar_format=form)
     with bar, ThreadPoolExecutor(slots) as pool:
         while running or (waiting and not signals.received):
-            while not signals.received and (job := next_job(waiting, list(running.values()), slots, bool(gpus))):
+            job = next_job(waiting, list(running.values()), slots, gpus)
+            if job and not signals.received:
                 waiting.remove(job)
-                used = Counter(gpu for other in running.values() for gpu in other.gpus)
-                free = sorted(gpus, key=used.__getitem__)  # the least used first
-                job.gpus = [free[k % len(free)] for k in range(len(job.numbers))] if free else []
                 running[pool.submit(job.execute, threads, signals)] = job
+                continue
             for future in wait(running, POLL_SECONDS, FIRST_COMPLETED).done:
-                job = running.pop(future)
-                error = future.exception()
-                job.failure = f"{type(error).__name__}: {error}" if error else future.result()
+                job, error = running.pop(future), future.exception()
                 if not signals.received:
+                    kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+                    job.failure = f"{kind}{error}" if error else ""
                     tqdm.write(f"{job.run}: {'failed: ' + job.failure if job.failure else 'done'}")
                     sys.stdout.flush()
+                    bar.update(job.run.cost)
             bar.set_postfix_str(", ".join(str(job.run) for job in running.values()))
-            bar.update(sum(job.cost() for job in jobs) - bar.n)
 
 
-def next_job(waiting: list[Job], running: list[Job], slots: int, on_gpus: bool) -> Job | None:
-    """The first whose networks fit in, or which would have to run alone; an ensemble waits for its members."""
+def next_job(waiting: list[Job], running: list[Job], slots: int, gpus: list[str]) -> Job | None:
+    """The first whose networks fit in, or which would have to run alone; an ensemble waits for its members.
+
+    Its networks have the GPUs that the fewest others are on.
+    """
 
     def size(job: Job) -> int:
-        return len(job.numbers) * (NETWORKS_PER_GPU if on_gpus and job.run.data == "imagenet" else 1)
+        return len(job.numbers) * (NETWORKS_PER_GPU if gpus and job.run.data == "imagenet" else 1)
 
-    unfinished = {(job.run.name, job.run.seed) for job in (*waiting, *running)}
-    ready = next((job for job in waiting if not unfinished & {*job.run.members}), None)
-    return ready if ready and (not running or size(ready) + sum(map(size, running)) <= slots) else None
+    unfinished = {str(job.run) for job in (*waiting, *running)}
+    ready = next((job for job in waiting if unfinished.isdisjoint(job.run.members)), None)
+    if ready is None or (running and size(ready) + sum(map(size, running)) > slots):
+        return None
+    used = Counter(gpu for job in running for gpu in job.gpus)
+    free = sorted(gpus, key=used.__getitem__)
+    ready.gpus = [free[k % len(free)] for k in range(len(ready.numbers))] if free else []
+    return ready
 
 
 def unfinished(jobs: list[Job]) -> list[Job]:
     """The jobs without results, and those whose networks an ensemble among them needs, if their weights are gone."""
     missing = [job for job in jobs if not job.is_finished()]
     needed = {member for job in missing for member in job.run.members}
-    gone = [job for job in jobs if not job.run.members and not all(job.final(i).exists() for i in job.numbers)]
-    return [job for job in jobs if job in missing or ((job.run.name, job.run.seed) in needed and job in gone)]
+    return [job for job in jobs if job in missing or (str(job.run) in needed and not job.final(1).exists())]
 
 
 def slurm(args: argparse.Namespace, jobs: list[Job]) -> str:
@@ -284,31 +268,28 @@ def slurm(args: argparse.Namespace, jobs: list[Job]) -> str:
     return SLURM.format(last=len(jobs) - 1, again=again, names="\n".join(f"  {job.run}" for job in jobs))
 
 
-def plan(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:
-    """(all jobs that were asked for, those of them that are to be run); says which lack images."""
-    chosen = {run for run in args.runs if not args.only or not {run.name, str(run)}.isdisjoint(args.only)}
-    images = {run: data_flags(run, args.data) for run in args.runs}
-    jobs = [Job(run, args, images[run]) for run in args.runs if images[run] is not None]
-    if lacking := sorted({run.data for run in chosen if images[run] is None}):
-        example = f"--data {lacking[0]}=DIR"
-        print(f"left out, as no images were given: the runs on {', '.join(lacking)} (as in {example})", file=sys.stderr)
-    return [job for job in jobs if job.run in chosen], [job for job in unfinished(jobs) if job.run in chosen]
-
-
 def main() -> int:
     args = parse()
-    jobs, missing = plan(args)
-    if not jobs:
+    chosen = [run for run in args.runs if not args.only or not {run.name, str(run)}.isdisjoint(args.only)]
+    if "imagenet" not in args.data and any(run.data == "imagenet" for run in chosen):
+        print("left out, as no images were given: the runs on imagenet (--data imagenet=DIR)", file=sys.stderr)
+        chosen = [run for run in chosen if run.data != "imagenet"]
+    missing = [job for job in unfinished([Job(run, args) for run in args.runs]) if job.run in chosen]
+    if not chosen:
         return 2
-    if args.slurm or args.dry_run:
-        lines = [f"{job.run}: {shlex.join(job.command_of(i))}\n" for job in missing for i in job.numbers]
-        print("".join(lines) if args.dry_run else slurm(args, [job for job in missing if not job.run.members]), end="")
+    if args.dry_run:
+        for job in missing:
+            for i in job.numbers:
+                print(f"{job.run}: {shlex.join(job.command_of(i))}")
+        return 0
+    if args.slurm:
+        print(slurm(args, [job for job in missing if not job.run.members]), end="")
         return 0
     for folder in args.work, args.results:  # before the hours that training takes
         folder.mkdir(parents=True, exist_ok=True)
     gpus = launch.gpus(None)
     slots = args.jobs or NETWORKS_PER_GPU * len(gpus) or launch.cores()
-    print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done; {slots} networks at once", flush=True)
+    print(f"{len(chosen)} runs, {len(chosen) - len(missing)} of them done; {slots} networks at once", flush=True)
     signals = Signals()
     signals.finish_batch()  # they end the networks, and these the queue; a second one ends it at once
     work(missing, slots, max(1, launch.cores() // slots), gpus, signals)

@@ -19,7 +19,6 @@ class Table(NamedTuple):
     title: str
     note: str
     rows: list[tuple]  # as declared: (model, method, flags, *published figures by data set)
-    kind: str = "accuracy"  # what is reported; or "filters" (invalid ones), "top5" (top-1 and top-5 accuracy)
     source: str = PAPER  # of the published figures
     datasets: tuple[str, ...] = ("CIFAR-10", "CIFAR-100")
 
@@ -42,23 +41,18 @@ class Run(NamedTuple):
     script: str  # its folder: grafting_cifar or grafting_imagenet
     data: str  # what --data must hold: cifar10, cifar100, imagenet, glyphs
     flags: tuple[str, ...]
-    networks: int
-    epochs: int
+    networks: int  # processes
     cost: float  # about how long one core or GPU takes, in epochs of ResNet-20 on CIFAR
-    members: tuple[tuple[str, int], ...] = ()  # (name, seed) of an ensemble's runs
+    members: tuple[str, ...] = ()  # NAME/seedK of an ensemble's runs
 
     def __str__(self) -> str:
         return f"{self.name}/seed{self.seed}"
 
     @property
-    def member_names(self) -> list[str]:
-        return [f"{name}/seed{seed}" for name, seed in self.members]
-
-    @property
     def command(self) -> str:
         """The command that its results are of, wherever they and the images lie."""
         if self.members:
-            return shlex.join(["python", "analysis/ensemble.py", *self.member_names])
+            return shlex.join(["python", "analysis/ensemble.py", *self.members])
         return shlex.join(["python", f"{self.script}/grafting.py", *self.flags])
 
 
@@ -231,7 +225,6 @@ TABLES = {
             *_both_schedules("resnet32", ("36/1136 and 35/1136",), ("14/1136 and 8/1136",), (None,)),
             *_both_schedules("mobilenetv2", ("10929/17088 and 9834/17088",), ("9903/17088 and 8492/17088",), (None,)),
         ],
-        kind="filters",
         datasets=("CIFAR-10",),
     ),
     "leaky": Table(
@@ -279,7 +272,8 @@ TABLES = {
     "scions": Table(
         "Scions",
         "What is grafted: noise or filters of its own, onto the invalid filters of a single network; or the weights of "
-        "another network (external), by the layers' L1 norms as published, or by their entropies. All on steps.",
+        "another network (external), by the layers' L1 norms as published, or by their entropies. Where no filter is "
+        "invalid, noise and internal are the baseline. All on steps.",
         [
             ("mobilenetv2", "baseline", "--num 1", 92.42, 71.44),
             ("mobilenetv2", "noise", "--num 1 --scion noise", 92.51, 72.34),
@@ -304,7 +298,6 @@ TABLES = {
             ("resnet50", "baseline, cosine", "--num 1", None),
             ("resnet50", "grafting", SLR, "76.76 / 93.34"),
         ],
-        kind="top5",
         datasets=("ImageNet",),
     ),
 }
@@ -374,8 +367,8 @@ def _runs(preset: Preset, data: str, model: str, flags: str, seed: int) -> list[
     name, (count, _, of_one) = _run_name(data, model, flags), flags.rpartition(" x ")
     if count:
         members = [run for k in range(int(count)) for run in _runs(preset, data, model, of_one, seed + k * SEEDS)]
-        pairs = tuple((member.name, member.seed) for member in members)
-        return [*members, members[0]._replace(name=name, seed=seed, flags=(), epochs=0, cost=0, members=pairs)]
+        alone = {"flags": (), "networks": 1, "cost": 0, "members": tuple(map(str, members))}
+        return [*members, members[0]._replace(name=name, seed=seed, **alone)]
     of_imagenet = data == "imagenet"
     words = ["--arch" if of_imagenet else "--model", model, *(["--cifar", "100"] if data == "cifar100" else [])]
     words += (preset.imagenet if of_imagenet else preset.cifar).split()
@@ -384,7 +377,7 @@ def _runs(preset: Preset, data: str, model: str, flags: str, seed: int) -> list[
     words = without_steps(words + of_one.replace("2x", str(epochs)).split())  # the last --epochs counts
     networks = int(words[words.index("--num") + 1])
     script, cost = f"grafting_{'imagenet' if of_imagenet else 'cifar'}", networks * epochs * MODELS[model][1]
-    return [Run(name, seed, script, data, (*words, "--seed", str(seed)), networks, epochs, cost)]
+    return [Run(name, seed, script, data, (*words, "--seed", str(seed)), networks, cost)]
 
 
 def without_steps(words: list[str]) -> list[str]:

@@ -9,7 +9,9 @@ from experiments.tables import TABLES, runs
 RUNS = {(run.name, run.seed): run for run in runs(TABLES, "small", 100)}
 
 
-def write_run(root, name, seed, accuracies, *, validation=None, invalid=(36, 35), coefficients=False, **settings):
+def write_run(
+    root, name, seed, accuracies, *, validation=None, invalid=(36, 35), information=None, coefficients=False, **settings
+):
     """A finished run of the preset small whose network i has accuracies[i - 1], one per epoch."""
     folder = root / "small" / name / f"seed{seed}"
     folder.mkdir(parents=True)
@@ -18,6 +20,7 @@ def write_run(root, name, seed, accuracies, *, validation=None, invalid=(36, 35)
         columns |= {"train_seconds": 3, "test_seconds": 1, "wait_seconds": 0, "graft_seconds": 0}
         columns |= {"val_accuracy": validation[i - 1] if validation else None}
         columns |= {"invalid_0.1": invalid[0], "invalid_0.01": invalid[1]}
+        columns |= {"information": information} if information else {}
         pd.DataFrame(columns).to_csv(folder / f"metrics{i}.csv", index=False)
         if coefficients:
             rows = [(epoch, f"layer{k}", 0.4 + k / 100) for epoch in range(len(values) - 1) for k in range(3)]
@@ -34,7 +37,7 @@ def write_run(root, name, seed, accuracies, *, validation=None, invalid=(36, 35)
 def write_ensemble(root, name, seed, ensemble, alone):
     folder = root / "small" / name / f"seed{seed}"
     folder.mkdir(parents=True)
-    members = RUNS[name, seed].member_names
+    members = RUNS[name, seed].members
     figures = {"members": members, "ensemble": ensemble, "networks": alone, "weight_average": 10.0 if seed else None}
     write_record(folder, networks=1, ensemble=figures)
     return folder

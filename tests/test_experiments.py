@@ -2,17 +2,17 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
-from filelock import FileLock
+from finished import write_ensemble, write_run
 from imagenet import make_class_folders
 
 from analysis.runs import program
@@ -24,6 +24,7 @@ from grafting_imagenet.flags import parse as parse_imagenet
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = SimpleNamespace(received=None)  # no signal comes
+RING, SINGLE = "glyphs_resnet20_num2", "glyphs_resnet20_num1"
 
 
 def until(condition, what):
@@ -50,24 +51,11 @@ def test_every_row_has_its_run_and_its_baseline_above_it(preset):
 
 def test_runs_of_several_tables_are_run_once_and_no_two_ensembles_share_a_network():
     runs = tables.runs(tables.TABLES, "paper", 3)
-    assert len({(run.name, run.seed) for run in runs}) == len(runs)
+    assert len({str(run) for run in runs}) == len(runs)
     assert {len(run.members) for run in runs if run.members} == {2, 6}
     of_six = [run for run in runs if run.name == "cifar10_mobilenetv2_num1_ensemble6"]
-    assert len({member for run in of_six for member in run.members}) == 3 * 6
-    assert {member for run in of_six for member in run.members} <= {(run.name, run.seed) for run in runs}
-
-
-def test_published_figures_stand_beside_the_schedule_that_they_belong_to():
-    def published(table, preset="paper"):
-        rows = tables.rows(table, preset)
-        return {(row.dataset, row.run): row.paper for row in rows if row.paper is not None}
-
-    assert published("main")["CIFAR-100", "cifar100_resnet32_num2_difflr_cos"] == 71.28
-    for table in ("filters", "leaky", "level", "criterion", "scions"):  # measured on steps at equal rates
-        assert published(table) and not [run for _, run in published(table) if "cos" in run or "difflr" in run]
-    assert published("imagenet")["ImageNet", "imagenet_resnet50_num1_steplr"] == "75.92 / 92.81"
-    assert published("criterion")["CIFAR-10", "cifar10_mobilenetv2_num2_l1"] == 92.94
-    assert not published("main", "small")
+    members = {member for run in of_six for member in run.members}
+    assert len(members) == 3 * 6 and members <= {str(run) for run in runs}
 
 
 @pytest.mark.parametrize("preset", tables.PRESETS)
@@ -76,23 +64,22 @@ def test_the_scripts_take_every_command_line(preset):
         if not run.members:
             parse = parse_imagenet if run.script == "grafting_imagenet" else parse_cifar
             args = parse([*run.flags, "--data", "somewhere", "--device", "cpu", "--s", "somewhere"])
-            assert (args.num, args.seed, args.epochs) == (run.networks, run.seed, run.epochs)
+            assert (args.num, args.seed) == (run.networks, run.seed)
 
 
 def test_the_results_at_hand_are_those_of_the_tables():
     frame, damages = read_results(ROOT / "results" / "small", "small")
-    folders = list((ROOT / "results" / "small").glob("*/seed*"))
-    assert not damages and len(frame) == len(folders) >= 54
+    assert not damages and len(frame) == len(list((ROOT / "results" / "small").glob("*/seed*"))) >= 54
 
 
-# ---- Flags
+# ---- The command line
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["mane"], "'mane' (choose from "),
-        (["main", "--data", "cifar7=."], "there is no folder"),
+        (["main", "--data", "cifar7=."], "there is no folder cifar7=."),
         (["main", "--data", ".", "/"], "got two folders for the same images"),
         (["imagenet", "--preset", "small"], "small runs nothing of imagenet"),
         (["main", "--only", "cifar10_resnet32_num3"], "cifar10_resnet32_num3 is none of these tables' runs"),
@@ -107,32 +94,27 @@ def test_wrong_flags(arguments, words, capsys):
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """Calls main() with flags, folders of the test's own, and no signals of its own; returns status, output, errors."""
+    """Calls main() with flags and folders of the test's own; returns status, output, errors."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*flags):
         folders = ["--work", f"{tmp_path}/work", "--results", f"{tmp_path}/results"]
         monkeypatch.setattr(sys, "argv", ["run.py", *flags, *(folders if "--work" not in flags else [])])
-        monkeypatch.setattr(signal, "signal", lambda *_: None)
         return program(queue.main), *capsys.readouterr()
 
-    return call
+    yield call
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def test_a_folder_of_ten_classes_is_not_for_cifar100(tmp_path, call):
-    for k in range(10):
-        (tmp_path / "images" / "train" / str(k)).mkdir(parents=True)
-    status, output, errors = call("main", "--data", f"{tmp_path}/images", "--seeds", "1", "--dry-run")
-    assert status == 0 and "cifar100" not in output and f"--data {tmp_path}/images --s" in output
-    assert errors == "left out, as no images were given: the runs on cifar100 (as in --data cifar100=DIR)\n"
+def test_a_dry_run_names_every_network_with_its_images_and_leaves_out_imagenet_without_any(tmp_path, call):
+    flags = ["main", "imagenet", "--seeds", "2", "--data", str(tmp_path), "cifar100=/"]
+    status, output, errors = call(*flags, "--dry-run")
+    assert len(output.splitlines()) == 5 * 2 * 2 * (1 + 2 + 1 + 2) == len({*output.splitlines()})
+    assert status == 0 and f" --data {tmp_path} --s {tmp_path}/work/paper/cifar10_" in output
+    assert f" --data / --s {tmp_path}/work/paper/cifar100_" in output and "grafting_imagenet" not in output
+    assert errors == "left out, as no images were given: the runs on imagenet (--data imagenet=DIR)\n"
     assert call("imagenet")[0] == 2  # nothing is left
-
-
-def test_dry_run_names_every_network_and_slurm_every_run(call):
-    lines = call("main", "--seeds", "2", "--dry-run")[1].splitlines()
-    assert len(lines) == 5 * 2 * 2 * (1 + 2 + 1 + 2) == len(set(lines))
-    script = call("main", "--seeds", "2", "--slurm")[1]
-    assert "#SBATCH --array=0-79\n" in script and script.count("/seed1\n") == 40
-    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
 
 def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, call, monkeypatch):
@@ -157,17 +139,11 @@ def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, call, monkeypa
 # ---- The order
 
 
-def make_jobs(folder, *flags, seeds=1):
-    folders = ["--work", f"{folder}/work", "--results", f"{folder}/results", "--seeds", str(seeds)]
-    args = queue.parse(["--preset", "smoke", *folders, *flags])
-    return [queue.Job(run, args, queue.data_flags(run, args.data)) for run in args.runs]
-
-
 @pytest.fixture
-def simulate(monkeypatch):
-    """Runs jobs whose networks do nothing; returns which were at work together, at each begin."""
+def simulate(tmp_path, monkeypatch):
+    """Runs tables' jobs whose networks do nothing; returns all jobs, and which were at work together, at each begin."""
 
-    def simulate(jobs, slots, gpus=(), outcome=lambda job: ""):
+    def simulate(*flags, slots, gpus=()):
         alive, together = [], []
 
         def execute(job, *_):
@@ -175,38 +151,33 @@ def simulate(monkeypatch):
             together.append(list(alive))
             time.sleep(0.02)
             alive.remove(job)
-            return outcome(job)
 
         monkeypatch.setattr(queue.Job, "execute", execute)
         monkeypatch.setattr(queue, "POLL_SECONDS", 0.01)
+        args = queue.parse([*flags, "--preset", "smoke", "--seeds", "1", "--work", str(tmp_path)])
+        jobs = [queue.Job(run, args) for run in args.runs]
         queue.work(jobs, slots, 1, list(gpus), QUIET)
-        return together
+        return jobs, together
 
     return simulate
 
 
-def test_the_cheapest_run_first_and_ensembles_after_their_networks(tmp_path, simulate):
-    jobs = make_jobs(tmp_path, "fair", "level")
-    order = [together[-1].run for together in simulate(jobs, 1)]
-    places = {(run.name, run.seed): place for place, run in enumerate(order)}
-    costs = [run.cost for run in order if not run.members]
-    assert len(places) == len(jobs) and costs == sorted(costs)
-    ensembles = [run for run in order if run.members]
-    assert len(ensembles) == 2
-    assert all(places[member] < places[run.name, run.seed] for run in ensembles for member in run.members)
-
-
-def test_as_many_networks_at_once_as_there_are_slots_and_a_larger_ring_alone(tmp_path, simulate):
-    together = simulate(make_jobs(tmp_path, "networks"), 3)
-    sizes = [[len(job.numbers) for job in jobs] for jobs in together]
-    assert all(sum(size) <= 3 or len(size) == 1 for size in sizes)
+def test_the_cheapest_runs_first_as_many_as_there_are_slots_and_ensembles_after_their_networks(simulate):
+    jobs, together = simulate("fair", "networks", slots=3)
+    sizes = [[job.run.networks for job in at_work] for at_work in together]
+    assert all(sum(size) <= 3 or len(size) == 1 for size in sizes)  # a larger ring goes alone
     assert max(map(sum, sizes)) == 8 and max(map(len, sizes)) > 1
+    order = [at_work[-1].run for at_work in together]
+    costs = [run.cost for run in order if not run.members]
+    assert len(order) == len(jobs) and costs == sorted(costs)
+    places = {str(run): place for place, run in enumerate(order)}
+    ensembles = [run for run in order if run.members]
+    assert len(ensembles) == 3
+    assert all(places[member] < places[str(run)] for run in ensembles for member in run.members)
 
 
-def test_networks_of_imagenet_have_a_gpu_each_and_others_the_least_used(tmp_path, simulate):
-    (tmp_path / "images").mkdir()
-    jobs = make_jobs(tmp_path, "main", "imagenet", "--data", f"imagenet={tmp_path}/images")
-    together = simulate(jobs, 8, ["3", "5"])
+def test_networks_of_imagenet_have_a_gpu_each_and_others_the_least_used(simulate):
+    jobs, together = simulate("main", "imagenet", slots=8, gpus=["3", "5"])
     for at_work in together:
         of_imagenet = [gpu for job in at_work if job.run.data == "imagenet" for gpu in job.gpus]
         assert len(of_imagenet) == len(set(of_imagenet))
@@ -217,163 +188,134 @@ def test_networks_of_imagenet_have_a_gpu_each_and_others_the_least_used(tmp_path
 # ---- What is missing
 
 
-def finish(job, command=None):
-    """Leaves results, by default of the job's own command; only such as tell whether it was run."""
-    job.results.mkdir(parents=True)
-    record = {"command": command or job.run.command, "hardware": "", "versions": {}, "networks": job.run.networks}
-    if job.run.members:
-        record["ensemble"] = {"members": job.run.member_names, "networks": [1], "ensemble": 1, "weight_average": 1}
-    else:
-        counts = {"0.1": 0, "0.01": 0}
-        filters = {"total": 9, "shortcut_total": 0, "invalid": counts, "shortcut_invalid": counts}
-        record |= {"settings": {"epochs": 1}, "filters": [filters] * job.run.networks}
-        columns = ["epoch", "test_accuracy", "best", "train_seconds", "test_seconds", "wait_seconds", "graft_seconds"]
-        for i in job.numbers:
-            pd.DataFrame([[0] * len(columns)], columns=columns).to_csv(job.results / f"metrics{i}.csv", index=False)
-    (job.results / "result.json").write_text(json.dumps(record))
+ENSEMBLE, MEMBERS = "cifar10_resnet20_num1_ensemble2", ["cifar10_resnet20_num1/seed0", "cifar10_resnet20_num1/seed100"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"command": 1}', '{"command": "python'])
-def test_what_the_report_counts_as_damaged_the_queue_runs_again(tmp_path, text):
-    jobs = make_jobs(tmp_path, "main")[:2]
-    for job in jobs:
-        finish(job)
-    assert queue.unfinished(jobs) == []
-    (jobs[0].results / "result.json").write_text(text)
-    (jobs[1].results / "metrics2.csv").unlink()
-    assert queue.unfinished(jobs) == jobs
+def planned(call):
+    """The runs of the table fair with seed 0 that the queue would start, of all those that the tests below finish."""
+    output = call("fair", "--preset", "small", "--seeds", "1", "--dry-run")[1]
+    every = {line.partition(": ")[0] for line in output.splitlines()}
+    return sorted(every & {"cifar10_resnet20_num2/seed0", f"{ENSEMBLE}/seed0", *MEMBERS})
 
 
-def test_results_of_another_command_are_neither_taken_nor_overwritten(tmp_path, monkeypatch):
-    job = make_jobs(tmp_path, "main")[0]
-    finish(job, job.run.command.replace("--epochs 2", "--epochs 3"))
-    monkeypatch.setattr(queue.Job, "start", lambda *_: pytest.fail("it was started"))
-    assert queue.unfinished([job]) == [job]
-    assert "--epochs 3" in (failure := job.execute(1, QUIET)) and failure.endswith(f"move it and {job.save} elsewhere")
+@pytest.fixture
+def finished(tmp_path):
+    """Folders of results of a ring, and of an ensemble with its networks."""
+    root = tmp_path / "results"
+    write_ensemble(root, ENSEMBLE, 0, 80.0, [79.0, 78.0])
+    alone = [write_run(root, "cifar10_resnet20_num1", seed, [[80.0]]) for seed in (0, 100)]
+    return write_run(root, "cifar10_resnet20_num2", 0, [[80.0]] * 2), root / "small" / ENSEMBLE / "seed0", alone
 
 
-def test_a_run_belongs_to_one_queue_at_a_time(tmp_path, monkeypatch):
-    job = make_jobs(tmp_path, "main")[0]
-    job.save.mkdir(parents=True)
-    monkeypatch.setattr(queue.Job, "start", lambda *_: pytest.fail("it was started"))
-    with FileLock(job.save / "queue.lock"):
-        assert job.execute(1, QUIET) == "another queue is at work on it"
+def test_what_the_report_counts_as_damaged_the_queue_runs_again(call, finished):
+    assert planned(call) == []
+    (finished[0] / "metrics2.csv").unlink()
+    assert planned(call) == ["cifar10_resnet20_num2/seed0"]
 
 
-def test_an_ensembles_networks_are_trained_again_if_their_weights_are_gone(tmp_path, call):
-    jobs = make_jobs(tmp_path, "fair")
-    for job in jobs:
-        if not job.run.members:
-            finish(job)
-    first, second = (job for job in jobs if job.run.members)
-    finish(second)
-    there, gone = (job for job in jobs if (job.run.name, job.run.seed) in first.run.members)
-    there.save.mkdir(parents=True)
-    there.final(1).touch()
-    assert queue.unfinished(jobs) == [gone, first]
-    lines = call("fair", "--preset", "smoke", "--seeds", "1", "--only", gone.run.name, "--dry-run")[1].splitlines()
-    assert [line.partition(":")[0] for line in lines] == [str(gone.run)]
+def test_results_of_another_command_are_neither_taken_nor_overwritten(call, finished):
+    path = finished[0] / "result.json"
+    path.write_text(path.read_text().replace("--epochs 30", "--epochs 3"))
+    status, output, errors = call("main", "--preset", "small", "--seeds", "1")
+    assert status == 1 and output == "" and f"{path} is of another command, move it elsewhere: " in errors
 
 
-# ---- Real runs
+def test_an_ensembles_networks_are_trained_again_if_their_weights_are_gone(tmp_path, call, finished):
+    (finished[1] / "result.json").unlink()
+    there = tmp_path / "work" / "small" / MEMBERS[0]
+    there.mkdir(parents=True)
+    (there / "final1.t7").touch()
+    assert planned(call) == [MEMBERS[1], f"{ENSEMBLE}/seed0"]
 
 
-class Queue:
-    """experiments/run.py as a process, on the smallest table."""
-
-    def __init__(self, folder, *flags):
-        self.folder = folder
-        command = [sys.executable, ROOT / "experiments" / "run.py", *(flags or ["main"]), "--preset", "smoke"]
-        command += ["--seeds", "1", "--work", folder / "work", "--results", folder / "results"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.process = subprocess.Popen(command, env=environment, **pipes)
-
-    def finish(self):
-        output, _ = self.process.communicate()
-        return self.process.returncode, output
-
-    def networks(self, run):
-        """Status files of a run's networks."""
-        paths = (self.folder / "work" / "smoke" / run / "seed0").glob("network*.json")
-        return [json.loads(path.read_text()) for path in paths]
+# ---- Processes
 
 
-RING, SINGLE = "glyphs_resnet20_num2", "glyphs_resnet20_num1"
+def test_a_run_that_fails_ends_its_own_networks_and_leaves_the_others_alone(tmp_path, call, monkeypatch):
+    def command_of(job, i):
+        does = "import time; time.sleep(600)" if i == 2 else f"raise SystemExit('no luck for {job.run.name}')"
+        return [sys.executable, "-c", does]
+
+    monkeypatch.setattr(queue.Job, "command_of", command_of)
+    status, output, errors = call("main", "--preset", "smoke", "--seeds", "1", "--only", RING, SINGLE)
+    assert status == 1 and output.endswith(f"0 runs done, 2 failed; results: {tmp_path}/results/smoke\n")
+    for name in RING, SINGLE:
+        failure = f"{name}/seed0 failed: network 1 ended with exit status 1: no luck for {name} (log: {tmp_path}/work"
+        assert failure in errors
+        assert not (tmp_path / "results" / "smoke" / name).exists()
 
 
-def figures(folder, name):
-    """What a run has left, but for times."""
-    (run,) = [run for run in tables.runs(["main"], "smoke", 1) if run.name == name]
-    networks = read_result(folder / "results" / "smoke" / str(run), run)["result"].networks
-    return [(network.metrics.filter(regex="^(?!.*seconds)").to_csv(), network.filters) for network in networks]
+def test_a_signal_ends_the_networks_and_says_how_to_go_on(tmp_path, call, monkeypatch):
+    sleep = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    monkeypatch.setattr(queue.Job, "command_of", lambda *_: [sys.executable, "-c", sleep])
+    logs = [tmp_path / "work" / "smoke" / RING / "seed0" / f"{i}.log" for i in (1, 2)]
+
+    def interrupt():
+        until(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs), "the networks")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    status, _, errors = call("main", "--preset", "smoke", "--seeds", "1", "--only", RING)
+    assert status == 130 and errors.endswith("stopped by SIGINT; the same command goes on\n")
+    for log in logs:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(log.read_text()), 0)
+    assert not (tmp_path / "results" / "smoke").exists()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A ring, run without a disturbance, beside a run that fails."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    broken = folder / "work" / "smoke" / SINGLE / "seed0"
-    broken.mkdir(parents=True)
-    (broken / "run.json").write_text("{}")
-    status, output = Queue(folder, "main", "--only", RING, SINGLE).finish()
-    assert status == 1 and f"{SINGLE}/seed0 failed: network 1 ended with exit status 1: " in output, output
-    assert f"{RING}/seed0: done\n" in output and "1 runs done, 1 failed" in output
-    return folder
-
-
-def test_a_finished_queue_has_nothing_to_do_and_leaves_what_a_report_needs(undisturbed):
-    status, output = Queue(undisturbed, "main", "--only", RING).finish()
-    assert status == 0 and output.startswith("1 runs, 1 of them done; ")
-    folder = undisturbed / "results" / "smoke" / RING / "seed0"
+def test_a_queue_leaves_what_a_report_needs_and_has_then_nothing_to_do(tmp_path, call, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    flags = ["main", "--preset", "smoke", "--seeds", "1", "--only", RING]
+    status, output, errors = call(*flags)
+    assert status == 0 and f"{RING}/seed0: done\n" in output, errors
+    folder = tmp_path / "results" / "smoke" / RING / "seed0"
     record = json.loads((folder / "result.json").read_text())
     assert record["settings"]["num"] == 2 and record["settings"]["amp"] is False
     assert record["filters"][1]["total"] == 688 and (folder / "coefficients2.csv").exists()
+    status, output, _ = call(*flags)
+    assert status == 0 and re.match("1 runs, 1 of them done; .*\n0 runs done, 0 failed; ", output)
+
+
+def run_queue(folder, *flags):
+    """Starts experiments/run.py as a process."""
+    command = [sys.executable, ROOT / "experiments" / "run.py", *flags, "--preset", "smoke", "--seeds", "1"]
+    command += ["--work", folder / "work", "--results", folder / "results"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_with_the_same_figures(undisturbed, tmp_path):
+def test_networks_that_outlive_a_killed_queue_are_the_next_ones(tmp_path):
     def signal_networks(number):
-        for status in first.networks(RING):
-            with suppress(ProcessLookupError):  # it has ended by itself
-                os.kill(status["pid"], number)
+        for path in save.glob("network*.json"):
+            os.kill(json.loads(path.read_text())["pid"], number)
 
-    first = Queue(tmp_path, "main", "--only", RING)
-    until(lambda: len(list((tmp_path / "work/smoke" / RING / "seed0").glob("ckpt*_0.t7"))) == 2, "the first epoch")
-    first.process.kill()  # the queue alone: its networks live on
+    def figures(folder):
+        (run,) = [run for run in tables.runs(["main"], "smoke", 1) if run.name == RING]
+        networks = read_result(folder / "results" / "smoke" / str(run), run)["result"].networks
+        return [(network.metrics.filter(regex="^(?!.*seconds)").to_csv(), network.filters) for network in networks]
+
+    assert run_queue(tmp_path / "undisturbed", "main", "--only", RING).wait() == 0
+    save = tmp_path / "work" / "smoke" / RING / "seed0"
+    first = run_queue(tmp_path, "main", "--only", RING)
+    until(lambda: len(list(save.glob("ckpt*_0.t7"))) == 2, "the first epoch")
     signal_networks(signal.SIGSTOP)  # for as long as the next queue takes to start
-    first.process.wait()
-    second = Queue(tmp_path, "main", "--only", RING)
-    try:
-        assert "1 runs, 0 of them done" in second.process.stdout.readline()
-        time.sleep(1)  # it takes them over
-    finally:
-        second.process.kill()
-        second.process.wait()
-        signal_networks(signal.SIGKILL)
-    status, output = Queue(tmp_path, "main", "--only", RING).finish()
-    assert status == 0, output
-    assert figures(tmp_path, RING) == figures(undisturbed, RING)
-
-
-def test_a_signal_ends_the_networks_and_says_how_to_go_on(tmp_path):
-    started = Queue(tmp_path, "main", "--only", RING)
-    until(lambda: len(started.networks(RING)) == 2, "the networks")
-    started.process.send_signal(signal.SIGINT)
-    status, output = started.finish()
-    assert status == 130 and output.endswith("stopped by SIGINT; the same command goes on\n"), output
-    for one in started.networks(RING):
-        with pytest.raises(ProcessLookupError):
-            os.kill(one["pid"], 0)
-    assert not (tmp_path / "results/smoke" / RING).exists()
+    first.kill()
+    second = run_queue(tmp_path, "main", "--only", RING)
+    assert "1 runs, 0 of them done" in second.stdout.readline()
+    time.sleep(1)  # it takes them over
+    signal_networks(signal.SIGCONT)
+    output, _ = second.communicate()
+    assert second.returncode == 0, output
+    assert figures(tmp_path) == figures(tmp_path / "undisturbed")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_table_comes_to_a_full_report(tmp_path, monkeypatch, capsys):
-    images = make_class_folders(tmp_path / "images")
-    status, output = Queue(tmp_path, "all", "--data", f"imagenet={images}").finish()
-    assert status == 0, output
+    process = run_queue(tmp_path, "all", "--data", f"imagenet={make_class_folders(tmp_path / 'images')}")
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     monkeypatch.setattr(sys, "argv", ["report.py", "--preset", "smoke", "--results", f"{tmp_path}/results"])
     assert report.main() == 0
     text = (tmp_path / "results" / "smoke" / "report.md").read_text()
