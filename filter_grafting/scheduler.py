@@ -1,6 +1,7 @@
 """Grafting as training goes on: an object that steps like a learning rate scheduler."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
@@ -9,7 +10,7 @@ from .errors import GraftingError
 from .grafting import Criterion, Layers, Level, Selection, compute, graft
 from .information import entropy
 from .rings import Checkpoint, Exchange, FileRing
-from .states import covers, load_plain_state, plain_state
+from .states import load_plain_state, plain_state
 
 
 class Stateful(Protocol):
@@ -64,26 +65,15 @@ class Grafting:
                 raise ValueError(f"{name}: got {value}, expected at least {low}")
         if checkpoint and not isinstance(exchange, FileRing):
             raise ValueError(f"checkpoint: a {type(exchange).__name__} keeps none; save these states yourself")
-        # What the first graft would refuse is refused now, not after an epoch: the model is compared with itself. But
-        # a pattern may be meant for entries that only the neighbour has.
-        state = plain_state(model)
-        exclude = [exclude] if isinstance(exclude, str) else exclude
-        fitting = [pattern for pattern in exclude if any(covers(pattern, key) for key in state)]
-        compute(model, state, a, c, level, layers, fitting, criterion)
+        # What the first graft would refuse is refused now, not after an epoch: the model is compared with itself.
+        compute(model, plain_state(model), a, c, level, layers, exclude, criterion)
         self.model = model
         self.exchange = exchange
         self.every = every
         self.warmup = warmup
         self.checkpoint = dict(checkpoint or {})
         self.round = 0  # of the next call of `step`
-        self._options: dict[str, Any] = {
-            "a": a,
-            "c": c,
-            "level": level,
-            "layers": layers,
-            "exclude": exclude,
-            "criterion": criterion,
-        }
+        self._graft = partial(graft, model, a=a, c=c, level=level, layers=layers, exclude=exclude, criterion=criterion)
         if isinstance(exchange, FileRing) and (last := exchange.newest()) is not None:
             self._resume(exchange, last)
 
@@ -97,7 +87,7 @@ class Grafting:
             # With a FileRing, what is to be kept beside the weights; no other exchange was given any.
             extra = [{name: part.state_dict() for name, part in self.checkpoint.items()}] if self.checkpoint else []
             neighbour = self.exchange.swap(plain_state(self.model), self.round, *extra)
-            found = graft(self.model, neighbour, **self._options)
+            found = self._graft(neighbour)
         self.round += 1
         return found
 
@@ -108,7 +98,7 @@ class Grafting:
         load_plain_state(self.model, last.state)
         for name, part in self.checkpoint.items():
             part.load_state_dict(last.extra[name])
-        graft(self.model, ring.wait(last.round), **self._options)
+        self._graft(ring.wait(last.round))
         self.round = last.round + 1
 
     def state_dict(self) -> dict[str, Any]:

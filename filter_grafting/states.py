@@ -69,7 +69,9 @@ def load_plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     own: dict[str, Any] = model.state_dict()
     check_alike(plain_names(own), state)
-    model.load_state_dict({key: placed(state[plain_name(key)], entry) for key, entry in own.items()})
+    for key, entry in own.items():
+        own[key] = placed(state[plain_name(key)], entry)
+    model.load_state_dict(own)  # which also says of which version its modules are: some ask for that
 
 
 def whole(entry: T) -> T:
@@ -100,16 +102,15 @@ def place(entry: Tensor) -> tuple[int, object]:
     return int(entry.untyped_storage()._cdata), (entry.storage_offset(), entry.shape, entry.stride())
 
 
-def covers(pattern: str, key: str) -> bool:
-    """Whether a pattern (`head.*`, as file names have them) covers an entry."""
-    return fnmatchcase(key, plain_name(pattern))
-
-
 def excluded(exclude: Sequence[str], keys: Collection[str]) -> set[str]:
-    """The entries that patterns cover. A ValueError if one covers none: what it was meant for would be blended."""
+    """The entries that patterns cover (`head.*`, as file names have them).
+
+    Raises:
+        ValueError: if a pattern covers none: what it was meant for would be blended.
+    """
     found: set[str] = set()
     for pattern in [exclude] if isinstance(exclude, str) else exclude:  # a single one, not its letters
-        covered = {key for key in keys if covers(pattern, key)}
+        covered = {key for key in keys if fnmatchcase(key, plain_name(pattern))}
         if not covered:
             raise ValueError(f"exclude: {pattern!r} fits no entry; expected patterns such as {next(iter(keys), '*')!r}")
         found |= covered
