@@ -6,6 +6,8 @@ import torch
 from imagenet import ImageRun, make_class_folders
 from processes import Run, make_images
 
+from filter_grafting import FileRing
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Shells start background jobs so, and processes pass it on: those that the tests start shall hear Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -14,6 +16,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+
+
+@pytest.fixture
+def make_ring(tmp_path) -> Iterator[Callable[..., FileRing]]:
+    """Makes a network's place in a ring of this process; all are left at the end of the test."""
+    rings = []
+
+    def make(network: int = 1, networks: int = 2, directory=tmp_path, **options) -> FileRing:
+        rings.append(FileRing(directory, network, networks, **options))
+        return rings[-1]
+
+    yield make
+    for ring in rings:
+        ring.leave("stopped")
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
-"""Tools of the tests of rings: a clock that runs ahead, neighbours on paper, and processes that hold a lock."""
+"""Tools of the tests of rings: a clock that runs ahead, neighbours on paper, and processes of a group."""
 
+import fcntl
 import heapq
 import json
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,24 +14,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from filter_grafting.checkpoint import write_atomically
-
-ROOT = Path(__file__).resolve().parent.parent
-HOLD = (
-    "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
-)
-
-
-def hold(directory: Path, network: int) -> subprocess.Popen[str]:
-    """A process that holds a network's place, and does nothing else, until it is killed or whoever started it ends."""
-    command = [sys.executable, "-c", HOLD, str(directory / f"network{network}.lock")]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    return process
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate()
 
 
 def in_processes(work: Callable[[int, Path], None], count: int, folder: Path) -> None:
@@ -49,18 +31,18 @@ def _work(rank: int, work: Callable[[int, Path], None], count: int, folder: Path
         dist.destroy_process_group()
 
 
+@contextmanager
+def held(directory: Path, network: int) -> Iterator[None]:
+    """A network's place is taken, as by a process that lives; afterwards, that process has died."""
+    with open(directory / f"network{network}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def write_status(directory: Path, network: int, **fields: object) -> None:
     """The status file of a network that is only on paper, on a host whose locks say nothing here."""
-    status = {
-        "network": network,
-        "num": 2,
-        "state": "training",
-        "detail": "",
-        "epoch": 6,
-        "host": "elsewhere",
-        "pid": 1,
-    }
-    data = json.dumps(status | {"time": 0, "beat": 0} | fields).encode()
+    status = {"network": network, "num": 2, "state": "training", "detail": "", "epoch": 6, "host": "elsewhere"}
+    data = json.dumps({**status, "pid": 1, "time": 0, "beat": 0, **fields}).encode()
     write_atomically(directory / f"network{network}.json", data, durable=False)
 
 
