@@ -75,7 +75,7 @@ def test_the_file_counts_only_until_the_network_has_a_checkpoint(make_image_run,
     run = make_image_run(1, 3)
     killed(run, 1, "after train", "--resume", file)
     os.rename(file, tmp_path / "moved.tar")
-    gone = f"network 1 has no checkpoint of its own yet, and {file}, from which it started, is gone: "
+    gone = f"network 1 has no checkpoint of its own yet, and {file}, from which it starts, is not there: "
     assert gone in refused(run, 1, "--resume")
     both = ["--resume", tmp_path / "moved.tar", "--resume", "auto"]
     killed(run, 1, r"after rename pth0_1\.tar", *both)

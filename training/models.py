@@ -3,16 +3,18 @@
 import importlib
 import os
 import sys
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from filter_grafting.checkpoint import load
 from filter_grafting.errors import CheckpointError, RefusedError
+from filter_grafting.membership import printable
 from filter_grafting.rings import Checkpoint
-from filter_grafting.states import plain_state
+from filter_grafting.states import load_plain_state, plain_state
 from training.process import UsageError
 
 
@@ -45,11 +47,19 @@ def compiled(model: nn.Module, device: torch.device, enabled: bool = True) -> nn
     return torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" and single else None)
 
 
-def load_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """`load_state_dict` of a state dict that does not say of which version its modules were: of the present one."""
-    labelled = OrderedDict(state)
-    labelled._metadata = getattr(state, "_metadata", None) or model.state_dict()._metadata
-    model.load_state_dict(labelled)
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict in anyone's checkpoint (its `net` or `state_dict`, or all that it holds), and its contents.
+
+    These have `settings` in any case, and hold what a network's own checkpoint keeps as `extra`.
+    Raises FileNotFoundError; CheckpointError, naming the file, if it holds no state dict or cannot be loaded.
+    """
+    contents = load(path)
+    state = contents.get("net", contents.get("state_dict", contents))
+    if not isinstance(state, dict) or not state or not all(isinstance(entry, Tensor) for entry in state.values()):
+        keys = printable(", ".join(map(str, contents)), 100)
+        raise CheckpointError(f"{path} holds no state dict: it has the keys {keys}; expected net or state_dict")
+    extra = contents.get("extra")
+    return state, {"settings": {}, **(extra if isinstance(extra, dict) else {}), **contents}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -103,8 +113,8 @@ def restore(
     if differing:
         rows = ", ".join(f"{key} is {settings[key]!r} here and was {recorded.get(key)!r}" for key in differing)
         raise RefusedError(f"the network cannot be continued with other settings: {rows}")
-    load_state(model, found.state)
+    load_plain_state(model, found.state)
     if trained is not None:
-        load_state(trained, extra["trained"])
+        load_plain_state(trained, extra["trained"])
     load_optimizer(optimizer, extra["optimizer"])
     return extra["row"], extra["layers"]
