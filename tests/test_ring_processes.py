@@ -2,7 +2,6 @@
 
 import csv
 import fcntl
-import json
 import os
 import pty
 import re
@@ -15,23 +14,17 @@ import termios
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from processes import CIFAR, Process, assert_same, assert_same_runs, environment, read_table, until
 
 from filter_grafting.checkpoint import load
-from grafting_cifar.models import build
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
-def says(run, network: int, words: str) -> None:
-    """Waits until a network's log says something."""
-    until(lambda: words in run.log(network), what=lambda: f"{words!r} in the log:\n{run.log(network)}")
-
-
-def test_a_ring_of_three_comes_to_its_end_and_repeats(make_run, undisturbed):
+def test_a_ring_of_three_comes_to_its_end(make_run):
     run = make_run(3, 3).finish()
-    assert_same_runs(run, undisturbed(3, 3))
     for network in (1, 2, 3):
         status = run.status(network)
         assert (status["state"], status["epoch"], status["epochs"], status["steps"]) == ("done", 2, 3, 2)
@@ -61,14 +54,21 @@ def test_the_published_lines_run_as_they_stand(images, tmp_path):
         assert f"Network:{i}    epoch:0    accuracy:" in (tmp_path / "checkpoint" / f"{i}.log").read_text()
 
 
-def test_a_network_may_start_late(make_run, undisturbed):
+def test_a_network_may_start_late_while_another_process_of_the_first_is_refused(make_run, undisturbed):
     run = make_run(2, 3)
     first = run.start(1, plan=[["quicken"]])
-    says(run, 1, ": network 2 has not started; start it with: ")
-    until(lambda: run.status(1)["state"] == "waiting", what=lambda: f"its status: {run.status(1)}")
-    assert run.status(1)["detail"] == "for network 2"
+    until(lambda: "start it with: " in run.log(1), what=lambda: run.log(1))
+    assert ": network 2 has not started; start it with: " in run.log(1)
     line = run.log(1).partition("start it with: ")[2].splitlines()[0]
     assert re.match(rf"python3?[\d.]* {CIFAR} --s {run.directory} ", line) and line.endswith("--i 2 --resume")
+    assert (run.status(1)["state"], run.status(1)["detail"]) == ("waiting", "for network 2")
+
+    before = {path: path.read_bytes() for path in run.directory.iterdir() if path.name != "network1.json"}
+    again = Process(CIFAR, run.arguments(1, "--resume"), run.logs / "again.log")
+    assert again.wait() == 1
+    assert re.match(rf"network 1 is already running in .* \(process {first.pid} on .*\); wait", again.sentence())
+    assert {path: path.read_bytes() for path in run.directory.iterdir() if path.name != "network1.json"} == before
+
     assert (run.start(2).wait(), first.wait()) == (0, 0)
     assert_same_runs(run, undisturbed(2, 3))
     assert float(read_table(run.directory / "metrics1.csv")[1]["wait_seconds"]) > 0.5
@@ -93,54 +93,22 @@ def test_a_neighbour_that_hangs_in_a_batch_ends_the_wait_though_its_heart_beats(
     run.start(2, plan=[["quicken"], ["at", "before train", 2, "sleep", 600]])
     first = run.start(1, "--timeout", "0.03", plan=[["quicken"]])
     assert first.wait() == 3
-    assert re.search(
-        r"network 2 is training at epoch 1.* \(heartbeat [01] s ago, progress [23] s ago\)", first.sentence()
-    )
+    words = r"network 2 is training at epoch 1.* \(heartbeat [01] s ago, progress [23] s ago\)"
+    assert re.search(words, first.sentence())
 
 
-def test_a_bad_checkpoint_is_waited_out_and_replaced(make_run, undisturbed, tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/it_ran",)
-
+def test_a_neighbour_that_does_not_fit_ends_the_network_in_one_sentence(make_run):
     run = make_run(2, 3)
-    first = run.start(1, plan=[["quicken"]])
-    assert run.start(2, plan=[["at", "before rename ckpt0_1.t7", 1, "kill"]]).wait() == -signal.SIGKILL
-    torch.save({"net": {}, "bomb": Bomb()}, run.checkpoint(2, 1))
-    says(run, 1, f"{run.checkpoint(2, 1)} holds more than tensors and plain values, and could run code")
-    assert first.poll() is None
-    assert (run.start(2, "--resume").wait(), first.wait()) == (0, 0)
-    assert not (tmp_path / "it_ran").exists()
-    assert_same_runs(run, undisturbed(2, 3))
-
-
-def test_a_neighbour_that_does_not_fit_ends_the_network_in_one_printable_sentence(make_run):
-    run = make_run(2, 3, "--model", "resnet20")
     run.directory.mkdir()
-    state = build("resnet20", 2).state_dict() | {"\x1b[2J\nNetwork:1    epoch:9": torch.zeros(1)}
-    torch.save({"net": state}, run.checkpoint(2, 0))
+    torch.save({"net": ranks.tiny(2).state_dict() | {"more": torch.zeros(1)}}, run.checkpoint(2, 0))
     first = run.start(1)
     assert first.wait() == 1
-    assert "in the network missing" in first.sentence() and str(run.checkpoint(2, 0)) in first.sentence()
-    assert first.sentence().removesuffix("\n").isprintable()
+    assert first.sentence().startswith(f"{run.checkpoint(2, 0)}: more: in the network missing")
+    assert first.sentence().count("\n") == 1
 
 
-def test_a_second_process_of_the_same_network_is_refused_and_the_first_unharmed(make_run, undisturbed):
-    run = make_run(2, 3)
-    first = run.start(1)
-    run.reaches(1, "waiting")
-    before = {path: path.read_bytes() for path in run.directory.iterdir() if path.name != "network1.json"}
-    for flags in (), ("--resume",):
-        again = Process(CIFAR, run.arguments(1, *flags), run.logs / "again.log")
-        assert again.wait() == 1
-        assert re.match(rf"network 1 is already running in .* \(process {first.pid} on .*\); wait", again.sentence())
-    assert {path: path.read_bytes() for path in run.directory.iterdir() if path.name != "network1.json"} == before
-    assert (run.start(2).wait(), first.wait()) == (0, 0)
-    assert_same_runs(run, undisturbed(2, 3))
-
-
-def test_a_refused_start_leaves_no_trace(make_run):
-    run = make_run(2, 3).finish()
+def test_a_refused_start_leaves_no_trace(undisturbed):
+    run = undisturbed(2, 3)
     before = {path: path.read_bytes() for path in run.directory.iterdir()}
     for flags, status, words in (
         ([], 1, r"network 1 has already run in .* \(--resume continues it"),
@@ -155,23 +123,15 @@ def test_a_refused_start_leaves_no_trace(make_run):
     assert {path: path.read_bytes() for path in run.directory.iterdir()} == before
 
 
-def test_a_baseline_touches_nobody(make_run):
-    run = make_run(1, 3).finish()
+def test_a_baseline_touches_nobody_whatever_variables_another_job_has_left(make_run):
+    run, variables = make_run(1, 3), {"RANK": "1", "WORLD_SIZE": "", "LOCAL_RANK": "3"}
+    assert run.start(1, plan=[["set_environment", variables]]).wait() == 0
     names = {path.name for path in run.directory.iterdir()}
     checkpoints = {"best1.t7", "ckpt0_1.t7", "ckpt0_2.t7", "final1.t7"}
     assert names == checkpoints | {"metrics1.csv", "network1.json", "network1.lock", "run.json", "run.lock"}
     final, last = load(run.directory / "final1.t7"), load(run.checkpoint(1, 2))
     assert_same(final["net"], last["net"])
     assert "wait:0.00s    graft:0.00s" in run.log(1)
-
-
-@pytest.mark.slow
-def test_a_ring_of_eight_comes_to_its_end_in_any_order(make_run):
-    run = make_run(8, 2)
-    processes = [run.start(network) for network in (5, 1, 8, 2, 7, 3, 6, 4)]
-    assert [process.wait() for process in processes] == [0] * 8
-    runs = {load(run.directory / f"ckpt{network % 8}_1.t7")["run"] for network in range(1, 9)}
-    assert runs == {json.loads((run.directory / "run.json").read_text())["run"]}
 
 
 @pytest.mark.parametrize(("networks", "foreign"), [(3, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
@@ -186,15 +146,6 @@ def test_a_process_that_knows_only_the_wire_format_sits_in_the_ring(make_run, ne
     reader = foreign % networks + 1
     with open(run.directory / f"coefficients{reader}.csv") as file:
         assert len(list(csv.DictReader(file))) == 3 * 19
-
-
-# What a shell or another job has left in the environment
-
-
-def test_variables_that_another_job_has_left_do_not_keep_it_from_saving(make_run):
-    run, variables = make_run(1, 1), {"RANK": "1", "WORLD_SIZE": "", "LOCAL_RANK": "3"}
-    assert run.start(1, plan=[["set_environment", variables]]).wait() == 0
-    assert "Network:1    epoch:0" in run.log(1) and (run.directory / "final1.t7").exists()
 
 
 def test_a_terminal_shows_bars_and_the_lines(make_run):
