@@ -41,7 +41,11 @@ def figures(cells: Cells, title: str) -> Iterator[tuple[str, Figure]]:
         columns = {"Sum of the layers' entropies": frame["information"].dropna()}
         yield "information", courses(cells, columns, "nats", title)
     for label, one in cells.items():
-        if one.first("is_grafting") and any(len(network.coefficients) for network in one.first("result").networks):
+        if (
+            one.row.is_grafting
+            and len(one.results)
+            and any(len(network.coefficients) for network in one.first("result").networks)
+        ):
             named = replace(one.first("result"), label=f"{label}, seed {one.results.index[0]}")
             yield "coefficients", coefficients(named)
             break  # one shows how they behave
@@ -123,7 +127,7 @@ def courses(cells: Cells, columns: dict[str, pd.Series], ylabel: str, title: str
 def grouped(cells: Cells) -> list[list[str]]:
     """A baseline and some of its rows, no more than a panel can show; only such as were trained."""
     groups = []
-    trained = [label for label, one in cells.items() if len(one.results) and not one.first("members")]
+    trained = [label for label, one in cells.items() if len(one.results) and not one.row.is_ensemble]
     for baseline in [label for label, one in cells.items() if one.row.baseline is None]:
         own = [label for label in trained if cells[label].row.baseline == baseline]
         if own or baseline in trained:

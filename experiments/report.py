@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
 from analysis.runs import THRESHOLDS, mean_and_deviation, program, table
 from experiments import plots
-from experiments.results import Cell, Cells, Pair, cells_of, gain, pairs_of, precision_of, read_results
+from experiments.results import Cell, Cells, Pair, cells_of, differ_in_precision, gain, pairs_of, read_results
 from experiments.tables import PRESETS, REFERENCE, TABLES
 from filter_grafting.checkpoint import write_atomically
 from filter_grafting.membership import duration, printable
@@ -35,7 +36,7 @@ gives all rows the same initial weights, order and augmentation; the images are 
 says nothing of others. **Invalid**: filters with an L1 norm below a threshold, and **information**: the sum of the
 layers' entropies, both means over a run's networks after the last epoch. † An ensemble has one accuracy, that of its
 networks' averaged outputs after the last epoch, and is compared with the mean of these networks where they are those of
-its baseline."""
+its baseline; "2 x" are the runs of seeds k and 100 + k."""
 RIVALS = "Grafting against rivals on the same schedule that cost no more training"
 WHEN = {"after the last epoch": "last", "at the epoch picked by validation": "picked"}
 VERDICTS = ("ahead", "level", "behind", "open for want of seeds")
@@ -67,6 +68,11 @@ def main() -> int:
 def report(tables: Tables, preset: str, damages: list[str], out: Path) -> str:
     """The whole report; its plots are drawn into `out`."""
     parts = [f"# Results of the preset {preset}", reading(tables, preset)]
+    for where, added in ("CIFAR", PRESETS[preset].cifar), ("ImageNet", PRESETS[preset].imagenet):
+        if added:
+            parts.append(
+                f"On {where} each run has, beside the flags of its row: `{added}`. All else is at its default."
+            )
     if damages:
         listed = "\n".join(f"- {printable(damage)}" for damage in damages)
         parts.append(f"Damaged, unfinished or of other settings, and counted as not run:\n\n{listed}")
@@ -98,14 +104,10 @@ def reading(tables: Tables, preset: str) -> str:
     if not seeds:
         again = f"python experiments/run.py {' '.join(tables)} --preset {preset}"
         return f"**No result is there yet.** To fill this report: `{again}`"
-    # Tables share runs, and each pair of them counts once.
     own, rivals, schedules = (
-        list(
-            {
-                (one.row.run, other.row.run): (one, other) for cells in every for one, other in pairs_of(cells)[k]
-            }.values()
-        )
-        for k in range(3)
+        # Tables share runs, and each pair of them counts once.
+        list({(one.row.run, other.row.run): (one, other) for one, other in chain(*found)}.values())
+        for found in zip(*map(pairs_of, every), strict=True)
     )
     lines = [tally(own, "Grafting against the single network of its row's baseline"), tally(rivals, RIVALS)]
     lines += [
@@ -147,7 +149,7 @@ def section(cells: Cells) -> list[str]:
     """The rows beside the published figures; grafting beside its rivals; what must be said of either."""
     parts = [table(main_table(cells))]
     for label, one in cells.items():
-        if one.first("members"):
+        if one.row.is_ensemble and len(one.results):
             alone, average = mean(one, "alone"), mean(one, "weight_average")
             parts.append(f"† {label}: its networks alone {alone} (mean); their uniform weight average {average}.")
     rivals = pairs_of(cells).rivals
@@ -156,7 +158,7 @@ def section(cells: Cells) -> list[str]:
             {
                 "grafting": one.row.label,
                 "against": other.row.label,
-                "epochs of all": f"{one.first('cost'):g} : {other.first('cost'):g}",
+                "epochs of all": f"{one.first('epochs'):g} : {other.first('epochs'):g}",
                 "difference of last": gain(one, other, "last"),
                 "difference of best, by validation": gain(one, other, "picked"),
                 "n": len(one.results.index.intersection(other.results.index)),
@@ -166,9 +168,9 @@ def section(cells: Cells) -> list[str]:
         parts += [f"{RIVALS} (an ensemble costs more to use):", table(pd.DataFrame(lines))]
     own = [(one, cells[one.row.baseline]) for one in cells.values() if one.row.baseline in cells]
     unlike = [
-        f"{one.row.label} ({precision_of(one)}) and {other.row.label} ({precision_of(other)})"
-        for one, other in own + rivals
-        if len(one.results) and len(other.results) and precision_of(one) != precision_of(other)
+        " and ".join(f"{each.row.label} ({'/'.join(each.results['precision'].unique())})" for each in pair)
+        for pair in own + rivals
+        if differ_in_precision(*pair)
     ]
     if unlike:
         parts.append(f"Compared in different precisions, which may be part of the difference: {'; '.join(unlike)}.")
@@ -181,7 +183,7 @@ def main_table(cells: Cells) -> pd.DataFrame:
     lines = []
     for label, one in cells.items():
         paper, baseline = one.row.paper, cells.get(one.row.baseline)
-        line = {"method": label + " †" * bool(one.first("members"))}
+        line = {"method": label + " †" * one.row.is_ensemble}
         line["paper"] = "–" if paper is None else f"{paper:.2f}" if isinstance(paper, float) else paper
         line[f"best, {'by validation' if is_picked else 'on the test set'}"] = mean(one, "best")
         line |= {"last": mean(one, "last"), "top-5, last": mean(one, "top5")}
@@ -205,45 +207,28 @@ def count(one: Cell, kind: str, threshold: float) -> str:
 
 
 def small_print(cells: Cells) -> list[str]:
-    """Everything that the figures depend on: settings, cost, machine."""
-    ran = {label: one for label, one in cells.items() if len(one.results)}
+    """Everything that the figures depend on: flags, cost, machine."""
+    ran = [one for one in cells.values() if len(one.results)]
     if not ran:
         return []
-    settings = pd.DataFrame({label: settings_of(one) for label, one in ran.items() if not one.first("members")})
-    is_shared = settings.nunique(axis=1, dropna=False) == 1
     lines = []
-    for label, one in ran.items():
-        members, seconds = one.first("members"), one.results["seconds"].median()
-        made_of = "made of " + ", ".join(f"`{member}`" for member in members)
-        line = {"method": label, "compared with": one.row.baseline or "–"}
-        line["settings of its own"] = made_of if members else flags(settings.loc[~is_shared, label])
-        line |= {"networks": one.first("networks"), "epochs of all": f"{one.first('cost'):g}"}
+    for one in ran:
+        seconds = one.results["seconds"].median()
+        line = {"method": one.row.label, "compared with": one.row.baseline or "–", "flags": f"`{one.row.flags}`"}
+        line |= {"epochs of all": one.first("epochs")}
         line["time of a run (median)"] = "–" if math.isnan(seconds) else duration(seconds)
         lines.append(line | {"seeds": ", ".join(map(str, one.results.index))})
-    results = pd.concat([one.results for one in ran.values()])
-    about = [
-        f"{column.capitalize()}: "
-        + "; ".join(f"{value} ({n} runs)" for value, n in results[column].value_counts().items())
-        for column in ("hardware", "versions", "precision")
-    ]
+    results = pd.concat([one.results for one in ran])
+    about = []
+    for column in "hardware", "versions", "precision":
+        counts = results[column].value_counts()
+        about.append(f"{column.capitalize()}: " + "; ".join(f"{value} ({n} runs)" for value, n in counts.items()))
     same = "**These runs were not all trained on the same images.**"
-    shared = flags(settings.loc[is_shared].iloc[:, 0]) if len(settings) else "–"
     return [
         *[same] * (len({*results["data"]} - {""}) > 1),
-        f"Settings of all rows: {shared}. {'. '.join(about)}.",
+        f"{'. '.join(about)}.",
         table(pd.DataFrame(lines)),
     ]
-
-
-def settings_of(one: Cell) -> dict[str, str]:
-    """What a run was trained with, but its seed. A cosine has no steps."""
-    settings = one.first("settings")
-    left_out = ["seed", "step_epochs"] if settings.get("cos") else ["seed"]
-    return {key: str(value) for key, value in settings.items() if key not in left_out}
-
-
-def flags(settings: pd.Series) -> str:
-    return ", ".join(f"`{key} {value}`" for key, value in settings.dropna().items()) or "–"
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ from experiments.tables import SEEDS, TABLES, Row, rows, runs, without_steps
 from filter_grafting.errors import GraftingError
 
 # What is known of a run with one seed; NaN where it has no such figure. Accuracies are in %.
-ABOUT = ["run", "seed", "result", "settings", "members", "networks", "is_grafting"]
-ABOUT += ["hardware", "versions", "precision", "data", "cost", "seconds"]
-FIGURES = ["last", "best", "picked", "top5", "information", "alone", "weight_average", "total", "shortcut_total"]
-FIGURES += [f"{kind}invalid_{threshold}" for kind in ("", "shortcut_") for threshold in THRESHOLDS]
+COLUMNS = ["run", "seed", "result", "members", "epochs", "seconds", "hardware", "versions", "precision", "data"]
+COLUMNS += ["last", "best", "picked", "top5", "information", "alone", "weight_average", "total", "shortcut_total"]
+COLUMNS += [f"{kind}invalid_{threshold}" for kind in ("", "shortcut_") for threshold in THRESHOLDS]
 
 
 class OtherCommand(GraftingError):
@@ -74,10 +73,9 @@ def read_results(directory: Path, preset: str) -> tuple[pd.DataFrame, list[str]]
                 lines[name] = read_result(folder, expected[name])
         except (ValueError, OtherCommand) as error:
             damages.append(f"{name}: {error}")
-    frame = pd.DataFrame(lines.values(), index=list(lines), columns=ABOUT + FIGURES)
+    frame = pd.DataFrame(lines.values(), index=list(lines), columns=COLUMNS)
     for name, members in frame["members"].items():
-        if members:  # an ensemble costs what its networks do
-            frame.loc[name, "cost"] = frame["cost"].reindex(members).sum(skipna=False)
+        if members:
             frame.loc[name, "precision"] = " and ".join(sorted({*frame["precision"].reindex(members).dropna()}))
     return frame.sort_values(["run", "seed"]), damages
 
@@ -94,41 +92,32 @@ def read_result(folder: Path, expected: tables.Run) -> dict[str, Any]:
     # The words behind the script's name, which may have moved: results stay what they are.
     if without_steps(shlex.split(command))[2:] != shlex.split(expected.command)[2:]:
         raise OtherCommand(f"{folder}/result.json is of another command, move it elsewhere: {command}")
-    found = {"run": expected.name, "seed": expected.seed, "result": run, "settings": run.settings, "members": ()}
-    found |= {"hardware": run.record["hardware"], "data": run.record.get("data", "")}
+    found = {"run": expected.name, "seed": expected.seed, "result": run, "members": expected.members}
+    found |= {"epochs": expected.epochs, "hardware": run.record["hardware"], "data": run.record.get("data", "")}
     found["versions"] = ", ".join(f"{name} {version}" for name, version in run.record["versions"].items())
-    return found | (of_ensemble(run.record["ensemble"]) if expected.members else of_networks(run))
-
-
-def of_ensemble(record: dict[str, Any]) -> dict[str, Any]:
-    """`last` of the ensemble, `alone` of its networks (mean), `weight_average` of their uniform average."""
-    networks = pd.Series(record["networks"], dtype=float)
-    found = {"members": tuple(record["members"]), "networks": len(networks), "is_grafting": False}
-    return found | {"last": record["ensemble"], "alone": networks.mean(), "weight_average": record["weight_average"]}
+    if expected.members:
+        ensemble = run.record["ensemble"]
+        found |= {"precision": "", "last": ensemble["ensemble"], "weight_average": ensemble["weight_average"]}
+        return found | {"alone": pd.Series(ensemble["networks"], dtype=float).mean()}
+    return found | of_networks(run)
 
 
 def of_networks(run: Run) -> dict[str, Any]:
-    """`last`, `top5` and `information` are means over the networks; `best` is that of any network and epoch."""
-    networks, settings = run.networks, run.settings
-    epochs = pd.concat([network.metrics for network in networks], ignore_index=True)
+    """`last`, `top5`, `information` and filters are means over the networks; `best` is that of any of them."""
+    epochs = pd.concat([network.metrics for network in run.networks], ignore_index=True)
     ends = epochs.groupby("epoch").mean(numeric_only=True).iloc[-1]
-    has_validation = bool(settings.get("val"))  # images held out, by which the best epoch is picked
+    has_validation = bool(run.settings.get("val"))  # images held out, by which the best epoch is picked
     best = epochs["test_accuracy"][epochs["val_accuracy" if has_validation else "test_accuracy"].idxmax()]
-    is_external = settings.get("scion", "external") == "external"
-    is_average = settings.get("method", "grafting") != "grafting" or settings.get("a") == 0
     found = {
-        "networks": len(networks),
-        "is_grafting": len(networks) > 1 and is_external and not is_average,
-        "precision": "bfloat16" if settings.get("amp") else "float32",
-        "cost": float(len(epochs)),  # epochs of training, over all networks
-        "seconds": max(len(network.metrics) * network.seconds_per_epoch for network in networks),
+        "precision": "bfloat16" if run.settings.get("amp") else "float32",
+        "seconds": max(len(network.metrics) * network.seconds_per_epoch for network in run.networks),
         "last": ends["test_accuracy"],
         "best": best,
         "picked": best if has_validation else math.nan,  # not on the images that it is measured on
         "top5": ends.get("test_top5"),
         "information": ends.get("information"),
     }
-    return found | pd.json_normalize([network.filters for network in networks], sep="_").mean().to_dict()
+    return found | pd.json_normalize([network.filters for network in run.networks], sep="_").mean().to_dict()
 
 
 def cells_of(table: str, preset: str, results: pd.DataFrame) -> dict[str, Cells]:
@@ -152,8 +141,8 @@ def gain(one: Cell, other: Cell | None, figure: str) -> Gain:
     """
     if other is None:
         return Gain()
-    is_of_other = {member.rpartition("/")[0] for member in one.first("members") or ()} == {other.row.run}
-    partners = one.results["alone"] if is_of_other else other.results[figure]
+    is_made_of_it = one.row.run.startswith(f"{other.row.run}_ensemble")
+    partners = one.results["alone"] if is_made_of_it else other.results[figure]
     pairs = pd.concat([one.results[figure], partners], axis=1, keys=["one", "other"]).astype(float).dropna()
     differences = pairs["one"] - pairs["other"]
     if len(pairs) < 2 or differences.max() - differences.min() < 1e-9:
@@ -172,15 +161,15 @@ class Pairs(NamedTuple):
 
 def pairs_of(cells: Cells) -> Pairs:
     ran = [one for one in cells.values() if len(one.results)]
-    grafting = [one for one in ran if one.first("is_grafting")]
-    others = [one for one in ran if not one.first("is_grafting")]
+    grafting = [one for one in ran if one.row.is_grafting]
+    others = [one for one in ran if not one.row.is_grafting]
     return Pairs(
         own=[(one, other) for one in grafting for other in ran if other.row.label == one.row.baseline],
         rivals=[
             (one, other)
             for one in grafting
             for other in others
-            if other.row.baseline == one.row.baseline and other.first("cost") <= one.first("cost")
+            if other.row.baseline == one.row.baseline and other.first("epochs") <= one.first("epochs")
         ],
         schedules=[
             (one, other)
@@ -191,5 +180,7 @@ def pairs_of(cells: Cells) -> Pairs:
     )
 
 
-def precision_of(one: Cell) -> str:
-    return " and ".join(sorted({*one.results["precision"]}))
+def differ_in_precision(one: Cell, other: Cell) -> bool:
+    """Whether the rows were computed in different precisions with any seed."""
+    own, others = one.results["precision"].align(other.results["precision"], join="inner")
+    return bool((own != others).any())

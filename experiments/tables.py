@@ -31,6 +31,18 @@ class Row(NamedTuple):
     baseline: str | None  # label of the row that it is compared with; None: it is a baseline itself
     run: str  # its name; one for each seed
     paper: float | str | None  # the published figure
+    data: str  # what --data must hold: cifar10, cifar100, imagenet, glyphs
+    model: str
+    flags: str  # "--num 2 --cos", or an ensemble's "2 x --num 1"
+
+    @property
+    def is_ensemble(self) -> bool:
+        return " x " in self.flags
+
+    @property
+    def is_grafting(self) -> bool:
+        """Whether networks are grafted onto each other by their weights' information."""
+        return not any(word in self.flags for word in ("--num 1", "--method"))
 
 
 class Run(NamedTuple):
@@ -39,9 +51,10 @@ class Run(NamedTuple):
     name: str
     seed: int
     script: str  # its folder: grafting_cifar or grafting_imagenet
-    data: str  # what --data must hold: cifar10, cifar100, imagenet, glyphs
+    data: str
     flags: tuple[str, ...]
-    networks: int  # processes
+    networks: int
+    epochs: int  # of training, over all networks
     cost: float  # about how long one core or GPU takes, in epochs of ResNet-20 on CIFAR
     members: tuple[str, ...] = ()  # NAME/seedK of an ensemble's runs
 
@@ -334,32 +347,30 @@ def rows(table: str, preset_name: str) -> list[Row]:
     preset, found = PRESETS[preset_name], {}
     for place, dataset in enumerate(TABLES[table].datasets):
         data, baseline = preset.datasets.get(dataset), None
-        for model, method, flags, *figures in TABLES[table].rows if data else ():
-            stand_in = preset.models.get(model, model)
-            label = f"{MODELS[stand_in][0]}, {method}"
+        for published_model, method, flags, *figures in TABLES[table].rows if data else ():
+            model = preset.models.get(published_model, published_model)
+            label = f"{MODELS[model][0]}, {method}"
             baseline = label if method.startswith("baseline") else baseline
-            paper = figures[place] if preset_name == "paper" else None
-            row = Row(
-                "glyphs" if data == "glyphs" else dataset,
-                label,
-                None if baseline == label else baseline,
-                _run_name(data, stand_in, flags),
-                paper,
+            compared, paper = (
+                baseline if baseline != label else None,
+                figures[place] if preset_name == "paper" else None,
             )
+            shown = "glyphs" if data == "glyphs" else dataset
+            row = Row(shown, label, compared, _run_name(data, model, flags), paper, data, model, flags)
             found.setdefault((dataset, label), row)  # models with the same stand-in: one row is enough
     return list(found.values())
 
 
 def runs(names: Iterable[str], preset_name: str, seeds: int) -> list[Run]:
     """All runs of the tables, each once; an ensemble comes after its members."""
-    preset, found = PRESETS[preset_name], {}
-    for table in map(TABLES.get, names):
-        for data in filter(None, map(preset.datasets.get, table.datasets)):
-            for model, _, flags, *_ in table.rows:
-                for seed in range(seeds):
-                    for run in _runs(preset, data, preset.models.get(model, model), flags, seed):
-                        found.setdefault((run.name, run.seed), run)
-    return list(found.values())
+    every = (
+        run
+        for name in names
+        for row in rows(name, preset_name)
+        for seed in range(seeds)
+        for run in _runs(PRESETS[preset_name], row.data, row.model, row.flags, seed)
+    )
+    return list({str(run): run for run in every}.values())
 
 
 def _runs(preset: Preset, data: str, model: str, flags: str, seed: int) -> list[Run]:
@@ -367,8 +378,9 @@ def _runs(preset: Preset, data: str, model: str, flags: str, seed: int) -> list[
     name, (count, _, of_one) = _run_name(data, model, flags), flags.rpartition(" x ")
     if count:
         members = [run for k in range(int(count)) for run in _runs(preset, data, model, of_one, seed + k * SEEDS)]
-        alone = {"flags": (), "networks": 1, "cost": 0, "members": tuple(map(str, members))}
-        return [*members, members[0]._replace(name=name, seed=seed, **alone)]
+        own = {"flags": (), "networks": 1, "epochs": sum(run.epochs for run in members), "cost": 0}
+        own["members"] = tuple(map(str, members))
+        return [*members, members[0]._replace(name=name, seed=seed, **own)]
     of_imagenet = data == "imagenet"
     words = ["--arch" if of_imagenet else "--model", model, *(["--cifar", "100"] if data == "cifar100" else [])]
     words += (preset.imagenet if of_imagenet else preset.cifar).split()
@@ -376,8 +388,8 @@ def _runs(preset: Preset, data: str, model: str, flags: str, seed: int) -> list[
     epochs *= 2 if "--epochs 2x" in of_one else 1
     words = without_steps(words + of_one.replace("2x", str(epochs)).split())  # the last --epochs counts
     networks = int(words[words.index("--num") + 1])
-    script, cost = f"grafting_{'imagenet' if of_imagenet else 'cifar'}", networks * epochs * MODELS[model][1]
-    return [Run(name, seed, script, data, (*words, "--seed", str(seed)), networks, cost)]
+    script, epochs = f"grafting_{'imagenet' if of_imagenet else 'cifar'}", networks * epochs
+    return [Run(name, seed, script, data, (*words, "--seed", str(seed)), networks, epochs, epochs * MODELS[model][1])]
 
 
 def without_steps(words: list[str]) -> list[str]:

@@ -8,17 +8,18 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 from finished import write_ensemble, write_run
-from imagenet import make_class_folders
 
 from analysis.runs import program
 from experiments import report, tables
 from experiments import run as queue
-from experiments.results import read_result, read_results
+from experiments.results import read_results
 from grafting_cifar.flags import parse as parse_cifar
 from grafting_imagenet.flags import parse as parse_imagenet
 
@@ -81,7 +82,6 @@ def test_the_results_at_hand_are_those_of_the_tables():
         (["mane"], "'mane' (choose from "),
         (["main", "--data", "cifar7=."], "there is no folder cifar7=."),
         (["main", "--data", ".", "/"], "got two folders for the same images"),
-        (["imagenet", "--preset", "small"], "small runs nothing of imagenet"),
         (["main", "--only", "cifar10_resnet32_num3"], "cifar10_resnet32_num3 is none of these tables' runs"),
     ],
 )
@@ -276,46 +276,27 @@ def test_a_queue_leaves_what_a_report_needs_and_has_then_nothing_to_do(tmp_path,
     assert status == 0 and re.match("1 runs, 1 of them done; .*\n0 runs done, 0 failed; ", output)
 
 
-def run_queue(folder, *flags):
-    """Starts experiments/run.py as a process."""
-    command = [sys.executable, ROOT / "experiments" / "run.py", *flags, "--preset", "smoke", "--seeds", "1"]
-    command += ["--work", folder / "work", "--results", folder / "results"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-@pytest.mark.slow
-def test_networks_that_outlive_a_killed_queue_are_the_next_ones(tmp_path):
-    def signal_networks(number):
-        for path in save.glob("network*.json"):
-            os.kill(json.loads(path.read_text())["pid"], number)
-
-    def figures(folder):
-        (run,) = [run for run in tables.runs(["main"], "smoke", 1) if run.name == RING]
-        networks = read_result(folder / "results" / "smoke" / str(run), run)["result"].networks
-        return [(network.metrics.filter(regex="^(?!.*seconds)").to_csv(), network.filters) for network in networks]
-
-    assert run_queue(tmp_path / "undisturbed", "main", "--only", RING).wait() == 0
-    save = tmp_path / "work" / "smoke" / RING / "seed0"
-    first = run_queue(tmp_path, "main", "--only", RING)
-    until(lambda: len(list(save.glob("ckpt*_0.t7"))) == 2, "the first epoch")
-    signal_networks(signal.SIGSTOP)  # for as long as the next queue takes to start
-    first.kill()
-    second = run_queue(tmp_path, "main", "--only", RING)
-    assert "1 runs, 0 of them done" in second.stdout.readline()
-    time.sleep(1)  # it takes them over
-    signal_networks(signal.SIGCONT)
-    output, _ = second.communicate()
-    assert second.returncode == 0, output
-    assert figures(tmp_path) == figures(tmp_path / "undisturbed")
+def test_networks_that_outlive_a_killed_queue_are_the_next_ones(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(queue.Job, "command_of", lambda _, i: started.append(i) or [sys.executable, "-c", ""])
+    args = queue.parse(["main", "--preset", "smoke", "--work", str(tmp_path)])
+    job = next(queue.Job(run, args) for run in args.runs if run.name == RING)
+    job.save.mkdir(parents=True)
+    with ThreadPoolExecutor() as pool:
+        with FileLock(job.save / "network1.lock"):  # network 1 is alive
+            train = pool.submit(job.train, 1, QUIET)
+            until(lambda: started, "network 2")
+            assert not wait([train], 1).done
+        train.result()
+    assert started == [2]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_table_comes_to_a_full_report(tmp_path, monkeypatch, capsys):
-    process = run_queue(tmp_path, "all", "--data", f"imagenet={make_class_folders(tmp_path / 'images')}")
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+def test_every_table_comes_to_a_full_report(tmp_path, call, class_folders, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    status, output, errors = call("all", "--preset", "smoke", "--seeds", "1", "--data", f"imagenet={class_folders}")
+    assert status == 0, output + errors
     monkeypatch.setattr(sys, "argv", ["report.py", "--preset", "smoke", "--results", f"{tmp_path}/results"])
     assert report.main() == 0
     text = (tmp_path / "results" / "smoke" / "report.md").read_text()
