@@ -1,11 +1,10 @@
-"""python trainers.py {lightning,transformers} DIRECTORY CASE...: kills networks inside a trainer, and resumes them.
+"""python trainers.py {lightning,transformers} DIRECTORY: kills networks inside a trainer, and resumes them.
 
 The trainer's package is imported once; each network is a process that is forked from this one, and kills itself with
 SIGKILL where a case says so. It ends with status 0 if all come to the weights of the same run without a kill.
 """
 
 import importlib
-import math
 import os
 import signal
 import sys
@@ -37,17 +36,14 @@ class Case(NamedTuple):
 
 
 LIGHTNING = {
-    "in an epoch": Case((10, 0)),
-    "after an epoch": Case((12, 0)),  # the checkpoint is there, the graft is not
-    "without validation": Case((12, 0), validate=False),
-    "both, from other epochs": Case((7, 8)),
+    "after an epoch": Case((12, 0), validate=False),  # the checkpoint is there, the graft is not
     "within an epoch": Case((11, 0), save={"every_n_train_steps": 2}),
+    "both, from other epochs": Case((7, 8)),
     "every two epochs": Case((14, 10), graft={"every_n_epochs": 2}),
     "saved rarely": Case((23, 0), save={"every_n_epochs": 3}, keep=5),
     "saved rarely, both": Case((23, 22), save={"every_n_epochs": 3}),
 }
 TRANSFORMERS = {
-    "in an epoch": Case((10, 0), save={"save_strategy": "epoch"}),
     "after an epoch": Case((12, 0), save={"save_strategy": "epoch"}),
     "within an epoch": Case((11, 0), save={"save_steps": 2}),
     "both, from other epochs": Case((7, 8), save={"save_strategy": "epoch"}),
@@ -204,20 +200,13 @@ def run(train, directory: Path, case: Case, kills: tuple[int, int]) -> list[dict
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train, directory = {"lightning": lightning, "transformers": transformers}[sys.argv[1]], Path(sys.argv[2])
-    for name in {"lightning": ["lightning.pytorch"], "transformers": ["transformers.trainer"]}[sys.argv[1]]:
-        importlib.import_module(name)  # once, for all
-    cases = CASES[sys.argv[1]]
-    for name in sys.argv[3:] or cases:
-        case = cases[name]
+    package, directory = sys.argv[1], Path(sys.argv[2])
+    train = {"lightning": lightning, "transformers": transformers}[package]
+    importlib.import_module({"lightning": "lightning.pytorch", "transformers": "transformers.trainer"}[package])
+    for name, case in CASES[package].items():
         expected = run(train, directory / name / "undisturbed", case, (0, 0))
         found = run(train, directory / name / "killed", case, case.kills)
         for network, one, other in zip((1, 2), found, expected, strict=True):
             for key in other:
-                assert torch.equal(one[key], other[key]), (
-                    name,
-                    network,
-                    key,
-                    math.dist(one[key].flatten(), other[key].flatten()),
-                )
+                assert torch.equal(one[key], other[key]), (name, network, key)
         print(name, flush=True)
