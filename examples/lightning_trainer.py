@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch import Tensor, nn
+from task import build, images
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from filter_grafting import FileRing
@@ -20,20 +21,10 @@ from filter_grafting.callbacks.lightning import GraftingCallback
 NETWORK, DIRECTORY = int(sys.argv[1]), "lightning_run"
 
 
-def images(count: int, seed: int) -> TensorDataset:
-    """Noisy images (1, 8, 8) of four patterns, and which pattern each is."""
-    patterns = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(4, (count,), generator=generator)
-    return TensorDataset(patterns[labels] + 2 * torch.randn(count, 1, 8, 8, generator=generator), labels)
-
-
 class Network(LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        first = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
-        second = [nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
-        self.model = nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+        self.model = build(NETWORK)  # which also sets the seed of its order
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
         return F.cross_entropy(self.model(batch[0]), batch[1])
@@ -47,8 +38,8 @@ class Network(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-torch.manual_seed(NETWORK)  # each network starts from weights, and has an order, of its own
-train, test = DataLoader(images(512, 1), batch_size=32, shuffle=True), DataLoader(images(512, 2), batch_size=512)
+train = DataLoader(TensorDataset(*images(512, seed=1)), batch_size=32, shuffle=True)
+test = DataLoader(TensorDataset(*images(512, seed=2)), batch_size=512)
 with FileRing(DIRECTORY, NETWORK, 2, settings={"lr": 0.05}, resume=True) as ring:
     saving = ModelCheckpoint(f"{DIRECTORY}/trainer{NETWORK}", save_last=True)
     callbacks: list[Callback] = [GraftingCallback(ring), saving]

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from task import images
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -22,20 +22,9 @@ from filter_grafting.callbacks.transformers import GraftingCallback
 NETWORK, DIRECTORY = int(sys.argv[1]), "transformers_run"
 
 
-class Images(Dataset[dict[str, Any]]):
-    """Noisy images (1, 8, 8) of four patterns, and which pattern each is."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        patterns = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        generator = torch.Generator().manual_seed(seed)
-        self.labels = torch.randint(4, (count,), generator=generator)
-        self.images = patterns[self.labels] + torch.randn(count, 1, 8, 8, generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+def dataset(seed: int) -> Any:
+    pairs = zip(*images(256, seed, noise=1), strict=True)
+    return [{"pixel_values": image, "labels": label} for image, label in pairs]
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -44,15 +33,14 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 torch.manual_seed(NETWORK)  # each network starts from weights of its own
 sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-images: dict[str, Any] = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 4}
-model = ViTForImageClassification(ViTConfig(**images, **sizes))
+shape: dict[str, Any] = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 4}
+model = ViTForImageClassification(ViTConfig(**shape, **sizes))
 output = f"{DIRECTORY}/trainer{NETWORK}"
 often: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch", "report_to": "none", "use_cpu": True}
 arguments = TrainingArguments(output, num_train_epochs=4, learning_rate=3e-3, seed=NETWORK, **often)
 with FileRing(DIRECTORY, NETWORK, 2, settings={"lr": 3e-3}, resume=True) as ring:
-    callbacks: list[Any] = [
-        GraftingCallback(ring, layers=(nn.Conv2d, nn.Linear))
-    ]  # most of its weights are in linear layers
-    data: dict[str, Any] = {"train_dataset": Images(256, 1), "eval_dataset": Images(256, 2)}
+    # Most of its weights are in linear layers.
+    callbacks: list[Any] = [GraftingCallback(ring, layers=(nn.Conv2d, nn.Linear))]
+    data = {"train_dataset": dataset(seed=1), "eval_dataset": dataset(seed=2)}
     trainer = Trainer(model, arguments, compute_metrics=accuracy, callbacks=callbacks, **data)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if Path(output).is_dir() else None)

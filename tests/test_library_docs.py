@@ -1,17 +1,16 @@
-"""The code blocks of docs/library.md run as they stand, in as many processes as they have networks."""
+"""The code blocks of docs/library.md and the examples run as they stand, in as many processes as they have networks."""
 
-import os
+import json
 import re
-import signal
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
+from processes import ROOT, Process
 
-ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "library.md").read_text(), re.DOTALL | re.MULTILINE)
 TRAINERS = ("lightning", "transformers")
+RUN = Path(__file__).with_name("networks.py")
 
 # What is the reader's own.
 OWN = """
@@ -82,51 +81,43 @@ ddp_model = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_gr
 assert list(Grafting(ddp_model, ProcessGroupRing(mesh.get_group("network"))).step()) == ["conv"]
 """
 
-# Runs blocks as networks 1...N, each a fork; when one fails, the others are not waited for.
-RUN = """
-import os, signal, sys, traceback
-networks, own, *blocks = sys.argv[1:]
-space = {"os": os}
-exec(own, space)
-children = {}
-for i in range(1, int(networks) + 1):
-    child = os.fork()
-    if child:
-        children[child] = i
-        continue
-    code = 1
-    try:
-        space["i"] = i
-        space["torch"].manual_seed(i)
-        for block in blocks:
-            exec(compile(block, block, "exec"), space)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(code)
-while children:
-    child, status = os.wait()
-    del children[child]
-    if status:
-        for other in children:
-            os.kill(other, signal.SIGKILL)
-        sys.exit(1)
+TORCHRUN = 'os.environ |= {"RANK": str(i - 1), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "%d"}'
+EXAMPLE = """
+sys.path.insert(0, {folder!r})
+sys.argv = [{path!r}, str(i)]
+exec(compile(open({path!r}).read(), {path!r}, "exec"), {{"__name__": "__main__"}})
 """
 
 
-def run(folder: Path, networks: int, own: str, *blocks: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "ignore", "-c", RUN, str(networks), own, *blocks]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+def case(folder: Path, networks: int, first: str, *blocks: str) -> dict:
+    folder.mkdir()
+    return {"folder": str(folder), "networks": networks, "first": first, "blocks": blocks}
+
+
+def example(folder: Path, name: str, networks: int = 2) -> dict:
+    path = ROOT / "examples" / f"{name}.py"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        torchrun = [TORCHRUN % free.getsockname()[1]] if name == "process_group" else []
+    code = EXAMPLE.format(folder=str(path.parent), path=str(path))
+    return case(folder / name, networks, "import torch", *torchrun, code)
+
+
+def run(folder: Path, *cases: dict) -> str:
+    """What these cases print."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    process = Process(RUN, [str(folder / "cases.json")], folder / "log")
     try:
-        out, _ = process.communicate(timeout=300)
+        assert process.wait(300) == 0, process.output()
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    assert process.returncode == 0, out
+        process.kill()
+    return process.output()
+
+
+def assert_learns(output: str, lines: int) -> None:
+    """So many lines tell accuracies, the last one better than chance, which is 0.25."""
+    found = [re.findall(r"0\.\d+", line) for line in re.findall("accurac.*", output)]
+    assert len(found) >= lines and max(map(float, found[-1])) > 0.4, output
 
 
 def of_a_trainer(block: str) -> bool:
@@ -136,17 +127,21 @@ def of_a_trainer(block: str) -> bool:
 def test_the_blocks_of_the_page_run(tmp_path):
     blocks = [block for block in BLOCKS if not of_a_trainer(block)]
     assert len(blocks) >= 8
-    run(tmp_path, 2, OWN, *blocks)
+    page = case(tmp_path / "page", 2, OWN, *blocks)
+    run(tmp_path, page, case(tmp_path / "head", 3, OWN, HEAD))
 
 
-def test_the_blocks_of_the_page_about_trainers_run(tmp_path):
+@pytest.mark.parametrize(("name", "processes"), [("own_loop", 2), ("process_group", 2), ("one_process", 1)])
+def test_an_example_runs_and_its_networks_learn(tmp_path, name, processes):
+    assert_learns(run(tmp_path, example(tmp_path, name, processes)), 4 * processes)
+
+
+def test_the_blocks_and_examples_of_trainers_run(tmp_path):
     for package in TRAINERS:
         pytest.importorskip(package, reason=f"{package} is not installed")
     blocks = [block for block in BLOCKS if of_a_trainer(block)]
     assert len(blocks) == 2
-    run(tmp_path, 2, OWN + TRAINED, *blocks)
-    assert {path.name for path in tmp_path.iterdir()} >= {"run_lightning", "run_trainer"}
-
-
-def test_the_library_in_one_block_runs_as_a_ring_of_three(tmp_path):
-    run(tmp_path, 3, OWN, HEAD)
+    page = case(tmp_path / "page", 2, OWN + TRAINED, *blocks)
+    output = run(tmp_path, page, *(example(tmp_path, f"{package}_trainer") for package in TRAINERS))
+    assert {path.name for path in (tmp_path / "page").iterdir()} >= {"run_lightning", "run_trainer"}
+    assert_learns(output, 4 * 2 * 2)

@@ -28,6 +28,6 @@ def test_the_package_and_its_use_pass_the_strict_checks_of_mypy(tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "use.py").write_text(USE)
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache")]
-    for arguments in ["-p", "filter_grafting"], [str(tmp_path / "use.py")]:
+    for arguments in ["-p", "filter_grafting"], [str(tmp_path / "use.py")], ["examples"]:
         result = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout
