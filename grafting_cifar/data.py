@@ -12,11 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import io
-import itertools
 import os
 import socket
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +31,7 @@ from tqdm import tqdm
 from filter_grafting.checkpoint import save
 from filter_grafting.membership import printable
 from grafting_cifar import glyphs
-from training.images import DataError, Images, checksum, class_folders, normalised, reading, rgb, suffixes
+from training.images import DataError, Images, checksum, class_folders, normalised, reading, rgb
 
 __all__ = ["Batches", "DataError", "Images", "Split", "checksum", "load", "select"]
 SIZE = 32  # pixels; every source is brought to it
@@ -88,12 +85,9 @@ def select(images: Images, n: int | None = None, val: int = 0, test_images: int 
     Raises DataError if there are too few, or if val is asked of images that come with a val/ of their own.
     """
     train, test, end = images.train, images.test, len(images.train.labels)
-    for flag, asked, there in (
-        (f"--images {n or 1} and --val {val}", (n or 1) + val, end),
-        (f"--test_images {test_images}", test_images or 1, len(test.labels)),
-    ):
+    for asked, there, what in ((n or 1) + val, end, "training"), (test_images or 1, len(test.labels), "test"):
         if asked > there:
-            raise DataError(f"got {flag}, but there are {there:,} such images: ask for fewer, or give a larger --data")
+            raise DataError(f"{asked} {what} images are asked for, and there are {there}: ask for fewer")
     if val and images.val:
         raise DataError(f"got --val {val}, but these images have a val/ to choose the best epoch on: leave out --val")
     return images._replace(
@@ -174,20 +168,17 @@ normalise = functools.partial(normalised, mean=MEAN, std=STD)
 
 
 def _cached(folder: Path, name: str, state: str, make: Callable[[], Images]) -> Images:
-    """What make() returns, from a cache where there is one of this state."""
+    """What make() returns, from a cache beside the images, or where that place cannot be written, the user's."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "filter_grafting")
     places = (folder / ".grafting_cache", user / hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest())
-    paths = [place / f"{name}-{state}.pt" for place in places]
-    if images := _read_cache(paths):
-        return images
-    for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = _lock(path.with_name(f"{name}.lock"))
-        except (OSError, NotImplementedError):  # read-only, full, without locks, or held for too long
-            continue
-        with lock:  # if another process held it, that one has made the cache
-            return _read_cache(paths) or _write_cache(path, name, make())
+    for place in places:
+        path = place / f"{name}-{state}.pt"
+        if images := _read_cache(path):
+            return images
+        with contextlib.suppress(OSError, NotImplementedError):  # read-only, full, without locks, or held for too long
+            place.mkdir(parents=True, exist_ok=True)
+            with _lock(place / f"{name}.lock"):  # if another process held it, that one has made the cache
+                return _read_cache(path) or _write_cache(path, name, make())
     return make()._replace(notes=[f"the images are kept in memory: neither {places[0]} nor {places[1]} can be written"])
 
 
@@ -198,26 +189,20 @@ def _lock(path: Path) -> contextlib.AbstractContextManager:
     return FileLock(path).acquire(timeout=LOCK_SECONDS)
 
 
-def _read_cache(paths: list[Path]) -> Images | None:
-    """The first whole cache, mapped into memory: writing to the images changes no file."""
-    for path in paths:
-        with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:  # whatever a damaged file makes of it
-            if not archive.testzip():
-                cached = torch.load(path, mmap=True, weights_only=True)
-                return Images(*(split and Split(*split) for split in cached["splits"]), cached["classes"], [])
+def _read_cache(path: Path) -> Images | None:
+    """A whole cache, mapped into memory: writing to the images changes no file."""
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:  # whatever a damaged file makes of it
+        if not archive.testzip():
+            cached = torch.load(path, mmap=True, weights_only=True)
+            return Images(*(split and Split(*split) for split in cached["splits"]), cached["classes"], [])
     return None
 
 
 def _write_cache(path: Path, name: str, images: Images) -> Images:
-    try:
-        for old in path.parent.glob(f"*{name}-*"):  # of an earlier state, or left by a killed process: the lock is ours
-            old.unlink()
-        save(path, {"splits": [split and tuple(split) for split in images[:3]], "classes": images.classes})
-    except OSError as error:
-        return images._replace(
-            notes=[f"the images are decoded anew at the next start, as they cannot be cached: {error}"]
-        )
-    return _read_cache([path]) or images
+    for old in path.parent.glob(f"*{name}-*"):  # of an earlier state, or left by a killed process: the lock is ours
+        old.unlink()
+    save(path, {"splits": [split and tuple(split) for split in images[:3]], "classes": images.classes})
+    return _read_cache(path)
 
 
 # ---- The sources
@@ -242,18 +227,11 @@ def _load_class_folders(folder: Path) -> Images:
 def _decode(folder: Path, listed: Images) -> Images:
     files = [split for split in listed[:3] if split]
     paths = [path for split in files for path in split.paths]
-    pixels = np.empty((len(paths), SIZE, SIZE, 3), dtype=np.uint8)
-
-    def decode(start: int) -> None:
-        for k, path in enumerate(paths[start : start + 64], start):
-            pixels[k] = read_image(path)
-
     print(f"Decoding the {len(paths):,} images of {folder}, once ...", flush=True)
-    chunks = range(0, len(paths), 64)
     # Threads, since Pillow decodes and resizes without the interpreter's lock. disable=None: no bar in a log.
     with ThreadPoolExecutor() as pool:
-        list(tqdm(pool.map(decode, chunks), total=len(chunks), unit_scale=64, unit="image", leave=False, disable=None))
-    parts = iter(torch.from_numpy(pixels).split([len(split) for split in files]))
+        images = list(tqdm(pool.map(read_image, paths), total=len(paths), unit="image", leave=False, disable=None))
+    parts = iter(torch.from_numpy(np.stack(images)).split([len(split) for split in files]))
     return Images(*(split and Split(next(parts), split.labels) for split in listed[:3]), listed.classes, [])
 
 
@@ -268,31 +246,23 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def _load_standard(folder: Path, dataset: type[CIFAR10]) -> Images:
-    wanted = f"one for the {dataset.__name__} files (an empty one gets the download), or the word glyphs"
-    if folder.name == dataset.base_folder and folder.is_dir():
+    if folder.name == dataset.base_folder:
         folder = folder.parent
-    elif not folder.is_dir() and folder != DEFAULT_FOLDER:
-        problem = "is not a folder" if folder.exists() else "does not exist"
-        raise DataError(f"{folder} {problem}: give one with train/<class>/ and test/<class>/, {wanted}")
-    elif not any(folder.glob("cifar-*")):
-        # Class folders of other names? Images that lie deeper are other data sets, beside which CIFAR is welcome.
-        paths = (path for depth in ("*", "*/*", "*/*/*") for path in itertools.islice(folder.glob(depth), 1000))
-        if any(path.suffix.lower() in suffixes() for path in paths):
-            problem = "has images, but no train/: put them into train/<class>/ and test/<class>/, or give"
-            raise DataError(f"{folder} {problem} {wanted}")
+    elif folder != DEFAULT_FOLDER:
+        visible = [path.name for path in folder.glob("[!.]*")]
+        has_files = any(name.startswith("cifar-") for name in visible)
+        if not folder.is_dir() or (visible and not has_files):  # nothing is downloaded among other images
+            problem = f"has neither train/<class>/ and test/<class>/ nor the {dataset.__name__} files"
+            wanted = "a folder that has, an empty one, which gets the download, or the word glyphs"
+            raise DataError(f"{folder} {problem}: give {wanted}")
     # torchvision compares the files with their published checksums: they cannot be in any other state.
     return _cached(folder, dataset.__name__.lower(), dataset.tgz_md5, lambda: _read_standard(folder, dataset))
 
 
 def _read_standard(folder: Path, dataset: type[CIFAR10]) -> Images:
-    if not (folder / dataset.base_folder).is_dir() and not (folder / dataset.filename).is_file():
-        print(f"Downloading {dataset.__name__} to {folder}, once ...", flush=True)
     socket.setdefaulttimeout(30)  # torchvision sets none: behind a silent firewall it would wait for ever
     try:
-        # On a terminal torchvision's progress bar is welcome; in a log it is thousands of characters long.
-        noise = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-        with noise, contextlib.redirect_stdout(io.StringIO()):
-            train, test = (dataset(folder, train=train, download=True) for train in (True, False))
+        train, test = (dataset(folder, train=train, download=True) for train in (True, False))
     except Exception as error:  # of the network, the archive, the disk, or a file with another checksum
         missing = f"{dataset.__name__} is not (or not whole) in {folder} and could not be downloaded ({error})"
         raise DataError(f"{missing}: put {dataset.filename} from {dataset.url} into {folder}") from error

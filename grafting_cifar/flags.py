@@ -91,16 +91,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(flags: Parser, args: argparse.Namespace) -> None:
     """Refuses flags that make no sense together."""
-
-    def given(name: str) -> bool:
-        return getattr(args, name) != flags.get_default(name)
-
     if world()[1] > 1:
         flags.error("a CIFAR network trains in one process; torchrun is for grafting_imagenet")
     if args.level == "filter" and args.model in NAMES and not args.model.startswith("vgg"):
         flags.error(f"argument --level: filter needs a chain of layers (--model vgg16), got --model {args.model}")
-    if args.cifar == 100 and (str(args.data) == "glyphs" or (args.data / "train").is_dir()):
-        flags.error(f"argument --cifar: --data {args.data} has classes of its own")
     for name in ("method", "scion"):
         value = getattr(args, name)
         if value in ALONE and args.num > 1:
@@ -108,15 +102,13 @@ def check(flags: Parser, args: argparse.Namespace) -> None:
     if args.method in ("average", "papa") and args.num == 1:
         flags.error(f"argument --method: {args.method} needs a neighbour: got --num 1, expected --num 2 or more")
     curve = ("a", "c", "criterion")
-    for is_given, what, without in (
-        (args.cos, "--cos:", ("step_epochs",)),
-        (args.method != "grafting", f"--method: {args.method}", ("scion", "level", *curve)),
-        (args.scion != "external", f"--scion: {args.scion}", ("level", *curve)),
-        (args.level == "filter", "--level: filter", curve),
+    for which, unused in (
+        ("--method: " + args.method, ("scion", "level", *curve) if args.method != "grafting" else ()),
+        ("--level: " + args.level, curve if args.level == "filter" else ()),
     ):
-        for name in without:
-            if is_given and given(name):
-                flags.error(f"argument {what} does not go with --{name}")
+        for name in unused:
+            if getattr(args, name) != flags.get_default(name):
+                flags.error(f"argument {which} does not go with --{name}")
 
 
 def default_directory(flags: Parser, args: argparse.Namespace) -> Path:

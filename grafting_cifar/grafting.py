@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from grafting_cifar.flags import parse
@@ -23,11 +24,12 @@ import torch
 from torch import nn
 
 from filter_grafting.grafting import graft
+from filter_grafting.rings import FileRing
 from filter_grafting.scions import internal, noise
 from filter_grafting.states import plain_state
 from grafting_cifar import data, models
 from training import loop
-from training.loop import evaluate, stream_seed, train_one_epoch
+from training.loop import add_to_mean, evaluate, stream_seed, train_one_epoch
 from training.models import compiled, own_model, restore, to_resume
 from training.process import Signals, amp_dtype, computer, deterministic, ending, join_ring, pick_device
 from training.records import Progress, Records, layer_rows
@@ -45,32 +47,20 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
     amp, notes = amp_dtype(args.amp, device)
     may_raise = () if args.cos or args.method in ("ema", "swa") else ("epochs",)  # these shape the run from its start
     with join_ring(args, signals, SHARED, may_raise) as ring, deterministic(args.deterministic):
-        # Data, on which the networks of a ring must agree
         images = data.select(data.load(args.data, args.cifar), args.images, args.val, args.test_images)
-        facts = {"classes": len(images.classes), "test_images": len(images.test.labels)}
-        facts["data"] = data.checksum(images.train.labels)
+        facts = facts_of(images)
         ring.agree(facts)
-        test_batch = data.TEST_BATCH[device.type]
-        train_batches = data.Batches(images.train, args.batch_size, device, augment=True)
-        test_batches = data.Batches(images.test, test_batch, device, augment=False)
-        val_batches = data.Batches(images.val, test_batch, device, augment=False) if images.val else None
+        train_batches, test_batches, val_batches = make_batches(args, images, device)
 
-        # Model and optimizer
         torch.manual_seed(stream_seed(args.seed, args.i, "weights"))
         model = build_model(args.model, len(images.classes)).to(device, memory_format=torch.channels_last)
-        recipe = {"momentum": args.momentum, "weight_decay": args.weight_decay, "nesterov": args.nesterov}
-        optimizer = torch.optim.SGD(model.parameters(), args.lr, **recipe, fused=True)
-        rate, steps = schedule(args), len(train_batches)
-        loss = partial(loop.cross_entropy, smoothing=args.label_smoothing)
-        average = averaged(args, model, optimizer, steps)
-        published, trained = (model, None) if average is None else (average, model)
+        optimizer = make_optimizer(args, model)
+        rate, loss = schedule(args), partial(loop.cross_entropy, smoothing=args.label_smoothing)
+        published, trained = averaged(args, model, optimizer, len(train_batches))
         forward, forward_tested = (compiled(each, device, args.compile) for each in (model, published))
 
-        # Where it starts, or goes on
         settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train.labels), "amp": bool(amp)}
-        about = {"model": args.model, "data": facts["data"], "classes": images.classes}
-        about |= {"image_size": data.SIZE, "mean": data.MEAN, "std": data.STD}
-        records = Records(ring, model, settings, about, [computer(device), *notes, *images.notes], args.tensorboard)
+        records = make_records(args, ring, model, settings, images, [computer(device), *notes])
         first = 0
         if checkpoint := ring.newest():
             first = checkpoint.round + 1
@@ -85,35 +75,54 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                 with records.timing("wait"):
                     neighbour = ring.wait(epoch - 1)
                 with records.timing("graft"):
-                    if args.method == "papa":
-                        loop.pull(model, neighbour, rate(epoch) / rate(args.warmup), exchanges=steps / 10)
-                    else:
-                        criterion = loop.CRITERIA[args.criterion]
-                        grafted = graft(model, neighbour, args.a, args.c, args.level, criterion=criterion)
-                        layers = layer_rows(epoch - 1, grafted)
-            elif epoch > 0 and args.scion != "external":
+                    layers = layer_rows(epoch - 1, graft_neighbour(args, model, neighbour, rate, epoch, train_batches))
+            elif epoch > 0:
                 with records.timing("graft"):
                     graft_scion(args, model, epoch - 1)
-
             bar = watch(epoch, train_batches, rate(epoch))
             train = train_one_epoch(
                 forward, train_batches, optimizer, rate, loss, epoch=epoch, seed=seed, progress=bar, **where
             )
             if args.method == "swa":
-                count = max(0, epoch - int(SWA_START * args.epochs))
-                loop.add_to_mean(average, model, count, train_batches.epoch(seed))
-
-            test = evaluate(forward_tested, test_batches, progress=watch(epoch, test_batches), **where)
-            val = None
-            if val_batches is not None:
-                val = evaluate(forward_tested, val_batches, progress=watch(epoch, val_batches), **where)
+                add_to_mean(published, model, epoch - int(SWA_START * args.epochs), train_batches.epoch(seed))
+            test, val = (
+                batches and evaluate(forward_tested, batches, progress=watch(epoch, batches), **where)
+                for batches in (test_batches, val_batches)
+            )
             row, state = records.row(epoch, rate(epoch), train, test, val, published), plain_state(published)
             ring.publish(epoch, state, to_resume(optimizer, row, layers, settings, trained))
             records.epoch(row, layers, state)
 
 
+def facts_of(images: data.Images) -> dict[str, Any]:
+    """On which the networks of a ring must agree."""
+    checksum = data.checksum(images.train.labels)
+    return {"classes": len(images.classes), "test_images": len(images.test.labels), "data": checksum}
+
+
+def make_batches(
+    args: argparse.Namespace, images: data.Images, device: torch.device
+) -> tuple[data.Batches, data.Batches, data.Batches | None]:
+    """Of the images to train on, to test on, and to choose the best epoch on, if there are any."""
+    size = data.TEST_BATCH[device.type]
+    test, val = (split and data.Batches(split, size, device, augment=False) for split in (images.test, images.val))
+    return data.Batches(images.train, args.batch_size, device, augment=True), test, val
+
+
 def build_model(name: str, num_classes: int) -> nn.Module:
     return own_model(name, num_classes) if ":" in name else models.build(name, num_classes)
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    recipe = {"momentum": args.momentum, "weight_decay": args.weight_decay, "nesterov": args.nesterov}
+    return torch.optim.SGD(model.parameters(), args.lr, **recipe, fused=True)
+
+
+def make_records(args, ring: FileRing, model: nn.Module, settings: dict, images: data.Images, notes: list) -> Records:
+    """The log, tables and files of this network, which say what whoever uses it needs to know."""
+    about = {"model": args.model, "data": settings["data"], "classes": images.classes}
+    about |= {"image_size": data.SIZE, "mean": data.MEAN, "std": data.STD}
+    return Records(ring, model, settings, about, [*notes, *images.notes], args.tensorboard)
 
 
 def schedule(args: argparse.Namespace) -> Callable[[float], float]:
@@ -128,18 +137,30 @@ def schedule(args: argparse.Namespace) -> Callable[[float], float]:
     return rate
 
 
-def averaged(args, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> nn.Module | None:
-    """For --method ema and swa: a copy of the model, for the average of its weights, which is tested and published."""
+def averaged(
+    args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+) -> tuple[nn.Module, nn.Module | None]:
+    """(the model to test and publish, the one to train if it is another): with --method ema and swa, an average."""
     if args.method == "ema":
-        return loop.moving_average(model, optimizer, 1 - 1 / max(1, EMA_SHARE * args.epochs * steps))
-    return copy.deepcopy(model) if args.method == "swa" else None
+        return loop.moving_average(model, optimizer, 1 - 1 / max(1, EMA_SHARE * args.epochs * steps)), model
+    return (copy.deepcopy(model), model) if args.method == "swa" else (model, None)
+
+
+def graft_neighbour(
+    args, model: nn.Module, neighbour: dict, rate: Callable[[float], float], epoch: int, batches: data.Batches
+) -> dict[str, Any]:
+    """Grafts the neighbour's weights onto the model, or does what --method says; returns what came of each layer."""
+    if args.method == "papa":
+        loop.pull(model, neighbour, rate(epoch) / rate(args.warmup), exchanges=len(batches) / 10)
+        return {}
+    return graft(model, neighbour, args.a, args.c, args.level, criterion=loop.CRITERIA[args.criterion])
 
 
 def graft_scion(args: argparse.Namespace, model: nn.Module, epoch: int) -> None:
     """What --scion grafts onto invalid filters after an epoch, as published."""
     if args.scion == "internal":
         internal(model)
-    else:
+    elif args.scion == "noise":
         generator = torch.Generator().manual_seed(stream_seed(args.seed, args.i, f"{epoch}, noise"))
         noise(model, 0.975**epoch, generator=generator)
 

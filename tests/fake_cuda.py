@@ -41,11 +41,10 @@ class Watch(TorchDispatchMode):
         self.launches[name] += launches
         if name == "aten._fused_sgd_":
             return check_fused(*args, **kwargs)
-        if on_cuda and name in WAITS:
-            if self.strict:
-                raise HostWaits(name)
-            if name == "aten._local_scalar_dense":
-                return True if args[0].dtype == torch.bool else 1.0
+        if self.strict and on_cuda and name in WAITS:
+            raise HostWaits(name)
+        if name == "aten._local_scalar_dense":
+            return True if args[0].dtype == torch.bool else 1.0
         result = operation(*args, **kwargs)
         if self.strict and on_cuda and any(isinstance(one, Tensor) and one.is_cpu for one in tree_leaves(result)):
             raise HostWaits(f"{name}: a copy from CUDA to the CPU")

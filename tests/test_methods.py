@@ -8,7 +8,6 @@ import torch
 from processes import read_table
 from torch import nn
 
-from filter_grafting.errors import GraftingError
 from filter_grafting.information import invalid_filters
 from grafting_cifar import grafting
 from grafting_cifar.flags import parse
@@ -29,19 +28,19 @@ def test_stochastic_weight_averaging_ends_at_a_constant_rate():
 
 
 def test_averages_are_copies_that_the_optimizer_does_not_train():
-    torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for method in "ema", "swa":
-        average = grafting.averaged(parse(["--method", method, "--num", "1"]), model, optimizer, 10)
-        assert average is not model and average.state_dict().keys() == model.state_dict().keys()
-    assert grafting.averaged(parse([]), model, optimizer, 10) is None
+        average, trained = grafting.averaged(parse(["--method", method, "--num", "1"]), model, optimizer, 10)
+        assert average is not model and trained is model
+        torch.testing.assert_close(average.state_dict(), model.state_dict())
+    assert grafting.averaged(parse([]), model, optimizer, 10) == (model, None)
 
 
 def test_the_moving_average_remembers_a_twentieth_of_all_steps():
     model = nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
-    average = grafting.averaged(parse(["--method", "ema", "--num", "1", "--epochs", "10"]), model, optimizer, 4)
+    average, _ = grafting.averaged(parse(["--method", "ema", "--num", "1", "--epochs", "10"]), model, optimizer, 4)
     before = model.weight.item()
     model.weight.grad = torch.ones_like(model.weight)
     optimizer.step()
@@ -112,12 +111,11 @@ def test_a_network_that_diverges_in_the_last_step_of_an_epoch_is_not_published(m
 def test_compiled_it_trains_to_about_the_same(make_run, undisturbed):
     single = make_run(1, 2, "--compile")
     process = single.start(1)
-    if process.wait(600) and "needs a C++ compiler" in process.sentence():
+    if process.wait(600) and "compiler" in process.sentence():
         pytest.skip("there is no compiler here")
     assert process.status == 0, process.output()
-    for found, expected in zip(
-        *(read_table(run.directory / "metrics1.csv") for run in (single, undisturbed(1, 2))), strict=True
-    ):
+    tables = (read_table(run.directory / "metrics1.csv") for run in (single, undisturbed(1, 2)))
+    for found, expected in zip(*tables, strict=True):
         assert float(found["train_loss"]) == pytest.approx(float(expected["train_loss"]), rel=0.02)
 
 
@@ -132,47 +130,27 @@ def with_dead_filters(num_classes):
     return model
 
 
-def without_classes():
-    return nn.Linear(1, 1)
-
-
-def features(num_classes):
-    return nn.Conv2d(3, num_classes, 3)
-
-
 def pair(num_classes):
     return nn.Identity(), num_classes
 
 
-def test_a_model_by_the_name_of_its_function():
-    model = own_model("test_methods:with_dead_filters", 7, 32)
-    assert model.training and model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+def test_a_model_by_the_name_of_its_function_is_looked_for_from_here(tmp_path, monkeypatch):
+    (tmp_path / "mine_alone.py").write_text("import test_methods\nbuild = test_methods.with_dead_filters\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    model = own_model("mine_alone:build", 7)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
     assert invalid_filters(model, 0.1) == (2, 6)
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "words"),
+    ("name", "words"),
     [
-        ("no_such_module:f", UsageError, "No module named 'no_such_module'; expected package.module:function"),
-        ("test_methods:nothing", UsageError, "has no attribute 'nothing'"),
-        (":f", UsageError, "expected package.module:function"),
-        ("test_methods:without_classes", GraftingError, r"without_classes\(num_classes=7\): .*unexpected keyword"),
-        ("test_methods:pair", GraftingError, "it returned a tuple, expected a torch.nn.Module"),
-        ("test_methods:features", GraftingError, r"gave \(2, 7, 30, 30\), expected scores of shape \(2, 7\)"),
+        ("no_such_module:f", "No module named 'no_such_module'; expected package.module:function"),
+        ("test_methods:nothing", "has no attribute 'nothing'"),
+        ("test_methods:pair", "it returned a tuple, expected a torch.nn.Module"),
     ],
 )
-def test_what_is_no_model_is_said(name, error, words):
-    with pytest.raises(error, match=words):
-        own_model(name, 7, 32)
-
-
-def test_a_module_of_the_working_directory_is_found(tmp_path, monkeypatch):
-    (tmp_path / "mine_alone.py").write_text("import test_methods\nbuild = test_methods.with_dead_filters\n")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(tmp_path)
-    assert own_model("mine_alone:build", 2, 32)
-
-
-def test_timms_models():
-    pytest.importorskip("timm")
-    assert own_model("timm.models:resnet10t", 3, 32)
+def test_what_is_no_model_is_said(name, words):
+    with pytest.raises(UsageError, match=words):
+        own_model(name, 7)

@@ -59,24 +59,22 @@ def class_folders(folder: str | Path) -> Images:
         DataError: if the folder is laid out in another way, cannot be read, or its splits have other classes.
     """
     folder, left_out = Path(os.path.abspath(os.path.expanduser(folder))), []
-    place = printable(folder)
     if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
-        raise DataError(f"{place} {problem}: give one that holds train/<class>/ and test/<class>/")
+        raise DataError(f"{folder} does not exist: give a folder with train/<class>/ and test/<class>/")
     try:
         classes = {split: names for split in ("train", "val", "test") if (names := _classes(folder / split))}
-        _check(place, classes)
+        if "train" not in classes or len(classes) == 1:
+            layout = "the images of each class belong into train/<class>/, and others of it into test/ or val/<class>/"
+            raise DataError(f"{folder} lacks class folders in train/, or in test/ and val/: {layout}")
+        for split, names in classes.items():
+            _check_same(folder, split, set(classes["train"]), set(names))
         files = {split: _list(folder / split, names, left_out) for split, names in classes.items()}
     except OSError as error:
-        raise DataError(f"{printable(error.filename or folder)} cannot be read ({error.strerror})") from error
-    notes = [
-        f"left out of {place}: {name}/, which has no class folders"
-        for name in ("val", "test")
-        if name not in classes and (folder / name).is_dir()
-    ]
+        raise DataError(f"{error.filename or folder}: {error.strerror or error}") from error
+    notes = []
     if left_out:
         example = printable(os.path.relpath(min(left_out), folder))
-        notes.append(f"left out of {place}: {len(left_out):,} files that are hidden or no images, such as {example}")
+        notes.append(f"left out of {folder}: {len(left_out):,} files that are hidden or no images, such as {example}")
     val = files.get("val") if "test" in files else None
     return Images(files["train"], val, files.get("test", files.get("val")), classes["train"], notes)
 
@@ -86,19 +84,12 @@ def _classes(place: Path) -> list[str]:
     return [name for name in names if not _is_hidden(name) and (place / name).is_dir()]
 
 
-def _check(place: str, classes: dict[str, list[str]]) -> None:
-    if "train" not in classes:
-        raise DataError(f"{place} has no class folders in train/: put the images of each class into train/<class>/")
-    if len(classes) == 1:
-        missing = "but neither test/ nor val/ with class folders"
-        raise DataError(f"{place} has train/<class>/, {missing}: put the images to test on into test/<class>/")
-    for split in list(classes)[1:]:
-        train, other = set(classes["train"]), set(classes[split])
-        only = {"train": sorted(train - other), split: sorted(other - train)}
-        if train != other:
-            differences = [f"only {one}/ has {printable(', '.join(names), 60)}" for one, names in only.items() if names]
-            rule = f"train/ and {split}/ of {place} must have the same class folders"
-            raise DataError(f"{rule}, but {' and '.join(differences)}: add or remove what differs")
+def _check_same(folder: Path, split: str, train: set[str], other: set[str]) -> None:
+    only = {"train": sorted(train - other), split: sorted(other - train)}
+    differences = [f"only {one}/ has {', '.join(names)[:60]}" for one, names in only.items() if names]
+    if differences:
+        rule = f"train/ and {split}/ of {folder} must have the same class folders"
+        raise DataError(f"{rule}, but {' and '.join(differences)}: add or remove what differs")
 
 
 def _list(place: Path, classes: list[str], left_out: list[str]) -> Files:
@@ -113,10 +104,7 @@ def _list(place: Path, classes: list[str], left_out: list[str]) -> Files:
 
     ranks = {name: rank for rank, name in enumerate(classes)}
     left_out += [str(place / name) for name in os.listdir(place) if name not in ranks]
-    samples = make_dataset(str(place), ranks, is_valid_file=is_image, allow_empty=True)
-    samples.sort(key=lambda sample: (sample[1], sample[0]))
-    if empty := sorted(set(range(len(classes))) - {rank for _, rank in samples}):
-        raise DataError(f"{printable(place / classes[empty[0]])} has no image: put some there, or remove this class")
+    samples = sorted(make_dataset(str(place), ranks, is_valid_file=is_image), key=lambda sample: sample[::-1])
     return Files([path for path, _ in samples], torch.tensor([rank for _, rank in samples]))
 
 
@@ -138,20 +126,14 @@ def reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Pillow's decoders answer a broken file with nearly every exception there is
-        reason = printable(getattr(error, "strerror", None) or error)
-        if isinstance(error, UnidentifiedImageError):
-            reason = "its contents are of no known format, or damaged from the start"
-        raise DataError(f"{printable(path)} cannot be read as an image ({reason})") from error
+        reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else printable(error)
+        raise DataError(f"{path} cannot be read as an image ({reason})") from error
 
 
 def rgb(image: Image.Image) -> Image.Image:
     """As torchvision's ImageFolder converts it (transparency is dropped), but 16-bit grey scaled to 8, not clipped."""
     if image.mode.startswith("I"):
-        grey = np.asarray(image)
-        grey = grey >> 8 if "16" in image.mode or grey.max() > 255 else grey
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:  # of a palette: dropped at once, it would draw a warning
-        image = image.convert("RGBA")
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 

@@ -1,4 +1,12 @@
-"""One epoch of training, evaluation, learning rates, seeds and averages: the same for both data sets."""
+"""One epoch of training, evaluation, learning rates, seeds and averages: the same for both data sets.
+
+What `train_one_epoch` and `evaluate` have in common:
+    batches: with `len`, and `epoch(seed)`, which yields (images (b, c, h, w), labels (b,)) on the device.
+    amp: the type for autocast; None computes in that of the weights.
+    top5: whether to count the labels that are among the five highest scores, too.
+    progress: follows the batches and the totals, as a `records.Progress` does.
+    reduce: sums the totals over all processes that train this network.
+"""
 
 import copy
 import hashlib
@@ -75,6 +83,16 @@ def cross_entropy(outputs: Tensor | tuple[Tensor, ...], labels: Tensor, smoothin
     return loss + aux * sum(F.cross_entropy(other.float(), labels, label_smoothing=smoothing) for other in others)
 
 
+def unwatched(batches: Iterable[Any], totals: Tensor) -> Iterable[Any]:
+    """The default of `progress`."""
+    return batches
+
+
+def of_one_process(totals: Tensor) -> Tensor:
+    """The default of `reduce`."""
+    return totals
+
+
 def train_one_epoch(
     model: nn.Module,
     batches: Any,
@@ -87,30 +105,21 @@ def train_one_epoch(
     epoch: int = 0,
     amp: torch.dtype | None = None,
     top5: bool = False,
-    progress: Any = None,
-    reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
+    progress: Callable[[Iterable[Any], Tensor], Iterable[Any]] = unwatched,
+    reduce: Callable[[Tensor], Tensor] = of_one_process,
     rank: int = 0,
 ) -> Result:
-    """Trains for one epoch, in which the host never waits for the device.
+    """Trains for one epoch, in which the host never waits for the device. Raises Diverged if the loss was not finite.
 
     Args:
-        batches: with `len`, and `epoch(seed)`, which yields (images (b, c, h, w), labels (b,)) on the device.
         rate: learning rate as a function of the epochs that are done, with the fraction of this one.
-        seed: of the order, the augmentation and dropout.
-        amp: the type for autocast; None computes in that of the weights.
-        progress: a `records.Progress`, which follows the epoch.
-        reduce: sums the totals over all processes that train this network.
-        rank: of this one among them; each has its own dropout.
-
-    Raises:
-        Diverged: if the loss was not finite.
+        seed: of the order, the augmentation and dropout, of which each rank has its own.
     """
     began, steps = time.perf_counter(), len(batches)
     torch.manual_seed(seed + rank)
     model.train()
     totals = torch.zeros(3 + top5, dtype=torch.float64, device=device)
-    epoch_batches = batches.epoch(seed)
-    for step, (images, labels) in enumerate(progress.follow(epoch_batches) if progress else epoch_batches):
+    for step, (images, labels) in enumerate(progress(batches.epoch(seed), totals)):
         for group in optimizer.param_groups:
             group["lr"] = rate(epoch + step / steps)
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -119,10 +128,7 @@ def train_one_epoch(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        batch = _totals(loss.detach() * len(labels), outputs, labels, top5)
-        totals += batch
-        if progress:
-            progress.report(batch, totals)
+        totals += _totals(loss.detach() * len(labels), outputs, labels, top5)
     result = means(reduce(totals), time.perf_counter() - began)
     check_finite(result.loss, "training", rate(epoch))
     return result
@@ -131,7 +137,9 @@ def train_one_epoch(
 def check_finite(loss: float, which: str, lr: float) -> None:
     """Raises Diverged, before anything of an epoch is published whose loss is no number."""
     if not math.isfinite(loss):
-        raise Diverged(f"the {which} loss became {loss} at a learning rate of {lr:.4g}: training has diverged")
+        raise Diverged(
+            f"the {which} loss became {loss} at a learning rate of {lr:.4g}: training has diverged; try a lower rate"
+        )
 
 
 @torch.inference_mode()
@@ -142,21 +150,17 @@ def evaluate(
     device: torch.device,
     amp: torch.dtype | None = None,
     top5: bool = False,
-    progress: Any = None,
-    reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
+    progress: Callable[[Iterable[Any], Tensor], Iterable[Any]] = unwatched,
+    reduce: Callable[[Tensor], Tensor] = of_one_process,
 ) -> Result:
-    """Loss and accuracy of a model, which is left in evaluation mode; the arguments are those of train_one_epoch."""
+    """Loss and accuracy of a model, which is left in evaluation mode."""
     began = time.perf_counter()
     model.eval()
     totals = torch.zeros(3 + top5, dtype=torch.float64, device=device)
-    epoch_batches = batches.epoch(0)
-    for images, labels in progress.follow(epoch_batches) if progress else epoch_batches:
+    for images, labels in progress(batches.epoch(0), totals):
         with torch.autocast(device.type, amp, enabled=amp is not None):
             scores = model(images)
-        batch = _totals(F.cross_entropy(scores.float(), labels, reduction="sum"), scores, labels, top5)
-        totals += batch
-        if progress:
-            progress.report(batch, totals)
+        totals += _totals(F.cross_entropy(scores.float(), labels, reduction="sum"), scores, labels, top5)
     return means(reduce(totals), time.perf_counter() - began)
 
 
@@ -205,13 +209,13 @@ def add_to_mean(average: nn.Module, model: nn.Module, count: int, batches: Itera
 
     Args:
         average: a copy of the model.
-        count: of how many epoch ends it is the mean already; at 0 it becomes the model itself.
+        count: of how many epoch ends it is the mean already; at 0, or below, it becomes the model itself.
         batches: training images, on which the mean's batch-norm statistics are computed anew.
     """
-    get_swa_multi_avg_fn()(list(average.parameters()), list(model.parameters()), count)
+    get_swa_multi_avg_fn()(list(average.parameters()), list(model.parameters()), max(0, count))
     for own, other in zip(average.buffers(), model.buffers(), strict=True):
         own.copy_(other)
-    if count:
+    if count > 0:
         update_bn(batches, average)
 
 

@@ -1,21 +1,21 @@
 """What a network tells of itself: its log, metrics{i}.csv and coefficients{i}.csv, best and final, TensorBoard."""
 
 import csv
-import importlib.util
 import io
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from filter_grafting.checkpoint import save, write_atomically, write_error
-from filter_grafting.errors import GraftingError, WriteError
+from filter_grafting.checkpoint import save, write_atomically
+from filter_grafting.errors import WriteError
 from filter_grafting.grafting import Layer
 from filter_grafting.information import convolutions, entropy, invalid_filters
 from filter_grafting.rings import FileRing
@@ -29,7 +29,6 @@ METRICS = (
     *("val_accuracy", "invalid_0.1", "invalid_0.01", "test_top5", "information"),
 )
 COEFFICIENTS = ("epoch", "layer", "own_entropy", "neighbour_entropy", "coefficient")
-PHASES = ("train", "test", "wait", "graft")
 
 
 def say(line: str) -> None:
@@ -68,25 +67,22 @@ class Records:
     ):
         self.ring, self.about = ring, {"settings": dict(settings), **about, "command": command()}
         self.best_score = self.best = -1.0
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.metrics = Table(ring.directory / f"metrics{ring.network}.csv", METRICS)
-        self.coefficients = Table(ring.directory / f"coefficients{ring.network}.csv", COEFFICIENTS)
-        if tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise GraftingError("the package tensorboard is missing: pip install tensorboard, or do without its curves")
-        self.tensorboard, self.board = tensorboard, None
+        self.seconds = {"wait": 0.0, "graft": 0.0}  # since the last epoch
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # here, as it is slow to import and need not be there
+
+            self.board = SummaryWriter(ring.directory / "tensorboard" / f"network{ring.network}")
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        with suppress(AttributeError):  # names of files need not fit the terminal's encoding
-            sys.stdout.reconfigure(errors="backslashreplace")
         say(f"Network {ring.network} of {ring.networks} in {ring.directory}: {parameters:,} parameters")
-        shown = (
-            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()
-        )
-        say(f"settings: {' '.join(shown)}")
+        values = {key: f"{value:g}" if isinstance(value, float) else value for key, value in settings.items()}
+        say(f"settings: {' '.join(f'{key}={value}' for key, value in values.items())}")
         for note in notes:
             say(note)
 
     @contextmanager
     def timing(self, phase: str) -> Iterator[None]:
+        """Counts the seconds within it as those of "wait" or "graft"."""
         began = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - began
@@ -102,19 +98,20 @@ class Records:
         check_finite(test.loss, "test", lr)  # the last step's doing, whose loss nobody has seen
         score = (val or test).accuracy
         improved = score > self.best_score
-        if improved:
-            self.best_score, self.best = score, test.accuracy
-        seconds = {**self.seconds, "train": train.seconds, "test": test.seconds + (val.seconds if val else 0)}
-        self.seconds = dict.fromkeys(PHASES, 0.0)
         row = {"epoch": epoch, "lr": lr, "train_loss": train.loss, "train_accuracy": train.accuracy}
-        row |= {"test_loss": test.loss, "test_accuracy": test.accuracy, "best": self.best}
-        row |= {f"{phase}_seconds": seconds[phase] for phase in PHASES}
-        row |= {"best_score": self.best_score, "improved": improved}
+        row |= {"test_loss": test.loss, "test_accuracy": test.accuracy}
+        row |= {"best": test.accuracy if improved else self.best, "improved": improved}
+        row |= {"best_score": score if improved else self.best_score}
+        row |= {"train_seconds": train.seconds, "test_seconds": test.seconds + (val.seconds if val else 0)}
+        row |= {f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()}
         if layers := convolutions(model):
             row |= {f"invalid_{threshold}": invalid_filters(model, threshold, False)[0] for threshold in (0.1, 0.01)}
             row["information"] = sum(entropy(layer.weight) for layer in layers.values())
-        row |= {"val_accuracy": val.accuracy} if val else {}
-        return row | ({"test_top5": test.top5} if test.top5 is not None else {})
+        if val:
+            row["val_accuracy"] = val.accuracy
+        if test.top5 is not None:
+            row["test_top5"] = test.top5
+        return row
 
     def epoch(self, row: dict[str, Any], layers: Sequence[Sequence[Any]], state: Mapping[str, Tensor]) -> None:
         """Records an epoch that was published, and leaves nothing of it or of later ones twice; the last is `final`.
@@ -124,14 +121,17 @@ class Records:
             layers: the rows that `layer_rows` made of the grafting before this epoch, if there was one.
             state: the state dict that was published.
         """
-        self.best_score, self.best, epoch = row["best_score"], row["best"], row["epoch"]
+        epoch, network = row["epoch"], self.ring.network
+        self.best_score, self.best = row["best_score"], row["best"]
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
         if row["improved"]:
             self.save("best", row, state)
-        self.coefficients.write(epoch - 1, layers)
-        self.metrics.write(epoch, [[as_text(column, row.get(column)) for column in METRICS]])
-        if self.tensorboard:
-            self._write_board(row, layers)
-        say(f"Network:{self.ring.network}    epoch:{epoch}    {log_fields(row)}")
+        grafts = write_rows(self.ring.directory / f"coefficients{network}.csv", COEFFICIENTS, epoch - 1, layers)
+        figures = [as_text(column, row.get(column)) for column in METRICS]
+        write_rows(self.ring.directory / f"metrics{network}.csv", METRICS, epoch, [figures])
+        if self.board:
+            self._draw(row, layers, grafts)
+        say(f"Network:{network}    epoch:{epoch}    {log_fields(row)}")
         self.ring.update("training", accuracy=row["test_accuracy"], best=row["best"])
         if epoch + 1 == self.about["settings"]["epochs"]:
             self.save("final", row, state)
@@ -147,22 +147,16 @@ class Records:
         figures = {"epoch": row["epoch"], "accuracy": row["test_accuracy"], "best": row["best"]}
         save(self.ring.file(kind), {self.ring.key: on_cpu, **figures, **self.about})
 
-    def _write_board(self, row: Mapping[str, Any], layers: Sequence[Sequence[Any]]) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # here, as it is slow to import and need not be there
-
+    def _draw(self, row: Mapping[str, Any], layers: Sequence[Sequence[Any]], grafts: Sequence[Sequence[Any]]) -> None:
         epoch = row["epoch"]
-        if self.board is None:
-            place = self.ring.directory / "tensorboard" / f"network{self.ring.network}"
-            self.board = SummaryWriter(place, purge_step=epoch)
         for column in METRICS[1:]:
-            if row.get(column) is not None:
+            if column in row:
                 self.board.add_scalar(column, row[column], epoch)
         if layers:
-            self.board.add_histogram("coefficients", torch.tensor([float(row[-1]) for row in layers]), epoch - 1)
-            names = dict.fromkeys(row[1] for row in self.coefficients.rows)
-            columns = torch.tensor([float(row[-1]) for row in self.coefficients.rows]).view(-1, len(names))
+            self.board.add_histogram("coefficients", torch.tensor([float(one[-1]) for one in layers]), epoch - 1)
+            shares = torch.tensor([float(one[-1]) for one in grafts]).view(-1, len(layers))
             # One row a layer, one column an epoch; black is 0, white is 1.
-            self.board.add_image("coefficients of each layer by epoch", columns.T[None], epoch - 1)
+            self.board.add_image("coefficients of each layer by epoch", shares.T[None], epoch - 1)
         self.board.flush()
 
 
@@ -176,11 +170,12 @@ def layer_rows(epoch: int, layers: Mapping[str, Layer]) -> list[list[Any]]:
 
 def log_fields(row: Mapping[str, Any]) -> str:
     fields = [f"accuracy:{row['test_accuracy']:.3f}", f"best:{row['best']:.3f}"]
-    fields += [
-        f"{name}:{row[key]:.3f}" for name, key in (("val", "val_accuracy"), ("accuracy@5", "test_top5")) if key in row
-    ]
+    for name, key in ("val", "val_accuracy"), ("accuracy@5", "test_top5"):
+        if key in row:
+            fields.append(f"{name}:{row[key]:.3f}")
     fields += [f"loss:{row['train_loss']:.4f}", f"lr:{row['lr']:.5g}"]
-    return "    ".join(fields + [f"{phase}:{row[f'{phase}_seconds']:.2f}s" for phase in PHASES])
+    fields += [f"{phase}:{row[f'{phase}_seconds']:.2f}s" for phase in ("train", "test", "wait", "graft")]
+    return "    ".join(fields)
 
 
 def as_text(column: str, value: float | None) -> str:
@@ -190,35 +185,18 @@ def as_text(column: str, value: float | None) -> str:
     return f"{value:.3f}" if is_rounded else f"{value:.6g}"
 
 
-class Table:
-    """A CSV file whose first column is the epoch; it is replaced as a whole, and never half-written."""
+def write_rows(path: Path, columns: Sequence[str], epoch: int, rows: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
+    """Puts the rows of an epoch into a CSV file, in the place of those that it has of it and of later ones.
 
-    def __init__(self, path: Path, columns: Sequence[str]):
-        self.path, self.columns = path, list(columns)
-        self.rows: list[list[Any]] | None = None  # not read before the first row is written
-
-    def write(self, epoch: int, rows: Iterable[Sequence[Any]]) -> None:
-        """Puts the rows of an epoch in the place of those that the file has of it and of later ones."""
-        if self.rows is None:
-            self.rows = self._read()
-        self.rows = [row for row in self.rows if int(row[0]) < epoch] + [list(row) for row in rows]
-        if self.rows or self.path.exists():
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
-            write_atomically(self.path, text.getvalue().encode())
-
-    def _read(self) -> list[list[str]]:
-        """The rows that are whole; an earlier version of the program may have had fewer columns."""
-        try:
-            lines = self.path.read_text(errors="replace").splitlines()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise write_error(self.path, error, "read") from error
-        rows = list(csv.reader(lines))
-        missing = len(self.columns) - len(rows[0]) if rows else 0
-        rows = [row + [""] * missing for row in rows[1:]]
-        return [row for row in rows if len(row) == len(self.columns) and row[0].isdecimal()]
+    The first column is the epoch. The file is replaced as a whole, and never half-written; returns all its rows.
+    """
+    earlier = list(csv.reader(path.read_text().splitlines()))[1:] if path.exists() else []
+    kept = [row for row in earlier if int(row[0]) < epoch] + list(rows)
+    if kept or earlier:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([columns, *kept])
+        write_atomically(path, text.getvalue().encode())
+    return kept
 
 
 class Progress:
@@ -244,50 +222,51 @@ class Progress:
         every: int = 0,
     ):
         self.ring, self.check, self.epoch, self.steps = ring, check, epoch, len(batches)
-        self.every = every if lr is not None else 0
-        self.step, self.data, self.data_total, self.bar = 0, 0.0, 0.0, None
+        self.every = every if ring and lr is not None else 0
+        self.label = f"epoch {epoch}" + (" test" if lr is None else "")
         if ring and lr is None:
             ring.update("testing")
         elif ring:
             ring.update("training", epoch=epoch, epochs=epochs, steps=self.steps, lr=lr)
-        if ring and not self.every and sys.stdout.isatty():
-            from tqdm import tqdm  # here, as only who watches needs it
 
-            label = f"epoch {epoch}" + (" test" if lr is None else "")
-            self.bar = tqdm(total=self.steps, desc=label, leave=False, dynamic_ncols=True, file=sys.stdout)
-        self.began = self.last = self.shown = time.perf_counter()
-
-    def follow(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        with self.bar or nullcontext():
-            asked = time.perf_counter()
-            for batch in batches:
-                self.data = time.perf_counter() - asked
-                self.data_total += self.data
+    def __call__(self, batches: Iterable[Any], totals: Tensor) -> Iterator[Any]:
+        """Yields the batches, each of which is added to the totals (see `loop.means`) before the next is asked for."""
+        hidden = self.ring is None or self.every > 0 or not sys.stdout.isatty()
+        options = {"leave": False, "dynamic_ncols": True, "mininterval": 1, "file": sys.stdout}
+        began = last = time.perf_counter()
+        data_total = 0.0
+        with tqdm(total=self.steps, desc=self.label, disable=hidden, **options) as bar:
+            for step, batch in enumerate(batches):
+                data = time.perf_counter() - last
+                data_total += data
+                prints = self.every > 0 and step % self.every == 0
+                before = totals.clone() if prints else None
                 yield batch
+                # The host waits for the device to print a line, or to show the bar once a second, and in no other step.
+                if prints:
+                    figures = loop.means(totals - before), loop.means(totals)
+                    now = time.perf_counter()
+                    say(
+                        self._line(
+                            step, now - last, (now - began) / (step + 1), data, data_total / (step + 1), *figures
+                        )
+                    )
+                elif (bar.update() or step == 0) and not hidden:
+                    so_far = loop.means(totals)
+                    bar.set_postfix_str(f"loss {so_far.loss:.4f}, accuracy {so_far.accuracy:.2f}")
+                last = time.perf_counter()
                 if self.ring:
-                    self.ring.progress(self.step)
+                    self.ring.progress(step)
                 self.check()
-                self.step += 1
-                asked = time.perf_counter()
 
-    def report(self, batch: Tensor, totals: Tensor) -> None:
-        now = time.perf_counter()
-        if self.bar is not None:
-            self.bar.update()
-            if now - self.shown >= 1 or self.step == 0:  # the host waits for the device here, and in no other step
-                self.shown, so_far = now, loop.means(totals)
-                self.bar.set_postfix_str(f"loss {so_far.loss:.4f}, accuracy {so_far.accuracy:.2f}")
-        elif self.ring and self.every and self.step % self.every == 0:
-            say(self._line(now, loop.means(batch), loop.means(totals)))
-        self.last = now
-
-    def _line(self, now: float, batch: Result, mean: Result) -> str:
+    def _line(
+        self, step: int, seconds: float, mean_seconds: float, data: float, mean_data: float, batch: Result, mean: Result
+    ) -> str:
         """A line as the PyTorch ImageNet example prints it: each figure of the last batch, then its mean so far."""
-        count = self.step + 1
         fields = [
-            f"Epoch: [{self.epoch}][{self.step:{len(str(self.steps))}d}/{self.steps}]",
-            f"Time {now - self.last:6.3f} ({(now - self.began) / count:6.3f})",
-            f"Data {self.data:6.3f} ({self.data_total / count:6.3f})",
+            f"Epoch: [{self.epoch}][{step:{len(str(self.steps))}d}/{self.steps}]",
+            f"Time {seconds:6.3f} ({mean_seconds:6.3f})",
+            f"Data {data:6.3f} ({mean_data:6.3f})",
             f"Loss {batch.loss:.4e} ({mean.loss:.4e})",
             f"Acc@1 {batch.accuracy:6.2f} ({mean.accuracy:6.2f})",
         ]
