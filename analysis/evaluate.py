@@ -13,15 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
-from analysis.loading import batches_of, compare, file_parser, load_images, load_trained, scores_of
+from analysis.loading import compare, file_parser, load_images, load_trained, scores_of
 from analysis.runs import program, table
 from training.flags import path
 from training.process import pick_device
-
-FEW = 100  # classes, up to which all are listed
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,22 +43,15 @@ def main() -> int:
     device = pick_device(args.device)
     trained = load_trained(args.file, args.model, device)
     images = load_images(trained, args.data)
-    batches = batches_of(trained, images.test, device)
-    bar = tqdm(batches.epoch(), total=len(batches), desc="test", leave=False, disable=None)  # None: no bar in a log
-    scores, labels = scores_of(trained, bar, device)
+    scores, labels = scores_of(trained, images.test, device)
     matrix = confusion_matrix(scores.argmax(1), labels, len(images.classes))
 
     frame = pd.DataFrame({"class": images.classes, "images": matrix.sum(1)})
     shares = 100 * matrix.diagonal() / frame["images"].clip(lower=1)
     frame["accuracy (%)"] = shares.map("{:.2f}".format)
-    if len(frame) > FEW:
-        frame = frame.iloc[shares.argsort()[:FEW]]
-        print(f"The {FEW} of {len(images.classes)} classes with the lowest accuracy:\n")
     print(table(frame, right=["images", "accuracy (%)"]), "", sep="\n")
     accuracy, loss = 100 * matrix.trace() / len(labels), torch.nn.functional.cross_entropy(scores, labels)
     print(f"accuracy: {accuracy:.3f} % of {len(labels):,} test images, loss {loss:.4f} ({trained.name}, {args.file})")
-    if trained.missing:
-        print(trained.missing)
     compare(trained, accuracy)
     if args.plot:
         from analysis import plots  # matplotlib, for those who ask for the plot alone

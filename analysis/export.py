@@ -9,25 +9,26 @@ loaded again, and must give the scores that the model gives.
 """
 
 import argparse
+import copy
 import json
 import shlex
 import shutil
 import sys
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
-from analysis.loading import Trained, file_parser, load_trained
+from analysis.loading import Trained, command_of, file_parser, load_trained
 from analysis.runs import count_filters, program
 from filter_grafting.errors import GraftingError
 from filter_grafting.membership import printable
 from training.flags import path
 
+ANY_BATCH = ({0: torch.export.Dim("n")},)
 TOLERANCE = 1e-3  # of the largest score: what other kernels may differ by
 CARD = """\
 ---
@@ -39,7 +40,8 @@ tags: [filter-grafting, "{architecture}"]
 
 A {architecture} for {image_size}×{image_size} images in {num_classes} classes, trained {with_what}.
 
-{metrics}
+Test accuracy: {accuracy} % after epoch {epoch} (counted from 0).
+Filters by L1 norm, of {filters:,}: {invalid}.
 
 ## Use
 
@@ -53,7 +55,7 @@ The names of the classes are in `config.json`, in the order of the scores.
 {more}
 ## Training
 
-{trained_by}
+    {command}
 
 | setting | value |
 |:--------|:------|
@@ -61,89 +63,83 @@ The names of the classes are in `config.json`, in the order of the scores.
 
 Filter grafting: Meng et al., *Filter Grafting for Deep Neural Networks*, CVPR 2020, arXiv 2001.05868.
 """
+TRAIN_FURTHER = """
+To train it further: `model = torchvision.models.get_model("{architecture}", num_classes={num_classes})`, then
+`model.load_state_dict(safetensors.torch.load_file("model.safetensors"))`.
+"""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = file_parser(__doc__)
-    parser.add_argument("out", metavar="OUT", type=path, help="the folder to make; it must not exist, or be empty")
+    parser.add_argument("out", metavar="OUT", type=path, help="the folder to make; it must not exist")
     parser.add_argument("--name", help="of the model, in its card (default: the folder's)")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     args = parse()
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise GraftingError(f"{args.out} is there already: give another folder, or remove it")
     trained = load_trained(args.file, args.model)
-    model = trained.model.to(memory_format=torch.contiguous_format)
-    example = torch.randn(2, 3, trained.image_size, trained.image_size)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    # In a folder beside it, which takes its name when all is there and right.
-    with TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as temporary:
-        folder = Path(temporary, "model")
-        folder.mkdir()
-        notes = [write(model, example, folder) for write in (write_program, write_weights, write_onnx)]
-        config = config_of(trained)
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (folder / "README.md").write_text(card(trained, config, args.name or args.out.resolve().name, folder))
-        if args.out.exists():
-            args.out.rmdir()
-        shutil.move(folder, args.out)
-    print(*notes, f"- {args.out / 'config.json'}, README.md", sep="\n")
-    if trained.missing:
-        print(f"{trained.missing} Mend config.json and README.md if that is wrong.")
+    config = config_of(trained)
+    args.out.mkdir(parents=True)
+    try:
+        for name, write in FILES.items():
+            print(f"- {write_and_check(trained, args.out / name, write)}")
+        (args.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (args.out / "README.md").write_text(card(config, args.name or args.out.resolve().name, trained))
+    except BaseException:
+        shutil.rmtree(args.out)  # all is there and right, or nothing
+        raise
+    print(f"- {args.out / 'config.json'}, README.md")
     return 0
 
 
-# ---- The files, each loaded again and compared
+# ---- The files: each function writes one, loads it again, and returns what it makes of the example
 
 
-def write_program(model: nn.Module, example: Tensor, folder: Path) -> str:
+def write_program(model: nn.Module, example: Tensor, path: Path) -> Tensor:
     """The model as torch.export has it: code and weights in one file."""
-    try:
-        exported = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("n")},))
-        torch.export.save(exported, folder / "model.pt2")
-    except Exception as error:  # whatever torch cannot trace
-        return f"- no model.pt2: torch.export cannot trace this model ({printable(error, 200)})"
-    check("model.pt2", torch.export.load(folder / "model.pt2").module()(example), model(example))
-    return "- model.pt2"
+    torch.export.save(torch.export.export(model, (example,), dynamic_shapes=ANY_BATCH), path)
+    return torch.export.load(path).module()(example)
 
 
-def write_weights(model: nn.Module, example: Tensor, folder: Path) -> str:
-    state = {key: entry.contiguous().clone() for key, entry in model.state_dict().items()}
-    if find_spec("safetensors") is None:
-        torch.save(state, folder / "model.pt")
-        return "- model.pt, not model.safetensors: the package safetensors is not installed"
+def write_weights(model: nn.Module, example: Tensor, path: Path) -> Tensor:
     from safetensors.torch import load_file, save_file
 
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # others shall read it, too
-    for key, entry in load_file(folder / "model.safetensors").items():
-        check(f"model.safetensors: {key}", entry, state[key])
-    return "- model.safetensors"
+    save_file({key: entry.contiguous().clone() for key, entry in model.state_dict().items()}, path)
+    path.chmod(0o644)  # others shall read it, too
+    again = copy.deepcopy(model)
+    again.load_state_dict(load_file(path))
+    return again(example)
 
 
-def write_onnx(model: nn.Module, example: Tensor, folder: Path) -> str:
-    absent = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if absent:
-        return f"- no model.onnx: the package {absent[0]} is not installed"
+def write_onnx(model: nn.Module, example: Tensor, path: Path) -> Tensor:
+    import onnxscript  # noqa: F401  # torch.onnx needs it
     from onnx.reference import ReferenceEvaluator
 
-    names = {"input_names": ["images"], "output_names": ["scores"], "dynamic_shapes": ({0: torch.export.Dim("n")},)}
+    names = {"input_names": ["images"], "output_names": ["scores"]}
+    exported = torch.onnx.export(model, (example,), dynamo=True, verbose=False, dynamic_shapes=ANY_BATCH, **names)
+    exported.save(path, external_data=False)
+    return torch.from_numpy(ReferenceEvaluator(str(path)).run(None, {"images": example.numpy()})[0])
+
+
+FILES = {"model.pt2": write_program, "model.safetensors": write_weights, "model.onnx": write_onnx}
+
+
+@torch.no_grad()
+def write_and_check(trained: Trained, path: Path, write: Callable[[nn.Module, Tensor, Path], Tensor]) -> str:
+    """The file's name, or why it is not there. Raises GraftingError if it does not give the model's scores."""
+    model = trained.model.to(memory_format=torch.contiguous_format)
+    example = torch.randn(2, 3, trained.image_size, trained.image_size)
+    expected = model(example)
     try:
-        written = torch.onnx.export(model, (example,), dynamo=True, verbose=False, **names)
-        written.save(folder / "model.onnx", external_data=False)
-    except Exception as error:  # whatever ONNX has no word for
-        return f"- no model.onnx: this model cannot be written as ONNX ({printable(error, 200)})"
-    (scores,) = ReferenceEvaluator(str(folder / "model.onnx")).run(None, {"images": example.numpy()})
-    check("model.onnx", torch.from_numpy(scores), model(example))
-    return "- model.onnx"
-
-
-def check(name: str, found: Tensor, expected: Tensor) -> None:
-    difference = (found.double() - expected.double()).abs().max().item()
+        found = write(model, example, path)
+    except Exception as error:  # a package that is not installed, a layer that the format has no word for
+        path.unlink(missing_ok=True)
+        return f"no {path.name}: {printable(error, 200)}"
+    difference = (found - expected).abs().max().item()
     if not difference <= TOLERANCE * max(1, expected.abs().max().item()):
-        raise GraftingError(f"{name} gives other values than the model, by {difference:.3g}: nothing was written")
+        raise GraftingError(f"{path.name} gives other values than the model, by {difference:.3g}: nothing was written")
+    return path.name
 
 
 # ---- What is said of the model
@@ -165,31 +161,23 @@ def config_of(trained: Trained) -> dict[str, Any]:
         "invalid_filters": counts["invalid"],  # by threshold of the L1 norm
         "filters": counts["total"],
         "settings": {key: value for key, value in trained.settings.items() if key != "classes"},
-        "command": trained.contents.get("command"),
+        "command": shlex.join(command_of(trained)),
     }
 
 
-def card(trained: Trained, config: dict[str, Any], name: str, folder: Path) -> str:
-    num, command, more, metrics = trained.settings.get("num", 1), config["command"], "", ""
-    if isinstance(config["accuracy"], float):
-        metrics = f"Test accuracy: {config['accuracy']:.2f} % after epoch {config['epoch']} (counted from 0).\n"
-    invalid = ", ".join(f"{count} below {threshold}" for threshold, count in config["invalid_filters"].items())
-    side = config["resize"].get("shorter_side")
-    if not trained.is_cifar and ":" not in trained.name and (folder / "model.safetensors").exists():
-        build = f'torchvision.models.get_model("{trained.name}", num_classes={len(trained.classes)})'
-        more = f"\nTo train it further: `model = {build}`, then\n"
-        more += '`model.load_state_dict(safetensors.torch.load_file("model.safetensors"))`.\n'
-    line = command if isinstance(command, str) else shlex.join(map(str, command or []))
-    return CARD.format(
-        **config,
-        name=name,
-        with_what="by itself" if num == 1 else f"with filter grafting, as one of {num} networks side by side",
-        metrics=f"{metrics}Filters by L1 norm, of {config['filters']:,}: {invalid}.",
-        resized=f"their shorter side resized to {side} pixels and the centre cut out" if side else "resized to 32×32",
-        more=more,
-        trained_by=f"    {line}" if line else "The file does not say which command trained it.",
-        rows="\n".join(f"| {printable(key)} | {printable(value, 80)} |" for key, value in config["settings"].items()),
-    )
+def card(config: dict[str, Any], name: str, trained: Trained) -> str:
+    num, side = trained.settings.get("num", 1), config["resize"].get("shorter_side")
+    is_torchvision = not trained.is_cifar and ":" not in trained.name
+    said = {
+        "accuracy": "unknown" if config["accuracy"] is None else f"{config['accuracy']:.2f}",
+        "command": config["command"] or "(the file does not say which command)",
+        "invalid": ", ".join(f"{count} below {threshold}" for threshold, count in config["invalid_filters"].items()),
+        "more": TRAIN_FURTHER.format(**config) if is_torchvision else "",
+        "resized": f"the shorter side resized to {side} pixels and the centre cut out" if side else "resized to 32×32",
+        "rows": "\n".join(f"| {key} | {value} |" for key, value in config["settings"].items()),
+        "with_what": "by itself" if num == 1 else f"with filter grafting, as one of {num} networks side by side",
+    }
+    return CARD.format(**config | said, name=name)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 from analysis.runs import THRESHOLDS, count_filters, ends, program, read_checkpoint, table
 from filter_grafting.errors import GraftingError
 from filter_grafting.information import SHORTCUT_NAMES
-from filter_grafting.membership import printable
 from training.flags import Parser, number, path
 
-CAPTION = "Invalid: filters whose L1 norm is below the threshold; the ratio is to all of them (total)."
-SHORTCUTS = f"""Shortcuts: the same of the convolutions beside a block (with {" or ".join(SHORTCUT_NAMES)}
+CAPTION = f"""
+Invalid: filters whose L1 norm is below the threshold; the ratio is to all of them (total).
+Shortcuts: the same of the convolutions beside a block (with {" or ".join(SHORTCUT_NAMES)}
 in their names), which are not in the columns before."""
 
 
@@ -41,27 +41,27 @@ def percent(invalid: int, total: int) -> str:
 
 def main() -> int:
     args = parse()
-    paths, rows, failed = list(dict.fromkeys(args.checkpoints)), [], False
-    for label, file in zip(ends(paths), paths, strict=True):
+    rows, status = [], 0
+    for label, file in zip(ends(args.checkpoints), args.checkpoints, strict=True):
         try:
             counts = count_filters(read_checkpoint(file)[0], args.threshold)
-        except (FileNotFoundError, GraftingError, RuntimeError) as error:
-            reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-            print(printable(reason if str(file) in reason else f"{file}: {reason}"), file=sys.stderr)
-            failed = True
+        except (OSError, GraftingError) as error:
+            reason = error.strerror if isinstance(error, FileNotFoundError) else str(error)
+            print(reason if str(file) in reason else f"{file}: {reason}", file=sys.stderr)
+            status = 1
             continue
+        total, beside_total = counts["total"], counts["shortcut_total"]
         for threshold, invalid in counts["invalid"].items():
-            total, apart, beside = counts["total"], counts["shortcut_invalid"][threshold], counts["shortcut_total"]
+            beside = counts["shortcut_invalid"][threshold]
             row = {"file": label, "threshold": threshold, "invalid": invalid, "total": total}
             row |= {"ratio (%)": percent(invalid, total)}
-            rows.append(
-                row | {"shortcuts": f"{apart} of {beside}" if beside else "–", "shortcuts (%)": percent(apart, beside)}
-            )
+            row |= {"shortcuts": f"{beside} of {beside_total}" if beside_total else "–"}
+            rows.append(row | {"shortcuts (%)": percent(beside, beside_total)})
     if rows:
         frame = pd.DataFrame(rows)
         print(table(frame, args.format, right=list(frame)[1:]), flush=True)
-        print("", CAPTION, SHORTCUTS, sep="\n", file=sys.stdout if args.format == "markdown" else sys.stderr)
-    return int(failed)
+        print(CAPTION, file=sys.stdout if args.format == "markdown" else sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

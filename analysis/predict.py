@@ -14,9 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
 from analysis.loading import file_parser, image, load_trained
 from analysis.runs import program
-from filter_grafting.errors import GraftingError
-from filter_grafting.membership import printable
 from training.flags import number, path
+from training.images import DataError
 from training.process import pick_device
 
 
@@ -30,22 +29,19 @@ def main() -> int:
     args = parser.parse_args()
     device = pick_device(args.device)
     trained = load_trained(args.file, args.model, device)
-    if trained.missing:
-        print(trained.missing, file=sys.stderr)
-    failures = 0
+    status = 0
     for given in args.images:
         try:
-            pixels = image(trained, given).to(device)
-        except GraftingError as error:
+            scores = trained.model(image(trained, given).to(device))[0]
+        except DataError as error:
             print(error, file=sys.stderr)
-            failures += 1
+            status = 1
             continue
-        likeliest = trained.model(pixels)[0].float().softmax(0).topk(min(args.top, len(trained.classes)))
-        named = [
-            f"{trained.classes[k]} {100 * p:.1f} %" for p, k in zip(*map(torch.Tensor.tolist, likeliest), strict=True)
-        ]
-        print(printable(f"{given}: {', '.join(named)}"), flush=True)
-    return int(failures > 0)
+        probabilities = scores.float().softmax(0)
+        likeliest = probabilities.argsort(descending=True)[: args.top].tolist()
+        named = [f"{trained.classes[k]} {100 * probabilities[k]:.1f} %" for k in likeliest]
+        print(f"{given}: {', '.join(named)}", flush=True)
+    return status
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python analysis/report.py checkpoint/demo/baseline checkpoint/demo/grafted --plots plots
     python analysis/report.py results/small --format csv >results.csv
 
-A directory that is no run stands for all runs below it, results of the experiments among them.
+A directory stands for all runs in it and below it, results of the experiments among them.
 """
 
 import argparse
@@ -15,27 +15,20 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
-from analysis.runs import (
-    THRESHOLDS,
-    Network,
-    Run,
-    find_runs,
-    labels,
-    mean_and_deviation,
-    program,
-    read_run,
-    recipe,
-    table,
-)
+from analysis.runs import THRESHOLDS, Network, Run, find_runs, labels, mean_and_deviation, program, read_run, table
+from filter_grafting.membership import printable
 from training.flags import Parser
 
 WIDTH = 120  # columns of a terminal, which no line of the table is longer than
-FORMATS = ("png", "pdf", "svg")
 GRAFTING = {"num", "a", "c", "level", "method", "scion", "criterion", "difflr"}  # settings that a baseline lacks
+COLUMNS = ["run", "network", "model", "method", "epochs", "best", "last", "gain", "seconds_per_epoch"]
+COLUMNS += ["total", "shortcut_total", "state", "file", "directory", "classes"]
+COLUMNS += [f"{kind}invalid_{threshold}" for kind in ("", "shortcut_") for threshold in THRESHOLDS]
 CAPTION = """\
 Best and last: test accuracy in %, of a run with several networks their mean ± sample standard deviation; the best epoch
 was chosen on the images of --val or, without, on the test images. Gain: over the baseline of the same settings, in
-percentage points, at the last epoch that both have. <0.1, <0.01: filters with an L1 norm below. s/epoch: median."""
+percentage points, at the last epoch that both have. <0.1, <0.01: filters with an L1 norm below, but for shortcut
+convolutions, which --format csv counts apart. s/epoch: median."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,13 +36,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("directories", metavar="DIR", nargs="+", type=Path, help="save directory of a run, or a folder of runs")
     add("--format", choices=("markdown", "csv", "latex"), default="markdown", help="of the table")
-    add("--plots", metavar="OUT", type=Path, help="draw plots into this folder; OUT.pdf, OUT.svg: in that format")
-    add("--plot-format", choices=FORMATS, help="of the plots: PNG has 200 dpi (default: png)")
-    args = parser.parse_args(arguments)
-    if args.plots and args.plots.suffix[1:] in FORMATS:
-        args.plot_format = args.plot_format or args.plots.suffix[1:]
-        args.plots = args.plots.with_suffix("")
-    return args
+    add("--plots", metavar="OUT", type=Path, help="draw plots into this folder")
+    add("--plot-format", choices=("png", "pdf", "svg"), default="png", help="of the plots: PNG has 200 dpi")
+    return parser.parse_args(arguments)
+
+
+# ---- What is known of each network
+
+
+def gain(run: Run, network: Network, runs: Sequence[Run]) -> float:
+    """Over the mean of the baselines of its settings, at the last epoch that all have; NaN if there is none.
+
+    Its settings are all but those of grafting; of several baselines that of the same seed counts, or else all.
+    """
+    recipe = run.recipe(GRAFTING)
+    alike = [other for other in runs if recipe and other.is_baseline and other.recipe(GRAFTING) == recipe]
+    alike = [other for other in alike if other.settings.get("seed") == run.settings.get("seed")] or alike
+    if run.is_baseline or not alike:
+        return math.nan
+    networks = [network, *(other.networks[0] for other in alike)]
+    courses = pd.concat([one.metrics.set_index("epoch")["test_accuracy"] for one in networks], axis=1, join="inner")
+    return courses.iloc[-1, 0] - courses.iloc[-1, 1:].mean() if len(courses) else math.nan
 
 
 def progress(run: Run, network: Network) -> str:
@@ -62,115 +69,82 @@ def progress(run: Run, network: Network) -> str:
     return f"epoch {len(network.metrics)} of {status.epochs or run.settings.get('epochs', '?')}, {status}"
 
 
-def gain(run: Run, network: Network, runs: Sequence[Run]) -> float:
-    """Over the mean of the baselines of its settings, at the last epoch that all have; NaN if there is none.
-
-    Its settings are all but those of grafting; of several baselines that of the same seed counts, or else all.
-    """
-    own = recipe(run, GRAFTING)
-    alike = [other for other in runs if own and other.is_baseline and recipe(other, GRAFTING) == own]
-    alike = [other for other in alike if other.settings.get("seed") == run.settings.get("seed")] or alike
-    networks = [network, *(single for other in alike for single in other.networks)]
-    courses = pd.concat([one.metrics.set_index("epoch")["test_accuracy"] for one in networks], axis=1, join="inner")
-    if run.is_baseline or not alike or courses.empty:
-        return math.nan
-    return courses.iloc[-1, 0] - courses.iloc[-1, 1:].mean()
-
-
 def frame_of(runs: Sequence[Run]) -> pd.DataFrame:
-    """All that is known, a row for each network."""
+    """A row for each network."""
     rows = []
     for run in runs:
+        about = {"run": run.label, "model": run.model, "method": run.method, "directory": run.directory}
+        about["classes"] = str(run.settings.get("classes", ""))
         for network in run.networks:
-            row = {"run": run.label, "network": network.number, "model": run.model, "method": run.method}
-            row |= {"epochs": len(network.metrics), "best": network.best, "last": network.last}
-            row |= {"gain": gain(run, network, runs), "seconds_per_epoch": network.seconds_per_epoch, **network.filters}
-            row |= {"state": progress(run, network), "file": network.best_file or "", "directory": run.directory}
-            rows.append(row | {"classes": str(run.settings.get("classes", ""))})
-    needed = [
-        "directory",
-        "model",
-        "classes",
-        "best",
-        "last",
-        "gain",
-        "total",
-        *(f"invalid_{threshold}" for threshold in THRESHOLDS),
-    ]
-    frame = pd.json_normalize(rows, sep="_")  # invalid_0.1 of {"invalid": {"0.1": ...}}
-    return frame.reindex(columns=list(dict.fromkeys([*frame, *needed]))).round(4)
+            row = {"network": network.number, "epochs": len(network.metrics), "best": network.best}
+            row |= {"last": network.last, "gain": gain(run, network, runs), "state": progress(run, network)}
+            row |= {"seconds_per_epoch": network.seconds_per_epoch, "file": network.best_file or ""}
+            rows.append(about | row | network.filters)
+    # invalid_0.1 of {"invalid": {"0.1": 3}}
+    return pd.json_normalize(rows, sep="_").reindex(columns=COLUMNS).round(4)
 
 
-def best_networks(frame: pd.DataFrame) -> pd.DataFrame:
-    """By number of classes: accuracies on other data sets cannot be compared."""
-    known = frame.dropna(subset="best")
-    return known.loc[known.groupby("classes", sort=False)["best"].idxmax()] if len(known) else known
+def best_networks(frame: pd.DataFrame) -> pd.Index:
+    """A row for each number of classes: accuracies on other data sets cannot be compared."""
+    return pd.Index(frame.dropna(subset="best").groupby("classes", sort=False)["best"].idxmax())
+
+
+# ---- The table for people
 
 
 def text_table(runs: Sequence[Run], frame: pd.DataFrame, style: str) -> tuple[str, list[str]]:
-    """The table for people, no wider than WIDTH in Markdown, and the notes that its numbers in brackets refer to."""
+    """The table, and the sentences below it that its numbers in brackets refer to."""
     rows, notes = [], []
-    best = best_networks(frame).index
+    best = best_networks(frame)
     several_models = len({run.model for run in runs if run.model}) > 1
     for run in runs:
-        own, marks = frame[frame["directory"] == run.directory], ""
-        name = f"{run.label}: {f'{run.model}, ' * several_models}{run.method}"
-        name = run.label if run.method == run.label or not (run.networks or run.record) else name
-        for error in run.errors:
-            notes.append(f"{run.label}: {error}")
-            marks += f" [{len(notes)}]"
-        if len(own) != 1:
-            rows.append(row_of(name, own, marks))
-            name, marks = "", ""
-        for place, known in own.iterrows():
-            if known["state"] != "done":
-                notes.append(f"{run.label}, network {known['network']}: {known['state']}")
-                marks += f" [{len(notes)}]"
-            rows.append(row_of(name or f"· network {known['network']}", own.loc[[place]], marks))
-            rows[-1]["best %"] += " *" * (place in best)
-            marks = ""
+        own, name = frame[frame["directory"] == run.directory], run.label
+        if (run.networks or run.record) and run.method != run.label:
+            name += f": {f'{run.model}, ' * several_models}{run.method}"
+        rows.append(row_of(name, own, best))
         if "ensemble" in run.record:
-            rows[-1]["last %"] = f"{run.record['ensemble'].get('ensemble', math.nan):.2f}"
+            rows[-1]["last %"] = f"{run.record['ensemble']['ensemble']:.2f}"
+        states = zip(own["network"], own["state"], strict=True)
+        for sentence in [*run.errors, *(f"network {i}: {state}" for i, state in states if state != "done")]:
+            notes.append(f"{run.label}: {sentence}")
+            rows[-1]["epochs"] += f" [{len(notes)}]"
+        if len(own) > 1:
+            rows += [row_of(f"· network {own['network'][at]}", own.loc[[at]], best) for at in own.index]
     texts = pd.DataFrame(rows)
-    text = table(texts, style, right=list(texts)[1:])
-    if style == "markdown" and (excess := len(text.partition("\n")[0]) - WIDTH) > 0:
-        widest = max(12, texts["run"].str.len().max() - excess)
-        texts["run"] = [name if len(name) <= widest else f"{name[: widest - 1]}…" for name in texts["run"]]
-        text = table(texts, style, right=list(texts)[1:])
-    return text, notes
+    return table(narrowed(texts) if style == "markdown" else texts, style, right=list(texts)[1:]), notes
 
 
-def row_of(name: str, networks: pd.DataFrame, marks: str) -> dict[str, str]:
-    """The texts of a row: of one network, or the means of several."""
+def row_of(name: str, networks: pd.DataFrame, best: pd.Index) -> dict[str, str]:
+    """The texts of a row: of one network, with a star if it is a best one, or the means of several."""
 
     def mean(column: str, form: str) -> str:
-        value = networks[column].mean() if len(networks) else math.nan
+        value = networks[column].mean()
         return "–" if math.isnan(value) else format(value, form)
 
-    epochs = "/".join(map(str, sorted(set(networks["epochs"])))) if len(networks) else ""
-    row = {"run": name, "epochs": epochs + marks}
+    row = {"run": name, "epochs": "/".join(map(str, sorted(set(networks["epochs"]))))}
     row |= {f"{which} %": mean_and_deviation(networks[which], 2) for which in ("best", "last")}
-    row |= {"gain": mean("gain", "+.2f").removesuffix("–")}
+    row["best %"] += " *" * (len(networks) == 1 and networks.index[0] in best)
+    row["gain"] = mean("gain", "+.2f").removesuffix("–")
     row |= {f"<{threshold}": mean(f"invalid_{threshold}", ".1f").removesuffix(".0") for threshold in THRESHOLDS}
     return row | {"s/epoch": mean("seconds_per_epoch", ".1f")}
 
 
+def narrowed(texts: pd.DataFrame) -> pd.DataFrame:
+    """With names cut so that the table is no wider than WIDTH."""
+    widths = [max(len(name), texts[name].str.len().max()) for name in texts]
+    room = max(12, WIDTH - sum(widths[1:]) - 3 * len(widths) - 1)
+    return texts.assign(run=[name if len(name) <= room else f"{name[: room - 1]}…" for name in texts["run"]])
+
+
 def sentences(frame: pd.DataFrame) -> list[str]:
     """What is said below the table."""
-    said, best = [], best_networks(frame)
+    said, best = [], frame.loc[best_networks(frame)]
     for _, one in best.iterrows():
-        file = f": {one['file']}".replace(f" {Path.cwd()}/", " ") if one["file"] else ""
         which = f" in {one['classes']} classes" * (len(best) > 1)
+        file = f": {one['file']}".replace(f" {Path.cwd()}/", " ") if one["file"] else ""
         said.append(f"* Best{which}: network {one['network']} of {one['run']}, {one['best']:.2f} %{file}")
-    said.append(CAPTION)
     totals = frame.dropna(subset="total").groupby("model")["total"].first()
-    said.append(" ".join(f"A {model or 'network'} has {total:,.0f} filters." for model, total in totals.items()))
-    for _, one in frame.iterrows():
-        counts = [one.get(f"shortcut_invalid_{threshold}", 0) for threshold in THRESHOLDS]
-        if max(counts) > 0:
-            apart = ", ".join(f"{count:.0f} of {one['shortcut_total']:.0f}" for count in counts)
-            said.append(f"Of shortcut convolutions, counted apart: {apart} ({one['run']}, network {one['network']}).")
-    return list(filter(None, said))
+    return [*said, CAPTION, *(f"A {model or 'network'} has {total:,.0f} filters." for model, total in totals.items())]
 
 
 def in_order(runs: Sequence[Run]) -> list[Run]:
@@ -194,12 +168,12 @@ def main() -> int:
     if args.format == "markdown":
         print("", *sentences(frame), sep="\n")
     if notes:
-        print("", *(f"[{k}] {line}" for k, line in enumerate(notes, 1)), sep="\n", file=about)
+        print("", *(printable(f"[{k}] {note}") for k, note in enumerate(notes, 1)), sep="\n", file=about)
     if args.plots:
         from analysis import plots  # matplotlib, for those who ask for plots alone
 
         args.plots.mkdir(parents=True, exist_ok=True)
-        paths = list(plots.draw(runs, args.plots, f".{args.plot_format or 'png'}"))
+        paths = plots.draw(runs, args.plots, args.plot_format)
         print("", *(f"- {path}" for path in paths), sep="\n", file=about)
     return int(not any(run.record or run.networks for run in runs))
 

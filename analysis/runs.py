@@ -3,8 +3,8 @@
     run = read_run(Path("checkpoint/two"))
     run.networks[0].metrics.plot(x="epoch", y="test_accuracy")
 
-Whatever is missing, damaged or half-written is a sentence in `run.errors`; the rest is read as far as it goes, so
-that a run can be looked at while it is alive.
+Whatever is missing or damaged is a sentence in `run.errors`; the rest is read, so that a run can be looked at while it
+is alive.
 """
 
 import io
@@ -24,19 +24,17 @@ import tabulate
 import torch
 from torch import Tensor
 
-from filter_grafting.checkpoint import load
-from filter_grafting.errors import CheckpointError, GraftingError
+from filter_grafting.errors import GraftingError
 from filter_grafting.information import invalid_filters, norms_by_layer
-from filter_grafting.membership import Status, networks_of, observe, printable
+from filter_grafting.membership import Status, observe, printable
 from filter_grafting.membership import read_run as read_record
+from training.models import read_checkpoint
 from training.process import UsageError
 
 THRESHOLDS = (0.1, 0.01)  # of the L1 norm, below which a filter is invalid
 SECONDS = ["train_seconds", "test_seconds", "wait_seconds", "graft_seconds"]
-METRICS = ["epoch", "test_accuracy", "best", *SECONDS]
+METRICS = ["epoch", "test_accuracy", "best", *SECONDS]  # columns that every version has written
 COEFFICIENTS = ["epoch", "layer", "coefficient"]
-FILTERS = ["total", "invalid", "shortcut_total", "shortcut_invalid"]  # see `count_filters`
-MARKS = ("run.json", "result.json", "network*.json", "metrics*.csv")  # files that only a run leaves
 tabulate.MIN_PADDING = 0  # columns no wider than need be
 
 
@@ -46,8 +44,8 @@ class Network:
 
     number: int
     status: Status | None = None  # None of an experiment's result, which is finished
-    metrics: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=METRICS))  # a row per epoch
-    coefficients: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=COEFFICIENTS))
+    metrics: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=METRICS, dtype=float))  # a row per epoch
+    coefficients: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=COEFFICIENTS, dtype=float))
     best_file: Path | None = None  # the checkpoint of its best epoch
     filters: dict[str, Any] = field(default_factory=dict)  # see `count_filters`
     norms: np.ndarray = field(default_factory=lambda: np.empty(0))  # L1, of all filters but the shortcuts'
@@ -81,13 +79,27 @@ class Run:
 
     @property
     def model(self) -> str:
-        return printable(self.settings.get("model") or self.settings.get("arch") or "", 60)
+        return str(self.settings.get("model") or self.settings.get("arch") or "")
 
     @property
     def method(self) -> str:
+        """`baseline`, or `grafting of 2`, with what was not left at its default."""
         if "ensemble" in self.record:
-            return f"ensemble of {len(self.record['ensemble'].get('members', ()))}"
-        return method(self.settings, len(self.networks))
+            return f"ensemble of {len(self.record['ensemble']['members'])}"
+        settings, num = self.settings, len(self.networks)
+        name, scion = settings.get("method", "grafting"), settings.get("scion", "external")
+        words = [f"{name} of {num}" if num > 1 else "baseline" if name == "grafting" else name]
+        words += [f"{scion} scions"] * (scion != "external")
+        words += ["cosine"] * bool(settings.get("cos")) + ["steps"] * bool(settings.get("steplr"))
+        if num > 1:
+            words += ["dlr"] * bool(settings.get("difflr"))
+            words += ["filter level"] * (settings.get("level") == "filter")
+            words += ["by L1 norm"] * (settings.get("criterion") == "l1")
+        if num > 1 and name == "grafting":
+            defaults = {"a": 0.4, "c": 500}
+            own = {key: settings.get(key, value) for key, value in defaults.items()}
+            words += [f"{key} {own[key]:g}" for key in own if own[key] != defaults[key]]
+        return ", ".join(words)
 
     @property
     def is_baseline(self) -> bool:
@@ -95,30 +107,19 @@ class Run:
         plain = self.settings.get("method", "grafting") == "grafting"
         return len(self.networks) == 1 and plain and self.settings.get("scion", "external") == "external"
 
-
-def method(settings: dict[str, Any], num: int) -> str:
-    """`baseline`, or `grafting of 2`, with what was not left at its default."""
-    name, scion = printable(settings.get("method", "grafting")), printable(settings.get("scion", "external"))
-    words = [f"{name} of {num}" if num > 1 else "baseline" if name == "grafting" else name]
-    words += [f"{scion} scions"] * (scion != "external") + ["cosine"] * bool(settings.get("cos"))
-    words += ["steps"] * bool(settings.get("steplr"))
-    if num > 1:
-        words += ["dlr"] * bool(settings.get("difflr"))
-        words += ["filter level"] * (settings.get("level") == "filter")
-        words += ["by L1 norm"] * (settings.get("criterion") == "l1")
-        own = [(key, settings.get(key, default), default) for key, default in (("a", 0.4), ("c", 500))]
-        words += [f"{key} {value:g}" for key, value, default in own if value != default and name == "grafting"]
-    return ", ".join(words)
+    def recipe(self, without: Iterable[str] = ()) -> dict[str, str]:
+        """The settings that shaped its outcome: all but the seed and what belongs to one network alone."""
+        left_out = {"seed", "i", "s", "start_lr", *without}
+        return {key: str(value) for key, value in self.settings.items() if key not in left_out}
 
 
 # ---- Reading
 
 
 def find_runs(directory: Path) -> list[Path]:
-    """The directory itself if a run has left something there, else all such below it; itself if there are none."""
-    if any(next(directory.glob(mark), None) for mark in MARKS):
-        return [directory]
-    return sorted({path.parent for mark in MARKS for path in directory.rglob(mark)}) or [directory]
+    """All runs in a directory and below it; the directory itself if there are none."""
+    records = [record for name in ("run.json", "result.json") for record in directory.rglob(name)]
+    return sorted({record.parent for record in records}) or [directory]
 
 
 def read_run(directory: Path, label: str = "") -> Run:
@@ -127,30 +128,26 @@ def read_run(directory: Path, label: str = "") -> Run:
     if (directory / "result.json").exists():
         _read_result(run)
         return run
-    numbers = networks_of(directory)
-    if not numbers:
-        run.errors.append("not the save directory of a run" if directory.is_dir() else "there is no such directory")
-        return run
     try:
         run.settings = read_record(directory)[1]
-    except FileNotFoundError:
-        run.errors.append("run.json is missing")
     except (OSError, ValueError):
-        run.errors.append("run.json is unreadable")
-    run.networks = [_read_network(run, status, len(numbers)) for status in observe(directory, numbers)]
+        run.errors.append("not the save directory of a run: there is no run.json that can be read")
+        return run
+    run.networks = [_read_network(run, status) for status in observe(directory)]
     return run
 
 
-def _read_network(run: Run, status: Status, num: int) -> Network:
-    network, i, is_done = Network(status.network, status), status.network, status.state == "done"
-    checkpoints = find_checkpoints(run.directory, i, num)
-    if not is_done and not checkpoints and not (run.directory / f"metrics{i}.csv").exists():
-        return network  # no epoch has ended
-    _read_tables(run, network, status.epochs if is_done else None)
-    if is_done and not any(path.stem == f"final{i}" for path in checkpoints):
+def _read_network(run: Run, status: Status) -> Network:
+    i, is_done = status.network, status.state == "done"
+    network = Network(i, status)
+    paths = {path.stem: path for path in run.directory.iterdir() if path.suffix in (".t7", ".tar")}
+    final, network.best_file = paths.get(f"final{i}"), paths.get(f"best{i}")
+    if is_done or network.best_file:  # else no epoch has ended
+        _read_tables(run, network, status.epochs if is_done else None)
+    if is_done and not final:
         run.errors.append(f"final{i} is missing")
-    network.best_file = next((path for path in checkpoints if path.stem == f"best{i}"), None)
-    _read_filters(run, network, checkpoints)
+    if path := final or network.best_file:
+        _read_filters(run, network, path)
     return network
 
 
@@ -160,7 +157,7 @@ def _read_result(run: Run) -> None:
         run.record = dict(json.loads((run.directory / "result.json").read_bytes()))
         run.settings = dict(run.record.get("settings") or {})
         for i, filters in enumerate(run.record.get("filters") or (), 1):
-            network = Network(i, filters={key: filters[key] for key in FILTERS})
+            network = Network(i, filters=dict(filters))
             _read_tables(run, network, run.settings["epochs"])
             run.networks.append(network)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -171,72 +168,40 @@ def _read_tables(run: Run, network: Network, epochs: int | None) -> None:
     """The CSV files of a network; epochs: how many there must be."""
     i = network.number
     network.metrics = _read_csv(run, f"metrics{i}.csv", METRICS)
-    ended = network.metrics["epoch"].iloc[-1] + 1 if len(network.metrics) else epochs
-    if epochs and ended != epochs:
+    if epochs and len(network.metrics) and (ended := network.metrics["epoch"].iloc[-1] + 1) != epochs:
         run.errors.append(f"metrics{i}.csv ends after {ended} of {epochs} epochs")
     if (run.directory / f"coefficients{i}.csv").exists():
         # A network that was killed between the two files writes an epoch's rows once more.
-        frame = _read_csv(run, f"coefficients{i}.csv", COEFFICIENTS).drop_duplicates(["epoch", "layer"], keep="last")
-        network.coefficients = frame[frame["epoch"].isin(network.metrics["epoch"])].reset_index(drop=True)
+        rows = _read_csv(run, f"coefficients{i}.csv", COEFFICIENTS)
+        network.coefficients = rows.drop_duplicates(["epoch", "layer"], keep="last")
 
 
 def _read_csv(run: Run, name: str, columns: Sequence[str]) -> pd.DataFrame:
     """A frame of whole rows; a last one without its newline is being written, and is left out."""
     try:
-        whole = (run.directory / name).read_bytes().decode().rpartition("\n")[0]
+        whole = (run.directory / name).read_text().rpartition("\n")[0]
         frame = pd.read_csv(io.StringIO(whole), dtype=dict.fromkeys(columns, float) | {"epoch": int, "layer": str})
-        if not isinstance(frame.index, pd.RangeIndex) or not {*columns} <= {*frame}:
-            raise ValueError(f"expected rows of {', '.join(columns)} and others")
-        if not np.isfinite(frame[[column for column in columns if column != "layer"]]).all(axis=None):
-            raise ValueError("it has values that are not finite")
+        if missing := [column for column in columns if column not in frame]:
+            raise ValueError(f"it has no column {missing[0]}")
         return frame
     except FileNotFoundError:
         run.errors.append(f"{name} is missing")
     except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
-        run.errors.append(f"{name} is damaged: {str(error).partition(chr(10))[0]}")
-    return pd.DataFrame(columns=columns)
+        run.errors.append(f"{name} is damaged: {error}")
+    return pd.DataFrame(columns=columns, dtype=float)
 
 
-def find_checkpoints(directory: Path, i: int, num: int) -> list[Path]:
-    """The final network, the best one, then the published ones from the newest: as far as they are there."""
-    name = re.compile(rf"(?:(final|best){i}|(?:ckpt|pth){i % num}_(\d{{1,9}}))\.(?:t7|tar)")
-    found = [match for path in directory.iterdir() if (match := name.fullmatch(path.name))]
-    found.sort(key=lambda match: (match[1] or "", int(match[2] or 0)), reverse=True)  # "final" > "best" > ""
-    return [directory / match[0] for match in found]
-
-
-def _read_filters(run: Run, network: Network, checkpoints: Iterable[Path]) -> None:
-    """Counts the invalid filters in the first of the checkpoints that can be read."""
-    for path in checkpoints:
-        try:
-            state, contents = read_checkpoint(path)
-            network.filters = count_filters(state)
-            norms = norms_by_layer(state, shortcuts=False)
-        except FileNotFoundError:
-            continue  # a network at work has deleted it in between, and published a newer one
-        except (GraftingError, RuntimeError, ValueError) as error:
-            run.errors.append(str(error).replace(f"{path.parent}/", ""))
-            continue
-        network.norms = torch.cat(list(norms.values())).double().numpy()
-        data = {"data": contents["data"]} if isinstance(contents.get("data"), str) else {}  # the images' checksum
-        run.settings = contents["settings"] | data | run.settings
+def _read_filters(run: Run, network: Network, path: Path) -> None:
+    """Counts the invalid filters in a checkpoint, and takes what it says of the settings."""
+    try:
+        state, contents = read_checkpoint(path)
+        network.filters = count_filters(state)
+        network.norms = torch.cat(list(norms_by_layer(state, shortcuts=False).values())).double().numpy()
+    except (GraftingError, OSError) as error:
+        run.errors.append(str(error).replace(f"{path.parent}/", ""))
         return
-    run.errors.append(f"no checkpoint of network {network.number} can be read")
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in a checkpoint (its `net` or `state_dict`, or all that it holds), and the whole contents.
-
-    These have `settings` in any case, empty where the file has none.
-    Raises FileNotFoundError; CheckpointError, naming the file, if it holds no state dict or cannot be loaded.
-    """
-    contents = load(path)
-    state = contents.get("net", contents.get("state_dict", contents))
-    if isinstance(state, dict) and state and all(isinstance(entry, Tensor) for entry in state.values()):
-        settings = contents.get("settings")
-        return state, {**contents, "settings": settings if isinstance(settings, dict) else {}}
-    keys = printable(", ".join(map(str, contents)), 100)
-    raise CheckpointError(f"{path} holds no state dict: it has the keys {keys}; expected net or state_dict")
+    data = {"data": contents["data"]} if isinstance(contents.get("data"), str) else {}  # the images' checksum
+    run.settings = contents["settings"] | data | run.settings
 
 
 def count_filters(state: dict[str, Tensor], thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Any]:
@@ -246,61 +211,29 @@ def count_filters(state: dict[str, Tensor], thresholds: Sequence[float] = THRESH
     """
     counts: dict[str, Any] = {}
     for kind, shortcuts in ("", False), ("shortcut_", True):
-        pairs = {f"{t:g}": invalid_filters(state, t, shortcuts) for t in thresholds}
-        counts[f"{kind}total"] = max(total for _, total in pairs.values())
-        counts[f"{kind}invalid"] = {threshold: invalid for threshold, (invalid, _) in pairs.items()}
+        found = {threshold: invalid_filters(state, threshold, shortcuts) for threshold in thresholds}
+        counts[f"{kind}total"] = next(total for _, total in found.values())
+        counts[f"{kind}invalid"] = {f"{threshold:g}": invalid for threshold, (invalid, _) in found.items()}
     return counts
-
-
-# ---- Comparing
-
-
-def recipe(run: Run, without: Iterable[str] = ()) -> dict[str, str]:
-    """What shaped the run's outcome, but its seed and what belongs to one network alone."""
-    left_out = {"seed", "i", "s", "start_lr", *without}
-    settings = {key: value for key, value in run.settings.items() if key not in left_out}
-    return {key: f"{value:g}" if type(value) in (int, float) else str(value) for key, value in settings.items()}
-
-
-def groups_of(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs of the same settings but the seed, by model, method, and what else tells them apart; baselines first."""
-    by_name: dict[str, dict[frozenset, list[Run]]] = {}
-    for run in sorted(runs, key=lambda run: (run.model, not run.is_baseline)):
-        settings = frozenset(recipe(run).items())
-        by_name.setdefault(f"{run.model}, {run.method}", {}).setdefault(settings, []).append(run)
-    groups = {}
-    for name, parts in by_name.items():
-        shared = frozenset.intersection(*parts)
-        for settings, alike in parts.items():
-            groups[", ".join([name, *(f"{key} {value}" for key, value in sorted(settings - shared))])] = alike
-    return groups
 
 
 # ---- Saying
 
 
 def ends(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(set(paths)) and not any(re.fullmatch(r"seed\d+", name) for name in names):
-            break
-    return names
+    """The paths from where they part: `one/final1.t7` and `two/final1.t7`."""
+    paths = [path.absolute() for path in paths]
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [str(path.relative_to(shared)) for path in paths]
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """Names of runs, shortened to what differs between them: `baseline` and `grafting_num4` of …_cifar10_resnet32."""
+    """Names of runs, shortened to what differs between them: `num2` and `num4` of grafting_num2 and grafting_num4."""
     names = ends(paths)
-    words = [re.findall(r"[^/_]*[/_]?", name) for name in names]
+    words = [re.findall(r"[^/_]+[/_]?", name) for name in names]
     shared = set.intersection(*({word.strip("/_") for word in own} for own in words))
-    for kept in (0, 1):  # a name that is the others' beginning keeps its first word, and so do they
-        short = [
-            "".join(word for k, word in enumerate(own) if k < kept or word.strip("/_") not in shared).strip("/_")
-            for own in words
-        ]
-        if len(names) > 1 and all(short) and len(set(short)) == len(names):
-            return short
-    return names
+    short = ["".join(word for word in own if word.strip("/_") not in shared).strip("/_") for own in words]
+    return short if all(short) and len(set(short)) == len(names) else names
 
 
 def mean_and_deviation(values: Iterable[float], digits: int) -> str:
@@ -317,19 +250,17 @@ def table(frame: pd.DataFrame, style: str = "markdown", right: Iterable[str] = (
     """A frame of texts as `markdown`, `csv` or `latex`; the columns named in `right` are flush right."""
     if style == "csv":
         return frame.to_csv(index=False).rstrip("\n")
-    cells = frame.map(printable)  # whoever wrote the run's files
-    if style == "markdown":
-        cells = cells.map(lambda text: text.replace("|", "\\|"))
-    align = ["right" if column in set(right) else "left" for column in frame]
-    form = {"markdown": "pipe", "latex": "latex_booktabs"}[style]
-    options = {"headers": list(frame), "colalign": align, "disable_numparse": True}
-    return tabulate.tabulate(cells.values.tolist(), tablefmt=form, **options)
+    return tabulate.tabulate(
+        frame.map(printable).values.tolist(),  # whoever wrote the run's files
+        headers=list(frame),
+        tablefmt={"markdown": "pipe", "latex": "latex_booktabs"}[style],
+        colalign=["right" if column in set(right) else "left" for column in frame],
+        disable_numparse=True,
+    )
 
 
 def program(main: Callable[[], int]) -> int:
     """Runs a program of this folder: what a user can mend is one sentence on stderr and exit status 1."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that knows no "±" is no reason to fail
     try:
         status = main()
         sys.stdout.flush()
@@ -340,8 +271,6 @@ def program(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except (OSError, GraftingError, torch.OutOfMemoryError) as error:
-        sentence = str(error)
-        if isinstance(error, OSError) and error.filename:
-            sentence = f"{error.filename}: {error.strerror}"
-        print(printable(sentence, 1000), file=sys.stderr)
+        has_place = isinstance(error, OSError) and error.filename
+        print(printable(f"{error.filename}: {error.strerror}" if has_place else error, 1000), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

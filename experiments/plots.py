@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis.plots import BLACK, COLOURS, WIDTH, coefficients, draw_band, finish, pyplot, styled
+from analysis.plots import BLACK, COLOURS, WIDTH, coefficients, draw_band, finish, pyplot
 from analysis.runs import THRESHOLDS
 from experiments.results import Cells, gain
 
@@ -65,7 +65,6 @@ def courses_of(cells: Cells) -> pd.DataFrame:
     return frame.groupby(["row", "seed", "share"]).mean(numeric_only=True)
 
 
-@styled
 def save(figure: Figure, path: Path) -> Path:
     """Writes a PNG file of few colours: a fraction of the size, and looks the same."""
     file = io.BytesIO()
@@ -75,7 +74,6 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-@styled
 def gains(cells: Cells, title: str) -> Figure:
     """A dot with its interval for each row and figure (hollow without one), the published gain beside them."""
     compared = {label: one for label, one in cells.items() if one.row.baseline in cells and len(one.results)}
@@ -103,7 +101,6 @@ def gains(cells: Cells, title: str) -> Figure:
     return finish(figure, [])
 
 
-@styled
 def courses(cells: Cells, columns: dict[str, pd.Series], ylabel: str, title: str) -> Figure:
     """A row of panels for a baseline and each few of its rows: means over networks and seeds, the seeds' range."""
     groups = grouped(cells)
