@@ -15,7 +15,6 @@ from analysis.plots import BLACK, COLOURS, WIDTH, coefficients, draw_band, finis
 from analysis.runs import THRESHOLDS
 from experiments.results import Cells, gain
 
-FIGURES = {"last": ("o", -0.14), "best": ("D", 0.14)}  # marker, and place beside the row's own
 LINES = 4  # that are told apart in one panel, beside the baseline
 QUARTER = 75  # % of a run, after which the last quarter begins
 
@@ -75,25 +74,22 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def gains(cells: Cells, title: str) -> Figure:
-    """A dot with its interval for each row and figure (hollow without one), the published gain beside them."""
-    compared = {label: one for label, one in cells.items() if one.row.baseline in cells and len(one.results)}
+    """A dot for each row and figure, with its interval where there is one, and the published gain beside them."""
+    compared = [one for one in cells.values() if one.row.baseline in cells and len(one.results)]
+    places = np.arange(len(compared))
     figure, panel = pyplot.subplots(figsize=(WIDTH, 1 + 0.34 * len(compared)))
-    by = "by validation" if any(one.results["picked"].notna().any() for one in compared.values()) else "on the test set"
-    names = {"last": "last epoch", "best": f"best epoch, {by}"}
-    for (name, (marker, offset)), colour in zip(FIGURES.items(), COLOURS, strict=False):
-        panel.plot([], [], marker, color=colour, label=names[name])
-        for place, one in enumerate(compared.values()):
-            y = place + offset
-            found = gain(one, cells[one.row.baseline], name)
-            face = colour if math.isfinite(found.low) else "white"
-            panel.plot([found.low, found.high], [y, y], color=colour)
-            panel.plot(found.mean, y, marker, color=colour, markerfacecolor=face, markersize=5)
-    papers = [(one.row.paper, cells[one.row.baseline].row.paper) for one in compared.values()]
+    by = "by validation" if any(one.results["picked"].notna().any() for one in compared) else "on the test set"
+    shown = ("last", "last epoch", "o", -0.14), ("best", f"best epoch, {by}", "D", 0.14)
+    for (name, label, marker, offset), colour in zip(shown, COLOURS, strict=False):
+        mean, low, high = np.array([gain(one, cells[one.row.baseline], name) for one in compared]).T
+        style = {"fmt": marker, "color": colour, "label": label, "markersize": 5}
+        panel.errorbar(mean, places + offset, xerr=(mean - low, high - mean), **style)
+    papers = [(one.row.paper, cells[one.row.baseline].row.paper) for one in compared]
     papers = {y: own - other for y, (own, other) in enumerate(papers) if isinstance(own, float) and other is not None}
     if papers:
         panel.plot(papers.values(), papers.keys(), "x", color="dimgrey", markersize=5, label="published")
     panel.axvline(0, color=BLACK, linewidth=0.8)
-    panel.set_yticks(range(len(compared)), [f"{label}  (n = {len(one.results)})" for label, one in compared.items()])
+    panel.set_yticks(places, [f"{one.row.label}  (n = {len(one.results)})" for one in compared])
     panel.set_ylim(len(compared) - 0.5, -0.5)
     panel.grid(False, axis="y")
     panel.set_xlabel("gain in accuracy (percentage points), 95 % interval")

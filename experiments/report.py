@@ -147,7 +147,7 @@ def tally(compared: list[Pair], what: str) -> str:
 
 def section(cells: Cells) -> list[str]:
     """The rows beside the published figures; grafting beside its rivals; what must be said of either."""
-    parts = [table(main_table(cells))]
+    parts = [table(with_figures(main_table(cells)))]
     for label, one in cells.items():
         if one.row.is_ensemble and len(one.results):
             alone, average = mean(one, "alone"), mean(one, "weight_average")
@@ -165,7 +165,7 @@ def section(cells: Cells) -> list[str]:
             }
             for one, other in rivals
         ]
-        parts += [f"{RIVALS} (an ensemble costs more to use):", table(pd.DataFrame(lines))]
+        parts += [f"{RIVALS} (an ensemble costs more to use):", table(with_figures(pd.DataFrame(lines)))]
     own = [(one, cells[one.row.baseline]) for one in cells.values() if one.row.baseline in cells]
     unlike = [
         " and ".join(f"{each.row.label} ({'/'.join(each.results['precision'].unique())})" for each in pair)
@@ -178,7 +178,7 @@ def section(cells: Cells) -> list[str]:
 
 
 def main_table(cells: Cells) -> pd.DataFrame:
-    """A line for each row; without columns of which none has a figure."""
+    """A line for each row."""
     is_picked = any(one.results["picked"].notna().any() for one in cells.values())
     lines = []
     for label, one in cells.items():
@@ -187,13 +187,17 @@ def main_table(cells: Cells) -> pd.DataFrame:
         line["paper"] = "–" if paper is None else f"{paper:.2f}" if isinstance(paper, float) else paper
         line[f"best, {'by validation' if is_picked else 'on the test set'}"] = mean(one, "best")
         line |= {"last": mean(one, "last"), "top-5, last": mean(one, "top5")}
-        line |= {f"gain of {figure}": str(gain(one, baseline, figure)) for figure in ("best", "last")}
+        line |= {f"gain of {figure}": gain(one, baseline, figure) for figure in ("best", "last")}
         for kind, where in ("", ""), ("shortcut_", " in shortcuts"):
             for threshold in THRESHOLDS:
                 line[f"invalid{where}, below {threshold}"] = count(one, kind, threshold)
-        lines.append(line | {"information (nats)": mean(one, "information", 1), "n": str(len(one.results))})
-    frame = pd.DataFrame(lines)
-    return frame.loc[:, (frame.columns == "last") | ~frame.isin(["–", "not run"]).all()]
+        lines.append(line | {"information (nats)": mean(one, "information", 1), "n": len(one.results)})
+    return pd.DataFrame(lines)
+
+
+def with_figures(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without the columns in which there is no figure."""
+    return frame.loc[:, (frame.columns == "last") | ~frame.astype(str).isin(["–", "not run"]).all()]
 
 
 def mean(one: Cell, figure: str, digits: int = 2) -> str:

@@ -158,14 +158,15 @@ class Job:
         try:
             for i in {*self.numbers} - alive - done:
                 processes[i] = self.start(i, threads)
-            while alive or any(process.poll() is None for process in processes.values()):
-                time.sleep(POLL_SECONDS)
-                if signals.received:
-                    raise RuntimeError("stopped")
+            while not signals.received:
                 for i, process in processes.items():
                     if process.poll():
                         raise RuntimeError(self.last_words(i, process.returncode))
+                if not alive and all(process.returncode == 0 for process in processes.values()):
+                    return
+                time.sleep(POLL_SECONDS)
                 alive = {one.network for one in observe(self.save, alive) if one.alive}
+            raise RuntimeError("stopped")
         finally:  # networks that still run would wait for those that have ended
             for process in processes.values():
                 process.terminate()
@@ -270,13 +271,13 @@ def slurm(args: argparse.Namespace, jobs: list[Job]) -> str:
 
 def main() -> int:
     args = parse()
-    chosen = [run for run in args.runs if not args.only or not {run.name, str(run)}.isdisjoint(args.only)]
+    chosen = {run for run in args.runs if not args.only or not {run.name, str(run)}.isdisjoint(args.only)}
     if "imagenet" not in args.data and any(run.data == "imagenet" for run in chosen):
         print("left out, as no images were given: the runs on imagenet (--data imagenet=DIR)", file=sys.stderr)
-        chosen = [run for run in chosen if run.data != "imagenet"]
-    missing = [job for job in unfinished([Job(run, args) for run in args.runs]) if job.run in chosen]
+        chosen = {run for run in chosen if run.data != "imagenet"}
     if not chosen:
         return 2
+    missing = [job for job in unfinished([Job(run, args) for run in args.runs]) if job.run in chosen]
     if args.dry_run:
         for job in missing:
             for i in job.numbers:
@@ -285,8 +286,6 @@ def main() -> int:
     if args.slurm:
         print(slurm(args, [job for job in missing if not job.run.members]), end="")
         return 0
-    for folder in args.work, args.results:  # before the hours that training takes
-        folder.mkdir(parents=True, exist_ok=True)
     gpus = launch.gpus(None)
     slots = args.jobs or NETWORKS_PER_GPU * len(gpus) or launch.cores()
     print(f"{len(chosen)} runs, {len(chosen) - len(missing)} of them done; {slots} networks at once", flush=True)
