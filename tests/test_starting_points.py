@@ -8,34 +8,32 @@ import pytest
 from imagenet import ImageRun
 from processes import assert_same
 
+JOINED = r"after rename network\d\.json"
 
-@pytest.fixture(scope="session")
+
+@pytest.fixture(scope="module")
 def files(tmp_path_factory, class_folders):
     """Checkpoints to start from, of two networks; the epoch after theirs is 1."""
     run = ImageRun(tmp_path_factory.mktemp("earlier") / "run", class_folders, 2, 1).finish()
     return [run.checkpoint(network, 0) for network in (1, 2)]
 
 
-@pytest.fixture(scope="session")
-def single(tmp_path_factory, class_folders, files):
-    """A single network that has started from the first of them, and that nothing has disturbed."""
-    return ImageRun(tmp_path_factory.mktemp("single") / "run", class_folders, 1, 3).finish("--resume", files[0])
-
-
-@pytest.fixture(scope="session")
-def ring(tmp_path_factory, class_folders, files):
-    """The same for two, each of which has started from another file."""
-    run = ImageRun(tmp_path_factory.mktemp("ring") / "run", class_folders, 2, 3)
-    for process in [run.start(network, "--resume", file) for network, file in enumerate(files, 1)]:
-        assert process.wait() == 0, process.output()
-    return run
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, class_folders, files):
+    """Of one or two networks, each of which has started from its file: runs that nothing has disturbed."""
+    runs = {}
+    for networks in (1, 2):
+        run = runs[networks] = ImageRun(tmp_path_factory.mktemp(f"{networks}") / "run", class_folders, networks, 3)
+        for process in [run.start(i, "--resume", files[i - 1]) for i in range(1, networks + 1)]:
+            assert process.wait() == 0, process.output()
+    return runs
 
 
 def assert_same_from_epoch_1(run, undisturbed):
     for network in range(1, run.networks + 1):
         outcome = run.outcome(network)
         assert [row["epoch"] for row in outcome["tables"]["metrics"]] == ["1", "2"]
-        assert_same(outcome, undisturbed.outcome(network), f"network {network}")
+        assert_same(outcome, undisturbed[run.networks].outcome(network), f"network {network}")
 
 
 def killed(run, network, event, *flags):
@@ -50,27 +48,19 @@ def refused(run, network, *flags):
     return process.sentence()
 
 
-JOINED = r"after rename network\d\.json"
-
-
-@pytest.mark.parametrize("event", [JOINED, pytest.param("after train", marks=pytest.mark.slow), "after line 1"])
-def test_killed_it_goes_on_from_where_it_started(make_image_run, files, single, event):
+def test_killed_it_goes_on_from_where_it_started_and_the_same_command_again_loses_nothing(
+    make_image_run, files, undisturbed
+):
     run = make_image_run(1, 3)
-    killed(run, 1, event, "--resume", os.path.relpath(files[0]))
+    killed(run, 1, JOINED, "--resume", os.path.relpath(files[0]))
+    killed(run, 1, "after train", "--resume")
+    killed(run, 1, "after line 1", "--resume", files[0])
+    assert "network 1 has already run in" in refused(run, 1, "--resume", files[0])
     assert run.start(1, "--resume").wait() == 0, run.started[-1].output()
-    assert_same_from_epoch_1(run, single)
+    assert_same_from_epoch_1(run, undisturbed)
 
 
-@pytest.mark.parametrize("event", [JOINED, pytest.param(r"after rename pth._1\.tar", marks=pytest.mark.slow)])
-def test_networks_of_a_ring_each_go_on_from_their_own_file(make_image_run, files, ring, event):
-    run = make_image_run(2, 3)
-    for network, file in enumerate(files, 1):
-        killed(run, network, event, "--resume", file)
-    run.finish("--resume", "auto")
-    assert_same_from_epoch_1(run, ring)
-
-
-def test_the_file_counts_only_until_the_network_has_a_checkpoint(make_image_run, files, single, tmp_path):
+def test_the_file_counts_only_until_the_network_has_a_checkpoint(make_image_run, files, undisturbed, tmp_path):
     file = shutil.copy(files[0], tmp_path / "start.tar")
     run = make_image_run(1, 3)
     killed(run, 1, "after train", "--resume", file)
@@ -80,26 +70,17 @@ def test_the_file_counts_only_until_the_network_has_a_checkpoint(make_image_run,
     both = ["--resume", tmp_path / "moved.tar", "--resume", "auto"]
     killed(run, 1, r"after rename pth0_1\.tar", *both)
     (tmp_path / "moved.tar").unlink()
-    killed(run, 1, "after train", "--resume")
     assert run.start(1, *both).wait() == 0
-    assert_same_from_epoch_1(run, single)
+    assert_same_from_epoch_1(run, undisturbed)
 
 
-def test_the_same_command_again_loses_nothing(make_image_run, files, single):
-    run = make_image_run(1, 3)
-    killed(run, 1, JOINED, "--resume", files[0])
-    killed(run, 1, "after line 1", "--resume", files[0])
-    assert "network 1 has already run in" in refused(run, 1, "--resume", files[0])
-    assert run.start(1, "--resume").wait() == 0
-    assert_same_from_epoch_1(run, single)
-
-
-def test_a_network_that_has_not_begun_is_not_guessed_at(make_image_run, files, ring):
+def test_networks_of_a_ring_each_go_on_from_their_own_file_and_none_is_guessed(make_image_run, files, undisturbed):
     run = make_image_run(2, 3)
-    first = run.start(1, "--resume", files[0])
+    killed(run, 1, JOINED, "--resume", files[0])
+    first = run.start(1, "--resume", "auto")
     run.reaches(1, "waiting", 1)
-    for flags in ([], ["--resume"]):
-        assert "start_epoch is 0 here and 1 in the run" in refused(run, 2, *flags)
-    assert run.start(2, "--resume", files[1], "--resume").wait() == 0
-    assert first.wait() == 0
-    assert_same_from_epoch_1(run, ring)
+    assert "start_epoch is 0 here and 1 in the run" in refused(run, 2, "--resume")
+    killed(run, 2, JOINED, "--resume", files[1])
+    for process in run.start(2, "--resume"), first:
+        assert process.wait() == 0, process.output()
+    assert_same_from_epoch_1(run, undisturbed)
