@@ -14,7 +14,7 @@ from ring_tools import held, snapshot, until, write_status
 
 from filter_grafting import membership
 from filter_grafting.errors import AliveError, AlreadyRunError, GraftingError, RefusedError, SettingsError, WriteError
-from filter_grafting.membership import networks_of, observe, read_run, read_status
+from filter_grafting.membership import observe, read_run, read_status
 from filter_grafting.rings import FileRing
 
 SETTINGS = {"model": "resnet20", "epochs": 8, "a": 0.4}
@@ -275,12 +275,6 @@ def test_a_status_that_cannot_be_read_says_nothing(tmp_path):
         (tmp_path / "network2.json").write_bytes(data)
         assert read_status(tmp_path, 2) == {}
     assert [status.state for status in observe(tmp_path, [1, 2])] == ["not started"] * 2
-
-
-def test_the_networks_of_a_run_are_those_of_its_settings(tmp_path, ring):
-    assert networks_of(tmp_path / "none") == networks_of(tmp_path) == range(1, 1)
-    ring(1, 4)
-    assert networks_of(tmp_path) == range(1, 5)
 
 
 # Files
