@@ -82,9 +82,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.tables = list(TABLES) if "all" in args.tables else args.tables
     args.work, args.results = args.work.resolve(), args.results.resolve()
-    if len(dict(args.data)) < len(args.data):
+    folders = dict(args.data)
+    if len(folders) < len(args.data):
         parser.error("argument --data: got two folders for the same images, expected one")
-    args.data, args.runs = dict(args.data), runs(args.tables, args.preset, args.seeds)
+    if "" in folders:
+        folders = dict.fromkeys(("cifar10", "cifar100"), folders.pop("")) | folders
+    args.data, args.runs = {"glyphs": "glyphs"} | folders, runs(args.tables, args.preset, args.seeds)
     if not args.runs:
         parser.error(f"argument --preset: {args.preset} runs nothing of {', '.join(args.tables)}")
     known = {name for run in args.runs for name in (run.name, str(run))}
@@ -94,21 +97,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def named_folder(text: str) -> tuple[str, str]:
-    """A converter for argparse: (name or "", folder) of [NAME=]DIR."""
+    """A converter for argparse: (name, folder) of NAME=DIR; ("", folder) of DIR, for both CIFARs."""
     name, _, folder = text.partition("=")
     if name not in ("cifar10", "cifar100", "imagenet"):
         name, folder = "", text
     if not path(folder).is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {folder}")
     return name, str(path(folder).resolve())
-
-
-def data_flags(run: Run, folders: dict[str, str]) -> list[str]:
-    """The flags that name the run's images; none if no folder was given for them."""
-    if run.data == "glyphs":
-        return ["--data", "glyphs"]
-    folder = folders.get(run.data, "" if run.data == "imagenet" else folders.get(""))
-    return ["--data", folder] if folder else []
 
 
 # ---- A run
@@ -119,18 +114,20 @@ class Job:
 
     def __init__(self, run: Run, args: argparse.Namespace):
         self.run, self.preset, self.failure, self.gpus = run, args.preset, "", []
-        self.save, self.results = args.work / args.preset / str(run), args.results / args.preset / str(run)
+        self.saved = args.work / args.preset  # of all runs
+        self.save, self.results = self.saved / str(run), args.results / args.preset / str(run)
         self.numbers = range(1, run.networks + 1)
-        images = data_flags(run, args.data)
-        if run.members:
-            members = [str(args.work / args.preset / member) for member in run.members]
-            words = ["analysis/ensemble.py", *members, *images, "--json", str(self.save / "ensemble.json")]
-        else:
-            words = [f"{run.script}/grafting.py", *run.flags, *images, "--s", str(self.save), "--resume"]
-        self.command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+        self.images = args.data.get(run.data)
 
     def command_of(self, i: int) -> list[str]:
-        return self.command + ([] if self.run.members else ["--i", str(i)])
+        images = ["--data", self.images] if self.images else []
+        if self.run.members:
+            members = [str(self.saved / member) for member in self.run.members]
+            words = ["analysis/ensemble.py", *members, *images, "--json", str(self.save / "ensemble.json")]
+        else:
+            words = [f"{self.run.script}/grafting.py", *self.run.flags, *images, "--s", str(self.save)]
+            words += ["--resume", "--i", str(i)]
+        return [sys.executable, str(ROOT / words[0]), *words[1:]]
 
     def final(self, i: int) -> Path:
         return self.save / f"final{i}.{'tar' if self.run.data == 'imagenet' else 't7'}"
@@ -264,8 +261,8 @@ def slurm(args: argparse.Namespace, jobs: list[Job]) -> str:
     """A job array: each task runs one of the jobs, none of which is an ensemble; those come with a last call."""
     words = [sys.executable, str(ROOT / "experiments" / "run.py"), *args.tables, "--preset", args.preset]
     words += ["--seeds", str(args.seeds), "--work", str(args.work), "--results", str(args.results)]
-    folders = [f"{name}={folder}" if name else folder for name, folder in args.data.items()]
-    again = shlex.join(words + (["--data", *folders] if folders else []))
+    folders = [f"{name}={folder}" for name, folder in args.data.items() if name != "glyphs"]
+    again = shlex.join(words + ["--data", *folders] * bool(folders))
     return SLURM.format(last=len(jobs) - 1, again=again, names="\n".join(f"  {job.run}" for job in jobs))
 
 

@@ -4,15 +4,13 @@ import math
 import sys
 
 import numpy
-import pandas as pd
 import pytest
 from finished import change, write_ensemble, write_run
 from PIL import Image
 from scipy import stats
 
 from experiments import plots, report
-from experiments.results import Cell, gain
-from experiments.tables import TABLES, Row, Table
+from experiments.tables import TABLES, Table
 
 BASE, TWO, COSINE, DLR = (f"cifar10_resnet20_{flags}" for flags in ("num1", "num2", "num1_cos", "num2_difflr_cos"))
 EMA, ENSEMBLE = (f"cifar10_resnet20_{flags}" for flags in ("num1_ema", "num1_ensemble2"))
@@ -83,19 +81,6 @@ def test_mean_deviation_and_interval_are_those_of_the_formulas(tmp_path, run_rep
     assert row["best, on the test set"] == "82.93 ± 0.70"  # of the better network
     assert lines_of(text, SINGLE)["last"] == "82.62 ± 4.96"
     assert status == 0 and low > 0 and "baseline: after the last epoch ahead 1 of 1." in text
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "expected"),
-    [([81.0, 82.0], [80.0], "+1.00 [–]"), ([81.1, 81.4], [80.0, 80.3], "+1.10 [–]"), ([80.0], [], "–")],
-    ids=["one seed", "no spread", "none"],
-)
-def test_a_gain_without_spread_has_no_interval(one, other, expected):
-    one, other = (
-        Cell(Row("CIFAR-10", "a row", None, "a run", None, "", "", ""), pd.DataFrame({"last": values}))
-        for values in (pd.Series(one), pd.Series(other))
-    )
-    assert str(gain(one, other, "last")) == expected
 
 
 def test_an_ensemble_is_compared_with_the_mean_of_its_own_networks(tmp_path, run_report):
@@ -174,6 +159,7 @@ def test_missing_and_damaged_results_count_as_not_run_and_are_named(tmp_path, ru
     status, text = run_report(PAIR)
     assert status == 0
     assert lines_of(text, SINGLE)["last"] == "83.50 ± 0.71" and lines_of(text, GRAFTED)["last"] == "not run"
+    assert "gain of last" not in lines_of(text, SINGLE)
     words = {0: "result.json", 1: "metrics1.csv", 2: "metrics1.csv is missing", 5: "of another command"}
     for seed, what in words.items():
         assert what in text.split(f"- {BASE}/seed{seed}: ")[1].splitlines()[0]
