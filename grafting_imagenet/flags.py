@@ -93,33 +93,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     check_common(flags, args)
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)) if world()[1] > 1 else cores
-    name = str(args.s or default_name(flags, args)).removeprefix("checkpoint/")
-    args.s = Path("checkpoint") / name
+        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1) if world()[1] > 1 else 1))
+    args.s = Path("checkpoint", str(args.s or default_name(flags, args)).removeprefix("checkpoint/"))
     given = args.resume or []
     args.start_from = next((path(word) for word in reversed(given) if word != "auto"), None)
     args.resume = "auto" in given
     if args.start_from and args.start_from.resolve().parent == args.s.resolve() and not args.evaluate:
         args.start_from, args.resume = None, True  # a checkpoint of this very run: it means "go on"
-    check(flags, args)
-    return args
-
-
-def check(flags: Parser, args: argparse.Namespace) -> None:
-    """Refuses flags that make no sense together."""
-    ranks = world()[1]
-    if args.batch_size % ranks:
-        flags.error(f"argument -b: got {args.batch_size}, expected a multiple of {ranks}, the number of ranks")
+    if args.batch_size % world()[1]:
+        flags.error(f"argument -b: got {args.batch_size}, expected a multiple of {world()[1]}, the number of ranks")
     if args.gpu is not None and args.device == "cpu":
         flags.error("argument --gpu: needs --device cuda")
-    if args.gpu is not None and ranks > 1:
-        flags.error("argument --gpu: torchrun's processes have a GPU each; CUDA_VISIBLE_DEVICES says which")
-    if args.pretrained and ":" in args.arch:
-        flags.error(f"argument --pretrained: torchvision has no weights of -a {args.arch}")
     if args.pretrained and args.start_from:
         flags.error("argument --pretrained: does not go with --resume PATH, which has weights of its own")
     if args.evaluate and not (args.start_from or args.pretrained):
         flags.error("argument -e: expected --resume PATH or --pretrained, to say what is evaluated")
+    return args
 
 
 def default_name(flags: Parser, args: argparse.Namespace) -> str:

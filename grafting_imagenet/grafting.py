@@ -7,6 +7,7 @@ python grafting.py --data imagenet -a resnet18 --s two --num 2 --i 2 --gpu 1 >2.
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -54,10 +55,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
 
         torch.manual_seed(stream_seed(args.seed, args.i, "weights"))
         model = build_model(args, len(images.classes), notes).to(device, memory_format=torch.channels_last)
-        recipe = {"momentum": args.momentum, "weight_decay": args.wd, "nesterov": args.nesterov}
-        optimizer = torch.optim.SGD(model.parameters(), args.lr, **recipe, fused=True)
-        schedule = {"epochs": args.epochs, "cosine": not args.steplr, "step_epochs": STEP_EPOCHS}
-        rate = partial(loop.learning_rate, args.lr, **schedule, warmup=args.warmup)
+        optimizer, rate = make_optimizer(args, model), schedule(args)
         aux = models.AUXILIARY_WEIGHT.get(args.arch, 0)
         loss = partial(loop.cross_entropy, smoothing=args.label_smoothing, aux=aux)
 
@@ -71,12 +69,12 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         first = start
         if checkpoint:
             first = checkpoint.round + 1
-            row, layers = restore(checkpoint, model, optimizer, settings)
+            recorded = restore(checkpoint, model, optimizer, settings)
             if ring:
-                records.resume(row, layers, checkpoint.state)
+                records.resume(*recorded, checkpoint.state)
         forward = compiled(ranks.wrap(model), device, args.compile)
         watch = partial(Progress, ring, signals.check, epochs=args.epochs, every=args.print_freq)
-        where = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}
+        where, rank = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}, ranks.rank
         signals.finish_batch()
 
         for epoch in range(first, args.epochs):
@@ -88,10 +86,9 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                     grafted = graft(model, neighbour, args.a, args.c, criterion=loop.CRITERIA[args.criterion])
                     layers = layer_rows(epoch - 1, grafted)
             ranks.broadcast(model)
-
-            bar, who = watch(epoch, train_batches, rate(epoch)), {"seed": seed, "rank": ranks.rank}
+            bar = watch(epoch, train_batches, rate(epoch))
             train = train_one_epoch(
-                forward, train_batches, optimizer, rate, loss, epoch=epoch, progress=bar, **who, **where
+                forward, train_batches, optimizer, rate, loss, epoch=epoch, seed=seed, rank=rank, progress=bar, **where
             )
             ranks.broadcast(model)  # each rank has batch-norm statistics of its own images
             test = evaluate(forward, test_batches, progress=watch(epoch, test_batches), **where)
@@ -132,6 +129,17 @@ def build_model(args: argparse.Namespace, num_classes: int, notes: list[str]) ->
     if args.pretrained:
         notes.append(models.load_pretrained(model, args.arch))
     return model
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    recipe = {"momentum": args.momentum, "weight_decay": args.wd, "nesterov": args.nesterov}
+    return torch.optim.SGD(model.parameters(), args.lr, **recipe, fused=True)
+
+
+def schedule(args: argparse.Namespace) -> Callable[[float], float]:
+    """The learning rate as a function of the epochs that are done."""
+    options = {"epochs": args.epochs, "cosine": not args.steplr, "step_epochs": STEP_EPOCHS, "warmup": args.warmup}
+    return partial(loop.learning_rate, args.lr, **options)
 
 
 def first_epoch(
