@@ -8,12 +8,12 @@ much as all of them. The average of the weights is one network again; its batch 
 pass over the training images.
 """
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -30,22 +30,10 @@ from training.flags import Parser, path
 from training.images import Images
 from training.process import pick_device
 
-AVERAGES = ("ensemble", "weight_average")
 CAPTION = """
 Accuracy on {test:,} test images. Ensemble: the networks' softmax, averaged. Weight average: one network of averaged
 weights (none where the models differ), with batch-norm statistics of its own, taken on the {train:,} training images
 as in training (cropped, mirrored)."""
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("directories", metavar="DIR", nargs="+", type=path, help="save directory of a run")
-    add("--which", choices=("final", "best"), default="final", help="the last epoch's networks, or the best ones")
-    add("--data", metavar="DIR", help="the images, as given to grafting.py (default: as the files record)")
-    add("--device", choices=("cuda", "cpu"), help="where to test (default: cuda where there is one)")
-    add("--json", metavar="FILE", type=path, help="a file for the accuracies, in percent")
-    return parser.parse_args(arguments)
 
 
 # ---- The mathematics
@@ -101,17 +89,28 @@ def find(directory: Path, which: str) -> list[Path]:
     return paths
 
 
-def average(members: Sequence[Trained], images: Images, device: torch.device) -> Trained:
-    """The network of averaged weights, in the place of the first one."""
-    model = members[0].model
-    model.load_state_dict(average_weights([member.model.state_dict() for member in members]))
-    reestimate(members[0], images, device)
-    model.eval()
-    return members[0]
+def test(members: Sequence[Trained], images: Images, device: torch.device) -> dict[str, Any]:
+    """Accuracies of the networks, of their ensemble, and of their average, which takes the place of the first one."""
+    scores = [scores_of(member, images.test, device) for member in members]
+    alone, average = [accuracy(*own) for own in scores], None
+    ensemble = accuracy(average_softmax([own for own, _ in scores]), scores[0][1])
+    if len({member.name for member in members}) == 1:
+        model = members[0].model
+        model.load_state_dict(average_weights([member.model.state_dict() for member in members]))
+        reestimate(members[0], images, device)
+        average = accuracy(*scores_of(members[0], images.test, device))
+    return {"networks": alone, "ensemble": ensemble, "weight_average": average}
 
 
 def main() -> int:
-    args = parse()
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("directories", metavar="DIR", nargs="+", type=path, help="save directory of a run")
+    add("--which", choices=("final", "best"), default="final", help="the last epoch's networks, or the best ones")
+    add("--data", metavar="DIR", help="the images, as given to grafting.py (default: as the files record)")
+    add("--device", choices=("cuda", "cpu"), help="where to test (default: cuda where there is one)")
+    add("--json", metavar="FILE", type=path, help="a file for the accuracies, in percent")
+    args = parser.parse_args()
     device = pick_device(args.device)
     directories = {directory.resolve(): directory for directory in args.directories}
     paths = [path for directory in directories.values() for path in find(directory, args.which)]
@@ -121,21 +120,14 @@ def main() -> int:
         if (other.classes, other.image_size) != (first.classes, first.image_size):
             raise GraftingError(f"{first.path} and {other.path} have other classes or image sizes: test them apart")
     images = load_images(first, args.data)
-    scores = [scores_of(member, images.test, device) for member in members]
-    alone = [accuracy(*own) for own in scores]
-    for member, value in zip(members, alone, strict=True):
+    found = {"members": [str(path) for path in paths], **test(members, images, device)}
+    rows = []
+    for end, member, value in zip(ends(paths), members, found["networks"], strict=True):
         compare(member, value)
-    found = {"members": [str(path) for path in paths], "networks": alone, "weight_average": None}
-    found["ensemble"] = accuracy(average_softmax([own for own, _ in scores]), scores[0][1])
-    if {member.name for member in members} == {first.name}:
-        found["weight_average"] = accuracy(*scores_of(average(members, images, device), images.test, device))
-
-    rows = [
-        [end, member.name, member.contents.get("epoch", ""), f"{value:.2f}"]
-        for end, member, value in zip(ends(paths), members, alone, strict=True)
-    ]
-    rows.append([f"mean of {len(members)}", "", "", mean_and_deviation(alone, 2)])
-    rows += [[name.replace("_", " "), "", "", mean_and_deviation([found[name]], 2)] for name in AVERAGES]
+        rows.append([end, member.name, member.contents.get("epoch", ""), f"{value:.2f}"])
+    rows.append([f"mean of {len(members)}", "", "", mean_and_deviation(found["networks"], 2)])
+    rows.append(["ensemble", "", "", f"{found['ensemble']:.2f}"])
+    rows.append(["weight average", "", "", mean_and_deviation([found["weight_average"]], 2)])
     frame = pd.DataFrame(rows, columns=["network", "model", "epoch", "accuracy (%)"])
     print(table(frame, right=["epoch", "accuracy (%)"]))
     print(CAPTION.format(test=len(images.test.labels), train=len(images.train.labels)))

@@ -6,7 +6,6 @@
 Model and settings are those that the file records, and so are the images, where --data does not say otherwise.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,25 +20,20 @@ from training.flags import path
 from training.process import pick_device
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = file_parser(__doc__)
-    add = parser.add_argument
-    add("--data", metavar="DIR", help="the images, as given to grafting.py (default: as the file records)")
-    add("--device", choices=("cuda", "cpu"), help="where to test (default: cuda where there is one)")
-    add("--plot", metavar="OUT", type=path, help="draw the confusion matrix: OUT.png, OUT.pdf or OUT.svg")
-    args = parser.parse_args(arguments)
-    if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
-        parser.error(f"argument --plot: got {args.plot}, expected a name that ends in .png, .pdf or .svg")
-    return args
-
-
 def confusion_matrix(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> np.ndarray:
     """How many images of each class (row) are taken for each class (column): (classes, classes)."""
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes).numpy()
 
 
 def main() -> int:
-    args = parse()
+    parser = file_parser(__doc__)
+    add = parser.add_argument
+    add("--data", metavar="DIR", help="the images, as given to grafting.py (default: as the file records)")
+    add("--device", choices=("cuda", "cpu"), help="where to test (default: cuda where there is one)")
+    add("--plot", metavar="OUT", type=path, help="draw the confusion matrix: OUT.png, OUT.pdf or OUT.svg")
+    args = parser.parse_args()
+    if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"argument --plot: got {args.plot}, expected a name that ends in .png, .pdf or .svg")
     device = pick_device(args.device)
     trained = load_trained(args.file, args.model, device)
     images = load_images(trained, args.data)

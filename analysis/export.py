@@ -8,7 +8,6 @@ safetensors is installed), model.onnx (where onnx and onnxscript are), config.js
 loaded again, and must give the scores that the model gives.
 """
 
-import argparse
 import copy
 import json
 import shlex
@@ -52,7 +51,7 @@ model = torch.export.load("model.pt2").module()  # (n, 3, {image_size}, {image_s
 PyTorch is all that this needs. The images are RGB, {resized}, their values in [0, 1], then
 normalised: `(image - mean) / std` with mean {mean} and std {std}.
 The names of the classes are in `config.json`, in the order of the scores.
-{more}
+
 ## Training
 
     {command}
@@ -63,21 +62,13 @@ The names of the classes are in `config.json`, in the order of the scores.
 
 Filter grafting: Meng et al., *Filter Grafting for Deep Neural Networks*, CVPR 2020, arXiv 2001.05868.
 """
-TRAIN_FURTHER = """
-To train it further: `model = torchvision.models.get_model("{architecture}", num_classes={num_classes})`, then
-`model.load_state_dict(safetensors.torch.load_file("model.safetensors"))`.
-"""
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = file_parser(__doc__)
-    parser.add_argument("out", metavar="OUT", type=path, help="the folder to make; it must not exist")
-    parser.add_argument("--name", help="of the model, in its card (default: the folder's)")
-    return parser.parse_args(arguments)
 
 
 def main() -> int:
-    args = parse()
+    parser = file_parser(__doc__)
+    parser.add_argument("out", metavar="OUT", type=path, help="the folder to make; it must not exist")
+    parser.add_argument("--name", help="of the model, in its card (default: the folder's)")
+    args = parser.parse_args()
     trained = load_trained(args.file, args.model)
     config = config_of(trained)
     args.out.mkdir(parents=True)
@@ -167,13 +158,11 @@ def config_of(trained: Trained) -> dict[str, Any]:
 
 def card(config: dict[str, Any], name: str, trained: Trained) -> str:
     num, side = trained.settings.get("num", 1), config["resize"].get("shorter_side")
-    is_torchvision = not trained.is_cifar and ":" not in trained.name
     said = {
         "accuracy": "unknown" if config["accuracy"] is None else f"{config['accuracy']:.2f}",
         "command": config["command"] or "(the file does not say which command)",
         "invalid": ", ".join(f"{count} below {threshold}" for threshold, count in config["invalid_filters"].items()),
-        "more": TRAIN_FURTHER.format(**config) if is_torchvision else "",
-        "resized": f"the shorter side resized to {side} pixels and the centre cut out" if side else "resized to 32×32",
+        "resized": f"the shorter side resized to {side} pixels, the centre cut out" if side else "resized to 32×32",
         "rows": "\n".join(f"| {key} | {value} |" for key, value in config["settings"].items()),
         "with_what": "by itself" if num == 1 else f"with filter grafting, as one of {num} networks side by side",
     }

@@ -7,7 +7,6 @@ Checkpoints of CIFAR and ImageNet networks, of the authors' script, and bare sta
 as tensors and plain values only: one that holds anything else is named, and left out.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -25,22 +24,14 @@ Shortcuts: the same of the convolutions beside a block (with {" or ".join(SHORTC
 in their names), which are not in the columns before."""
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def main() -> int:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--r", dest="checkpoints", metavar="CKPT", type=path, nargs="+", required=True, help="checkpoints to compare")
     below, above_0 = "L1 norms below which a filter is invalid", number(float, 0, low_open=True)
     add("--threshold", metavar="T", nargs="+", type=above_0, default=list(THRESHOLDS), help=below)
     add("--format", choices=("markdown", "csv", "latex"), default="markdown", help="of the table")
-    return parser.parse_args(arguments)
-
-
-def percent(invalid: int, total: int) -> str:
-    return f"{100 * invalid / total:.2f}" if total else "–"
-
-
-def main() -> int:
-    args = parse()
+    args = parser.parse_args()
     rows, status = [], 0
     for label, file in zip(ends(args.checkpoints), args.checkpoints, strict=True):
         try:
@@ -50,13 +41,14 @@ def main() -> int:
             print(reason if str(file) in reason else f"{file}: {reason}", file=sys.stderr)
             status = 1
             continue
-        total, beside_total = counts["total"], counts["shortcut_total"]
         for threshold, invalid in counts["invalid"].items():
-            beside = counts["shortcut_invalid"][threshold]
-            row = {"file": label, "threshold": threshold, "invalid": invalid, "total": total}
-            row |= {"ratio (%)": percent(invalid, total)}
-            row |= {"shortcuts": f"{beside} of {beside_total}" if beside_total else "–"}
-            rows.append(row | {"shortcuts (%)": percent(beside, beside_total)})
+            row = {"file": label, "threshold": threshold, "invalid": invalid, "total": counts["total"]}
+            row["ratio (%)"] = f"{100 * invalid / counts['total']:.2f}"
+            row["shortcuts"] = row["shortcuts (%)"] = "–"
+            if total := counts["shortcut_total"]:
+                invalid = counts["shortcut_invalid"][threshold]
+                row |= {"shortcuts": f"{invalid} of {total}", "shortcuts (%)": f"{100 * invalid / total:.2f}"}
+            rows.append(row)
     if rows:
         frame = pd.DataFrame(rows)
         print(table(frame, args.format, right=list(frame)[1:]), flush=True)

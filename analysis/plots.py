@@ -98,27 +98,18 @@ def courses(runs: Sequence[Run], columns: dict[str, str], ylabel: str) -> Figure
 
 
 def comparison(runs: Sequence[Run]) -> Figure:
-    """Baseline against grafted: the networks of the same settings together, from whichever runs."""
+    """Baseline against grafted: mean and range of the networks of runs that differ by their seed alone."""
+    groups: dict[tuple[str, frozenset], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: not run.is_baseline):
+        groups.setdefault((run.method, frozenset(run.recipe().items())), []).append(run)
     figure, panel = pyplot.subplots(figsize=(WIDTH, 3.5))
-    for (name, alike), colour in zip(groups_of(runs).items(), [BLACK, *COLOURS] * len(runs), strict=False):
-        networks = [network for run in alike for network in run.networks]
-        by_epoch = pd.concat([network.metrics for network in networks]).groupby("epoch")["test_accuracy"]
-        style = {"color": colour, "label": f"{name} (n = {len(networks)})"}
+    for ((method, _), alike), colour in zip(groups.items(), [BLACK, *COLOURS] * len(groups), strict=False):
+        metrics = [network.metrics for run in alike for network in run.networks]
+        by_epoch = pd.concat(metrics).groupby("epoch")["test_accuracy"]
+        style = {"color": colour, "label": f"{alike[0].label}: {method} (n = {len(metrics)})"}
         draw_band(panel, by_epoch.mean(), by_epoch.min(), by_epoch.max(), style)
     panel.set(title="Mean and range of the networks", xlabel="epoch", ylabel="test accuracy (%)")
     return finish(figure, [panel])
-
-
-def groups_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs of the same settings but the seed, by model, method, and what else tells them apart; baselines first."""
-    groups: dict[tuple[str, frozenset], list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.model, not run.is_baseline)):
-        groups.setdefault((f"{run.model}, {run.method}", frozenset(run.recipe().items())), []).append(run)
-    named = {}
-    for (name, settings), alike in groups.items():
-        shared = frozenset.intersection(*(others for other, others in groups if other == name))
-        named[", ".join([name, *(f"{key} {value}" for key, value in sorted(settings - shared))])] = alike
-    return named
 
 
 # ---- Layers, filters and classes

@@ -6,7 +6,6 @@
 A directory stands for all runs in it and below it, results of the experiments among them.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -27,18 +26,8 @@ COLUMNS += [f"{kind}invalid_{threshold}" for kind in ("", "shortcut_") for thres
 CAPTION = """\
 Best and last: test accuracy in %, of a run with several networks their mean ± sample standard deviation; the best epoch
 was chosen on the images of --val or, without, on the test images. Gain: over the baseline of the same settings, in
-percentage points, at the last epoch that both have. <0.1, <0.01: filters with an L1 norm below, but for shortcut
-convolutions, which --format csv counts apart. s/epoch: median."""
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("directories", metavar="DIR", nargs="+", type=Path, help="save directory of a run, or a folder of runs")
-    add("--format", choices=("markdown", "csv", "latex"), default="markdown", help="of the table")
-    add("--plots", metavar="OUT", type=Path, help="draw plots into this folder")
-    add("--plot-format", choices=("png", "pdf", "svg"), default="png", help="of the plots: PNG has 200 dpi")
-    return parser.parse_args(arguments)
+percentage points, at the last epoch that both have. <0.1, <0.01: filters with an L1 norm below (shortcuts apart, see
+--format csv). s/epoch: median."""
 
 
 # ---- What is known of each network
@@ -147,20 +136,17 @@ def sentences(frame: pd.DataFrame) -> list[str]:
     return [*said, CAPTION, *(f"A {model or 'network'} has {total:,.0f} filters." for model, total in totals.items())]
 
 
-def in_order(runs: Sequence[Run]) -> list[Run]:
-    """By model, the most accurate after the last epoch first; those without an accuracy last."""
-
-    def place(run: Run) -> tuple:
-        last = pd.Series([network.last for network in run.networks], dtype=float).mean()
-        return math.isnan(last), run.model, 0 if math.isnan(last) else -last, run.label
-
-    return sorted(runs, key=place)
-
-
 def main() -> int:
-    args = parse()
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("directories", metavar="DIR", nargs="+", type=Path, help="save directory of a run, or a folder of runs")
+    add("--format", choices=("markdown", "csv", "latex"), default="markdown", help="of the table")
+    add("--plots", metavar="OUT", type=Path, help="draw plots into this folder")
+    add("--plot-format", choices=("png", "pdf", "svg"), default="png", help="of the plots: PNG has 200 dpi")
+    args = parser.parse_args()
     directories = list(dict.fromkeys(found for given in args.directories for found in find_runs(given.absolute())))
-    runs = in_order([read_run(path, label) for path, label in zip(directories, labels(directories), strict=True)])
+    runs = [read_run(path, label) for path, label in zip(directories, labels(directories), strict=True)]
+    runs.sort(key=lambda run: (not run.networks, run.model, -run.last, run.label))
     frame = frame_of(runs)
     text, notes = text_table(runs, frame, args.format)
     about = sys.stdout if args.format == "markdown" else sys.stderr  # a table for programs comes alone

@@ -78,6 +78,11 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)  # result.json of an experiment
 
     @property
+    def last(self) -> float:
+        """Mean test accuracy of its networks after the last epoch, in %; 0 if it is not known."""
+        return float(np.nan_to_num(np.mean([network.last for network in self.networks] or [0])))
+
+    @property
     def model(self) -> str:
         return str(self.settings.get("model") or self.settings.get("arch") or "")
 
@@ -88,18 +93,19 @@ class Run:
             return f"ensemble of {len(self.record['ensemble']['members'])}"
         settings, num = self.settings, len(self.networks)
         name, scion = settings.get("method", "grafting"), settings.get("scion", "external")
-        words = [f"{name} of {num}" if num > 1 else "baseline" if name == "grafting" else name]
-        words += [f"{scion} scions"] * (scion != "external")
-        words += ["cosine"] * bool(settings.get("cos")) + ["steps"] * bool(settings.get("steplr"))
-        if num > 1:
-            words += ["dlr"] * bool(settings.get("difflr"))
-            words += ["filter level"] * (settings.get("level") == "filter")
-            words += ["by L1 norm"] * (settings.get("criterion") == "l1")
-        if num > 1 and name == "grafting":
-            defaults = {"a": 0.4, "c": 500}
-            own = {key: settings.get(key, value) for key, value in defaults.items()}
-            words += [f"{key} {own[key]:g}" for key in own if own[key] != defaults[key]]
-        return ", ".join(words)
+        a, c = settings.get("a", 0.4), settings.get("c", 500)
+        words = {
+            f"{name} of {num}" if num > 1 else "baseline" if name == "grafting" else name: True,
+            f"{scion} scions": scion != "external",
+            "cosine": settings.get("cos"),
+            "steps": settings.get("steplr"),
+            "dlr": settings.get("difflr"),
+            "filter level": settings.get("level") == "filter",
+            "by L1 norm": settings.get("criterion") == "l1",
+            f"a {a:g}": name == "grafting" and a != 0.4,
+            f"c {c:g}": name == "grafting" and c != 500,
+        }
+        return ", ".join(word for word, is_said in words.items() if is_said)
 
     @property
     def is_baseline(self) -> bool:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from saved import call, folders, rows_of, save_imagenet_model, save_model, trained_like
+from saved import CLASSES, call, folders, rows_of, save_imagenet_model, save_model, trained_like
 from torch import nn
 
 from analysis import ensemble
@@ -16,14 +16,12 @@ CPU = torch.device("cpu")
 __all__ = ["folders"]  # a fixture
 
 
-def write_run(directory, states, which="final", accuracy=50.0, changes=None, **settings):
+def write_run(directory, states, **changes):
     """What a finished run leaves that is read here: a checkpoint per network, and run.json."""
-    directory.mkdir(parents=True, exist_ok=True)
-    settings = {"model": "resnet20", "images": 32, "val": 0, "test_images": 8, **settings}
+    directory.mkdir()
     (directory / "run.json").write_text(json.dumps({"run": "x", "settings": {"num": len(states)}}))
     for i, state in enumerate(states, 1):
-        more = {"model": settings["model"], "accuracy": accuracy} | (changes or {})
-        save_model(directory / f"{which}{i}.t7", state, settings=settings, **more)
+        save_model(directory / f"final{i}.t7", state, settings={"images": 32, "test_images": 8}, **changes)
     return directory
 
 
@@ -101,31 +99,18 @@ def test_all_three_accuracies_of_two_runs(tmp_path, folders, run):
     assert rows["weight average"] == f"{found['weight_average']:.2f}"
 
 
-def test_images_are_those_that_the_run_used(tmp_path, folders, run, monkeypatch):
-    seen = []
-    monkeypatch.setattr(ensemble, "reestimate", lambda trained, images, device: seen.append(images))
-    state = trained_like(0)
-    directory = write_run(tmp_path / "run", [state], "best", images=20, val=5, test_images=3)
-    status, found, output, _ = run(directory, "--which", "best")
-    images = data.select(data.load(folders), 20, val=5, test_images=3)
-    assert status == 0 and "3 test images" in output
-    assert torch.equal(seen[0].train.images, images.train.images) and len(images.train.labels) == 20
-    assert found["networks"] == pytest.approx([percent(naive(state, images.test), images.test)])
-
-
 def test_different_models_have_an_ensemble_but_no_average(tmp_path, run):
-    leaky = write_run(tmp_path / "b", [trained_like(0, "resnet32")], model="resnet32")
-    status, found, output, _ = run(write_run(tmp_path / "a", [trained_like(0)]), leaky)
+    deeper = write_run(tmp_path / "b", [trained_like(0, "resnet32")], model="resnet32")
+    status, found, output, _ = run(write_run(tmp_path / "a", [trained_like(0)]), deeper)
     assert status == 0
     assert found["weight_average"] is None and 0 <= found["ensemble"] <= 100
     assert rows_of(output)[-1] == {"network": "weight average", "model": "", "epoch": "", "accuracy (%)": "–"}
 
 
-def test_imagenet_runs_have_an_ensemble_and_an_average(tmp_path, run):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"run": "x", "settings": {"num": 1}}))
-    save_imagenet_model(tmp_path / "run" / "final1.tar")
-    status, found, output, _ = run(tmp_path / "run")
+def test_the_best_networks_of_imagenet_runs_have_an_ensemble_and_an_average(tmp_path, run):
+    directory = write_run(tmp_path / "run", [trained_like(0)])
+    save_imagenet_model(directory / "best1.tar")
+    status, found, output, _ = run(directory, "--which", "best")
     assert status == 0 and "16 test images" in output
     assert found["ensemble"] == found["networks"][0] and 0 <= found["weight_average"] <= 100
 
@@ -134,13 +119,13 @@ def test_imagenet_runs_have_an_ensemble_and_an_average(tmp_path, run):
     ("classes", "spoil", "reason"),
     [
         (["a", "b"], None, "b/final1.t7 have other classes or image sizes"),
-        (None, "final1.t7", "b/final1 is missing (network 1: not started): wait until it is done, continue it"),
-        (None, "run.json", "b is not the save directory of a run"),
+        (CLASSES, "final1.t7", "b/final1 is missing (network 1: not started): wait until it is done, continue it"),
+        (CLASSES, "run.json", "b is not the save directory of a run"),
     ],
 )
 def test_what_cannot_be_tested_is_one_line_and_exit_status_1(tmp_path, run, classes, spoil, reason):
-    changes = {"classes": classes} if classes else {}
-    runs = [write_run(tmp_path / name, [trained_like(0)], changes=changes if name == "b" else {}) for name in "ab"]
+    runs = [write_run(tmp_path / "a", [trained_like(0)])]
+    runs.append(write_run(tmp_path / "b", [trained_like(0)], classes=classes))
     if spoil:
         (runs[1] / spoil).unlink()
     status, found, output, errors = run(*runs)

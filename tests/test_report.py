@@ -1,7 +1,6 @@
 """The report: what it says of whole, unfinished and damaged runs, and in which forms."""
 
 import io
-import json
 import os
 import statistics
 import subprocess
@@ -14,7 +13,7 @@ import torch
 from saved import HEADER, call, filters_of, rows_of, save_run
 
 from analysis import report
-from analysis.runs import Network, Run, labels, mean_and_deviation, read_run
+from analysis.runs import Network, Run, labels, mean_and_deviation
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = "0,1,1,1,1,1,1,1,1,1,1,1\n"
@@ -96,28 +95,11 @@ def test_the_table_fits_120_columns_and_csv_has_all_there_is(tmp_path):
 
 
 def test_latex_comes_without_the_notes(tmp_path):
-    directory = save_run(tmp_path / "a_run", [[50.0]], epochs=2, states=("stopped by SIGINT",))
+    directory = save_run(tmp_path / "a_run", [[50.0]], epochs=2, states=("stopped by SIGINT",), imagenet=True)
     _, output, errors = call(report, directory, "--format", "latex")
     assert output.startswith("\\begin{tabular}") and output.endswith("\\end{tabular}\n")
     assert "a\\_run: baseline" in output
     assert "[1] a_run: network 1: epoch 1 of 2, stopped" in errors
-
-
-def test_runs_of_imagenet_and_results_of_experiments_are_read(tmp_path):
-    save_run(tmp_path / "image", [[50.0, 60.0]] * 2, epochs=2, imagenet=True)
-    folder = tmp_path / "results" / "small" / "num1" / "seed0"
-    folder.mkdir(parents=True)
-    (folder / "metrics1.csv").write_text(HEADER + ROW)
-    counts = {"total": 8, "invalid": {"0.1": 3, "0.01": 1}}
-    counts |= {"shortcut_total": 0, "shortcut_invalid": {"0.1": 0, "0.01": 0}}
-    record = {"settings": {"model": "resnet20", "epochs": 1}, "networks": 1, "filters": [counts]}
-    (folder / "result.json").write_text(json.dumps(record))
-    status, rows, _ = run_report(tmp_path)
-    assert status == 0
-    assert [row["epochs"] for row in rows] == ["2", "2", "2", "1"]
-    assert (rows[3]["<0.1"], rows[3]["<0.01"], rows[3]["last %"]) == ("3", "1", "1.00")
-    (folder / "metrics1.csv").write_text(HEADER + ROW[:-1])
-    assert not len(read_run(folder).networks[0].metrics), "its only row is half-written"
 
 
 def test_the_projects_own_results_are_read_without_a_remark():
@@ -145,7 +127,7 @@ def test_unfinished_networks_are_reported_as_such(tmp_path):
 DAMAGES = {
     "metrics1.csv is missing": ("metrics1.csv", Path.unlink),
     "metrics1.csv is damaged: ": ("metrics1.csv", lambda path: path.write_bytes(b"\xff\xfe\n\x00")),
-    "metrics1.csv ends after 1 of 3 epochs": ("metrics1.csv", lambda path: path.write_text(HEADER + ROW)),
+    "metrics1.csv ends after 1 of 3 epochs": ("metrics1.csv", lambda path: path.write_text(HEADER + ROW + ROW[:-1])),
     "it has no column coefficient": ("coefficients1.csv", lambda path: path.write_text("epoch,layer\n0,conv1\n")),
     "final1 is missing": ("final1.t7", Path.unlink),
     "final1.t7 is truncated, damaged or": ("final1.t7", lambda path: path.write_bytes(path.read_bytes()[:-100])),
