@@ -211,18 +211,6 @@ def test_a_neighbour_in_another_floating_point_type(here, there):
     assert_blended(model, blended)
 
 
-def test_complex_entries_are_blended():
-    def make():
-        model = nn.Sequential(nn.Conv2d(2, 3, 3))
-        model.register_parameter("wave", nn.Parameter(torch.randn(3, dtype=torch.cfloat)))
-        return model
-
-    model, neighbour = make(), make().state_dict()
-    own = snapshot(model)
-    share = graft(model, neighbour)["0"].coefficient
-    torch.testing.assert_close(model.wave.detach(), share * own["wave"] + (1 - share) * neighbour["wave"])
-
-
 @pytest.mark.parametrize(
     "entry",
     [

@@ -1,8 +1,7 @@
 """Grafting filter by filter, against a recomputation weight by weight."""
 
 import pytest
-import torch
-from naive import TOLERANCE, assert_blended, assert_untouched, chain, looped_entropy, pair, snapshot
+from naive import assert_blended, assert_untouched, chain, looped_entropy, pair, snapshot
 from torch import nn
 
 from filter_grafting import MismatchError, graft
@@ -65,16 +64,6 @@ def test_filter_level_blends_weight_by_weight(make, layers, classifier):
         assert layer.coefficient.tolist() == pytest.approx(expected[name], abs=1e-6)
         assert layer.own_entropy == pytest.approx(looped_entropy(own[f"{name}.weight"]))
     assert_blended(model, blended)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_filter_level_in_every_precision(dtype):
-    model, neighbour = pair(chain, dtype=dtype)
-    own, other = ({key: entry.double() for key, entry in s.items()} for s in (model.state_dict(), neighbour))
-    _, blended = looped_filter_level(own, other, PAIRS, "5")
-    found = graft(model, neighbour, level="filter")
-    assert {layer.coefficient.dtype for layer in found.values()} == {torch.promote_types(dtype, torch.float32)}
-    assert_blended(model, {key: entry.to(model.state_dict()[key].dtype) for key, entry in blended.items()})
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -23,8 +22,8 @@ from torch import nn
 from filter_grafting import FileRing, Grafting, GraftingError, MismatchError, graft, graft_ring
 
 
-def ring_of(networks, make=mixture):
-    return [randomised(make(), seed) for seed in range(1, networks + 1)]
+def ring_of(networks):
+    return [randomised(mixture(), seed) for seed in range(1, networks + 1)]
 
 
 def floats(model):
@@ -67,18 +66,15 @@ def test_a_ring_needs_networks_of_their_own():
 # Grafting
 
 
-class Place:
-    """A network's place in a ring of the threads of one process."""
+class Neighbour:
+    """An exchange whose neighbour never changes."""
 
-    def __init__(self, network=0, barrier=None, states=None):
-        self.network, self.rounds = network, []
-        self.barrier, self.states = barrier or threading.Barrier(1), {} if states is None else states
+    def __init__(self):
+        self.state, self.rounds = randomised(mixture(), 7).state_dict(), []
 
     def swap(self, state, round):
-        self.states[self.network, round] = {key: entry.clone() for key, entry in state.items()}
         self.rounds.append(round)
-        self.barrier.wait()
-        return self.states[(self.network - 1) % self.barrier.parties, round]
+        return self.state
 
 
 def trained(model, epoch):
@@ -88,44 +84,31 @@ def trained(model, epoch):
             entry.add_(torch.sin(entry * (7 + epoch)))
 
 
-def in_threads(*functions):
-    with ThreadPoolExecutor(len(functions)) as pool:
-        return [future.result() for future in [pool.submit(function) for function in functions]]
-
-
-def loop(grafting, epochs):
-    for epoch in range(grafting.round, epochs):
-        trained(grafting.model, epoch)
-        if epoch + 1 < epochs:
-            grafting.step()
-
-
 @pytest.mark.parametrize(
     ("options", "rounds"),
     [({}, [0, 1, 2, 3, 4]), ({"every": 2}, [1, 3]), ({"warmup": 3}, [3, 4]), ({"every": 3, "warmup": 2}, [2])],
 )
 def test_a_loop_grafts_every_so_many_rounds_after_a_warm_up(options, rounds):
-    models, how = ring_of(3), {"a": 0.6, "c": 3, "exclude": ("14.*",)}
-    expected = copy.deepcopy(models)
-    for epoch in range(6):
-        for model in expected:
-            trained(model, epoch)
+    model, neighbour, how = randomised(mixture(), 1), Neighbour(), {"a": 0.6, "c": 3, "exclude": ("14.*",)}
+    expected = copy.deepcopy(model)
+    grafting = Grafting(model, neighbour, **how, **options)
+    for epoch in range(5):
+        trained(model, epoch)
+        grafting.step()
+        trained(expected, epoch)
         if epoch in rounds:
-            graft_ring(expected, **how)
-    barrier, states = threading.Barrier(3, timeout=60), {}
-    places = [Place(network, barrier, states) for network in range(3)]
-    graftings = [Grafting(model, place, **how, **options) for model, place in zip(models, places, strict=True)]
-    in_threads(*(lambda each=grafting: loop(each, 6) for grafting in graftings))
-    assert all(place.rounds == rounds for place in places)
-    assert all(same(model, other) for model, other in zip(models, expected, strict=True))
+            graft(expected, neighbour.state, **how)
+    assert neighbour.rounds == rounds
+    assert same(model, expected)
 
 
 def test_step_tells_what_it_found_and_its_state_is_the_next_round():
-    model, place = randomised(mixture(), 1), Place()
-    grafting = Grafting(model, place, every=2)
+    model, neighbour = randomised(mixture(), 1), Neighbour()
+    expected = graft(copy.deepcopy(model), neighbour.state)
+    grafting = Grafting(model, neighbour, every=2)
     assert grafting.step() is None
-    assert coefficients_of(grafting.step()) == dict.fromkeys(coefficients_of(graft(model, model.state_dict())), 0.5)
-    later = Grafting(model, place, every=2)
+    assert grafting.step() == expected
+    later = Grafting(model, neighbour, every=2)
     later.load_state_dict(grafting.state_dict())
     assert later.round == 2 and later.step() is None and later.round == 3
 
@@ -136,13 +119,13 @@ def test_step_tells_what_it_found_and_its_state_is_the_next_round():
         (chain, {"every": 0}, "every: got 0, expected at least 1"),
         (chain, {"warmup": -1}, "warmup: got -1, expected at least 0"),
         (chain, {"a": 2}, "a: got 2"),
-        (chain, {"checkpoint": {"model": mixture()}}, "checkpoint: a Place keeps none"),
+        (chain, {"checkpoint": {"model": mixture()}}, "checkpoint: a Neighbour keeps none"),
         (lambda: nn.Linear(2, 2), {}, "Linear has no convolution"),
     ],
 )
 def test_what_could_not_be_grafted_is_refused_before_training(make, options, message):
     with pytest.raises(ValueError, match=message):
-        Grafting(make(), Place(), **options)
+        Grafting(make(), Neighbour(), **options)
 
 
 def test_a_round_that_failed_is_not_counted():
@@ -180,7 +163,9 @@ def run_network(directory, network, epochs, resume=False, until=None):
 
 def test_a_resumed_network_first_grafts_and_ends_with_the_same_weights(tmp_path):
     def run(name, *arguments):
-        return in_threads(*(lambda k=k: run_network(tmp_path / name, k, 4, *arguments) for k in (1, 2)))
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(run_network, tmp_path / name, network, 4, *arguments) for network in (1, 2)]
+            return [each.result() for each in running]
 
     undisturbed = run("undisturbed")
     run("broken", False, 2)
