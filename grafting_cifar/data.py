@@ -246,15 +246,12 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def _load_standard(folder: Path, dataset: type[CIFAR10]) -> Images:
-    if folder.name == dataset.base_folder:
-        folder = folder.parent
-    elif folder != DEFAULT_FOLDER:
-        visible = [path.name for path in folder.glob("[!.]*")]
-        has_files = any(name.startswith("cifar-") for name in visible)
-        if not folder.is_dir() or (visible and not has_files):  # nothing is downloaded among other images
-            problem = f"has neither train/<class>/ and test/<class>/ nor the {dataset.__name__} files"
-            wanted = "a folder that has, an empty one, which gets the download, or the word glyphs"
-            raise DataError(f"{folder} {problem}: give {wanted}")
+    visible = [path.name for path in folder.glob("[!.]*")]
+    has_files = any(name.startswith("cifar-") for name in visible)
+    if folder != DEFAULT_FOLDER and not has_files and (visible or not folder.is_dir()):
+        problem = f"has neither train/<class>/ and test/<class>/ nor the {dataset.__name__} files"
+        wanted = "a folder that has, an empty one, which gets the download, or the word glyphs"
+        raise DataError(f"{folder} {problem}: give {wanted}")
     # torchvision compares the files with their published checksums: they cannot be in any other state.
     return _cached(folder, dataset.__name__.lower(), dataset.tgz_md5, lambda: _read_standard(folder, dataset))
 

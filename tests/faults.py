@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,11 +110,3 @@ def _install() -> None:
     loop.evaluate = _around(loop.evaluate, lambda *_: "test")
     filter_grafting.grafting.graft = _around(filter_grafting.grafting.graft, lambda *_: "graft")
     records.say = _around(records.say, _line)
-    sleep = time.sleep
-
-    def told_sleep(seconds: float) -> None:
-        if sys._getframe(1).f_code is rings.FileRing.wait.__code__:
-            _tell("wait")
-        sleep(seconds)
-
-    time.sleep = told_sleep

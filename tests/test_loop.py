@@ -88,13 +88,6 @@ def test_evaluation_counts_every_image_once_and_learns_nothing():
     assert all(torch.equal(entry, before[key]) for key, entry in model.state_dict().items())
 
 
-def test_the_loss_of_each_auxiliary_head_counts_by_its_weight():
-    scores, labels = torch.randn(3, 5, 4), torch.tensor([0, 3, 1, 1, 2])
-    one, two, three = (F.cross_entropy(each, labels) for each in scores)
-    torch.testing.assert_close(loop.cross_entropy((*scores,), labels, aux=0.3), one + 0.3 * two + 0.3 * three)
-    torch.testing.assert_close(loop.cross_entropy(scores[0], labels), one)
-
-
 def test_dropout_follows_from_the_seed_and_the_rank():
     def weights(seed, rank):
         model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(48, 7, bias=False))
@@ -130,19 +123,17 @@ def test_networks_start_at_different_rates():
     assert initial_rate(0.1, 1, 2, False) == 0.1
 
 
-@pytest.mark.parametrize(("progress", "rate"), [(0, 0.1), (59.99, 0.1), (60, 0.01), (119, 0.01), (120, 0.001)])
-def test_steps_of_the_rate(progress, rate):
-    assert learning_rate(0.1, progress, 200, cosine=False, step_epochs=60) == pytest.approx(rate)
-
-
-@pytest.mark.parametrize(("progress", "rate"), [(0, 0.1), (50, 0.0853553), (100, 0.05), (199.99, 0)])
-def test_a_cosine(progress, rate):
-    assert learning_rate(0.1, progress, 200, cosine=True, step_epochs=60) == pytest.approx(rate, abs=1e-6)
-
-
-@pytest.mark.parametrize(("progress", "rate"), [(0, 0), (1, 0.02), (4.5, 0.09), (5, 0.1), (7.5, 0.05), (10, 0)])
-def test_a_warm_up_before_a_cosine(progress, rate):
-    assert learning_rate(0.1, progress, 10, True, 60, warmup=5) == pytest.approx(rate, abs=1e-9)
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"epochs": 200, "cosine": False}, {0: 0.1, 59.99: 0.1, 60: 0.01, 119: 0.01, 120: 0.001}),
+        ({"epochs": 200, "cosine": True}, {0: 0.1, 50: 0.0853553, 100: 0.05, 199.99: 0}),
+        ({"epochs": 10, "cosine": True, "warmup": 5}, {0: 0, 1: 0.02, 4.5: 0.09, 5: 0.1, 7.5: 0.05, 10: 0}),
+    ],
+)
+def test_steps_a_cosine_and_a_warm_up(options, expected):
+    found = [learning_rate(0.1, progress, step_epochs=60, **options) for progress in expected]
+    assert found == pytest.approx(list(expected.values()), abs=1e-6)
 
 
 # Averages of weights

@@ -1,9 +1,6 @@
 """The CIFAR models: names, sizes and state dicts are a wire format; the outputs are computed again here."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +9,6 @@ from torch import nn
 
 from grafting_cifar.models import NAMES, build, wide_resnet
 
-ROOT = Path(__file__).resolve().parent.parent
 DEPTHS = (20, 32, 44, 56, 110)
 RESNETS = [f"resnet{depth}{variant}" for depth in DEPTHS for variant in ("", "_leaky")]
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -35,11 +31,6 @@ def test_the_list_of_models():
     assert sorted(NAMES) == sorted([*RESNETS, "wrn28_10", "mobilenetv2", *narrow, "vgg16"])
 
 
-def test_the_names_are_known_without_importing_torch():
-    code = "import sys; from grafting_cifar.models import NAMES; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
 def test_an_unknown_name_is_refused_with_those_that_exist():
     with pytest.raises(ValueError, match=r"unknown model 'resnet31': expected one of resnet20, .*vgg16"):
         build("resnet31", 10)
@@ -52,16 +43,6 @@ def test_logits_for_each_class_and_a_gradient_for_each_parameter(name):
     assert logits.shape == (2, 7)
     logits.square().sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
-
-
-@pytest.mark.parametrize("name", ["resnet20_leaky", "mobilenetv2"])
-def test_the_seed_decides_the_weights(name):
-    def weights(seed):
-        torch.manual_seed(seed)
-        return torch.cat([parameter.detach().flatten() for parameter in build(name, 10).parameters()])
-
-    assert torch.equal(weights(1), weights(1))
-    assert not torch.equal(weights(1), weights(2))
 
 
 # ---- ResNets
@@ -125,14 +106,12 @@ def test_resnet_computed_from_its_state_dict(name, slope):
 
 def test_resnet_weights_are_kaiming_normal():
     network = build("resnet32", 100)
-    modules = [*convolutions(network).values(), network.linear]
-    large = [module.weight.detach() for module in modules if module.weight.numel() > 5000]
-    assert len(large) > 10
-    for weight in large:
-        deviation = math.sqrt(2 / weight[0].numel())
-        assert weight.std().item() == pytest.approx(deviation, rel=0.06)
-        # A uniform distribution of this deviation would end at 1.73 deviations.
-        assert weight.abs().max().item() > 3 * deviation
+    for module in convolutions(network).values():
+        weight = module.weight.detach()
+        if weight.numel() > 5000:
+            deviation = math.sqrt(2 / weight[0].numel())
+            assert weight.std().item() == pytest.approx(deviation, rel=0.06)
+            assert weight.abs().max().item() > 3 * deviation  # a uniform distribution would end at 1.73
 
 
 # ---- MobileNetV2
@@ -156,26 +135,6 @@ def test_mobilenetv2_names():
             names += [f"layers.{k}.shortcut.0.weight", *bn(f"layers.{k}.shortcut.1")]
     names += ["conv2.weight", *bn("bn2"), "linear.weight", "linear.bias"]
     assert list(build("mobilenetv2", 10).state_dict()) == names
-
-
-def test_mobilenetv2_reduces_the_images_three_times():
-    network = build("mobilenetv2", 10).eval()
-    sizes = []
-    for block in network.layers:
-        block.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[2]))
-    network(torch.randn(1, 3, 32, 32))
-    assert sizes == [32] * 3 + [16] * 3 + [8] * 7 + [4] * 4
-
-
-def test_mobilenetv2_leaves_slow_convolutions_out_of_autocast():
-    block = build("mobilenetv2", 10).layers[3]  # of stride 2
-    kinds = {}
-    for name, module in block.named_children():
-        module.register_forward_hook(lambda module, inputs, output, name=name: kinds.update({name: output.dtype}))
-    with torch.autocast("cpu", torch.bfloat16):
-        block(torch.randn(2, 24, 8, 8))
-    assert [kinds[f"conv{k}"] for k in (1, 2, 3)] == [torch.bfloat16, torch.float32, torch.bfloat16]
-    block.double()(torch.randn(2, 24, 8, 8, dtype=torch.float64))
 
 
 # ---- Wide ResNets

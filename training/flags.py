@@ -117,8 +117,6 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_common(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """The checks that need more than one flag."""
-    if os.name != "posix":
-        parser.error("the scripts run on Linux and macOS; elsewhere, graft in training code of your own")
     if args.i > args.num:
         parser.error(f"argument --i: got {args.i}, expected 1 to {args.num} (--num)")
     if args.warmup and args.warmup >= args.epochs:

@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 _DEPTHS = (20, 32, 44, 56, 110)
-_HOMES = {  # the file and the constructor of each name, and its arguments
-    **{f"resnet{depth}": ("resnet", f"resnet{depth}", {}) for depth in _DEPTHS},
-    **{f"resnet{depth}_leaky": ("resnet", f"resnet{depth}", {"leaky": True}) for depth in _DEPTHS},
-    "wrn28_10": ("wide_resnet", "wrn28_10", {}),
-    "mobilenetv2": ("mobilenetv2", "mobilenetv2", {}),
-    **{f"mobilenetv2_w{width:03d}": ("mobilenetv2", "mobilenetv2", {"width": width / 100}) for width in (25, 50, 75)},
-    "vgg16": ("vgg", "vgg16", {}),
+_HOMES = {  # the file, which has a constructor of that name, and its arguments
+    **{f"resnet{depth}": ("resnet", {"depth": depth}) for depth in _DEPTHS},
+    **{f"resnet{depth}_leaky": ("resnet", {"depth": depth, "leaky": True}) for depth in _DEPTHS},
+    "wrn28_10": ("wide_resnet", {}),
+    "mobilenetv2": ("mobilenetv2", {}),
+    **{f"mobilenetv2_w{width:03d}": ("mobilenetv2", {"width": width / 100}) for width in (25, 50, 75)},
+    "vgg16": ("vgg", {}),
 }
 NAMES = tuple(_HOMES)
 
@@ -30,5 +30,5 @@ def build(name: str, num_classes: int = 10) -> nn.Module:
     """
     if name not in _HOMES:
         raise ValueError(f"unknown model {name!r}: expected one of {', '.join(NAMES)}")
-    file, constructor, options = _HOMES[name]
-    return getattr(import_module(f"{__name__}.{file}"), constructor)(num_classes, **options)
+    file, options = _HOMES[name]
+    return getattr(import_module(f"{__name__}.{file}"), file)(num_classes, **options)

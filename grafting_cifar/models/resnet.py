@@ -67,21 +67,5 @@ class ResNet(nn.Module):
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
-def resnet20(num_classes: int = 10, leaky: bool = False) -> ResNet:
-    return ResNet(3, num_classes, leaky)
-
-
-def resnet32(num_classes: int = 10, leaky: bool = False) -> ResNet:
-    return ResNet(5, num_classes, leaky)
-
-
-def resnet44(num_classes: int = 10, leaky: bool = False) -> ResNet:
-    return ResNet(7, num_classes, leaky)
-
-
-def resnet56(num_classes: int = 10, leaky: bool = False) -> ResNet:
-    return ResNet(9, num_classes, leaky)
-
-
-def resnet110(num_classes: int = 10, leaky: bool = False) -> ResNet:
-    return ResNet(18, num_classes, leaky)
+def resnet(num_classes: int = 10, depth: int = 32, leaky: bool = False) -> ResNet:
+    return ResNet((depth - 2) // 6, num_classes, leaky)

@@ -29,5 +29,5 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(self.features(x), 1))
 
 
-def vgg16(num_classes: int = 10) -> VGG:
+def vgg(num_classes: int = 10) -> VGG:
     return VGG(_STAGES, num_classes)

@@ -55,5 +55,5 @@ class WideResNet(nn.Module):
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
-def wrn28_10(num_classes: int = 10) -> WideResNet:
+def wide_resnet(num_classes: int = 10) -> WideResNet:
     return WideResNet(4, 10, num_classes)
