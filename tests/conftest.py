@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from imagenet import ImageRun, make_class_folders
+from launching import project, terminal  # noqa: F401
 from processes import Run, make_images
 
 from filter_grafting import FileRing

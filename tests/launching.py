@@ -1,29 +1,27 @@
 """Launching without training: a copy of the project in which a stand-in takes the place of both scripts."""
 
-import fcntl
-import importlib
 import json
 import os
 import pty
 import shutil
 import signal
-import struct
+import socket
 import sys
-import termios
-from collections.abc import Iterator
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from processes import ROOT, until
 
-from training import launch, view
+from training import commands, launch, view
 
 LAUNCHER = ROOT / "grafting_cifar" / "grafting.sh"
-ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-# It reads its flags and holds its place as the real one does. It starts once the file HOLD is there, and trains until
-# ENDS is there (without those variables: at once), or ends at once with the sentence FAILS. It never lives for long.
+# It reads its flags, holds its place, and says how it was started, as the real one does. It trains until ENDS is there
+# (without that variable: not at all), or ends at once with the sentence FAILS. It never lives for long.
 STAND_IN = """
 import fcntl, json, os, signal, socket, sys, time
 from pathlib import Path
@@ -33,39 +31,33 @@ sys.path.insert(0, os.environ["REAL_ROOT"])
 from importlib import import_module
 from training.flags import command
 
-def wait_for(name):
-    while name in os.environ and not Path(os.environ[name]).exists():
-        time.sleep(0.02)
-
 args = import_module(Path(__file__).resolve().parent.name + ".flags").parse()
-path, rank = args.s / f"network{args.i}.json", os.environ.get("RANK", "0")
-wait_for("HOLD")
 if "FAILS" in os.environ:
     sys.exit(os.environ["FAILS"])
-seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
-seen |= {"argv": sys.argv[1:], "cwd": os.getcwd(), "pid": os.getpid()}
-seen["nohup"] = [signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, os.getsid(0) == os.getpid(), sys.stdin.read() == ""]
-(args.s / f"seen{args.i}.{rank}").write_text(json.dumps(seen))
-said = {"network": args.i, "num": args.num, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-said |= {"beat": 1, "epoch": 0, "epochs": args.epochs, "command": command(), "cwd": os.getcwd()}
+args.s.mkdir(parents=True, exist_ok=True)
+lock = open(args.s / f"network{args.i}.lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+said = {"network": args.i, "num": args.num, "host": socket.gethostname(), "pid": os.getpid(), "beat": 1, "epoch": 0}
+said |= {"epochs": args.epochs, "command": command(), "cwd": os.getcwd(), "session": os.getsid(0)}
+said |= {"threads": os.environ.get("OMP_NUM_THREADS"), "stdin": sys.stdin.read()}
 
 def say(state):
-    path.with_suffix(".new").write_text(json.dumps(said | {"state": state}))
-    path.with_suffix(".new").replace(path)
+    run = {"run": "x", "settings": {"num": args.num}}
+    for name, contents in (f"network{args.i}", said | {"state": state}), ("run", run):
+        new = args.s / f"{name}{args.i}.new"
+        new.write_text(json.dumps(contents))
+        new.replace(args.s / f"{name}.json")
 
 def stopped(*_):
     say("stopped")
-    sys.exit("network stopped by SIGTERM")
+    sys.exit(143)
 
-if rank == "0":
-    lock = open(args.s / f"network{args.i}.lock", "w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    signal.signal(signal.SIGTERM, stopped)
-    say("training")
+signal.signal(signal.SIGTERM, stopped)
+say("training")
 print(f"Network:{args.i}    epoch:0    accuracy:50.000    best:50.000", flush=True)
-wait_for("ENDS")
-if rank == "0":
-    say("done")
+while "ENDS" in os.environ and not Path(os.environ["ENDS"]).exists():
+    time.sleep(0.02)
+say("done")
 """
 
 
@@ -73,7 +65,7 @@ class Project:
     """The copy, in a folder whose name has a space; `cwd` is where the launcher is called from."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        self.root, self.cwd, self.go, self.ends = (folder / name for name in ("a project", "here", "go", "ends"))
+        self.root, self.cwd, self.ends = (folder / name for name in ("a project", "here", "ends"))
         self.patch, self.capsys = monkeypatch, capsys
         self.cwd.mkdir()
         for name in ("training", "filter_grafting", "grafting_cifar", "grafting_imagenet"):
@@ -81,66 +73,69 @@ class Project:
         for name in ("grafting_cifar", "grafting_imagenet"):
             (self.root / name / "grafting.py").write_text(STAND_IN)
         (self.root / "requirements.txt").write_text("pytest\n")
+        (self.root / "analysis").mkdir()
+        (self.root / "analysis/report.py").write_text("import sys\nopen('report', 'w').write(' '.join(sys.argv[1:]))\n")
         for name, value in {"REAL_ROOT": str(ROOT), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         monkeypatch.chdir(self.cwd)
         monkeypatch.setattr(launch, "ROOT", self.root)
-        monkeypatch.setattr(launch, "set_up", lambda: None)
-        monkeypatch.setattr(launch, "view", view, raising=False)
         monkeypatch.setattr(view, "LOOK_SECONDS", 0.02)
         monkeypatch.setattr(sys, "argv", ["launch.py"])
 
-    def __call__(self, *words: object, folder: str = "grafting_cifar") -> tuple[int, str, str]:
-        """What grafting.sh does, in this process: (exit status, standard output, standard error)."""
-        self.capsys.readouterr()
+    def run(self, *words: object, folder: str = "grafting_cifar") -> int:
+        """What grafting.sh does, in this process: the exit status."""
         try:
-            status = launch.main([folder, *map(str, words)])
+            return launch.main(commands.parse(folder, *map(str, words)))
         except SystemExit as end:
-            status = end.code
-        return status, *self.capsys.readouterr()
+            return end.code
+        finally:
+            sys.stdout.flush()
 
-    def hold(self) -> None:
-        """From now on, stand-ins that are started wait for `go`, and nobody waits for them."""
-        self.patch.setenv("HOLD", str(self.go))
-        self.patch.setattr(view, "START_SECONDS", 0.0)
+    def __call__(self, *words: object, folder: str = "grafting_cifar") -> tuple[int, str, str]:
+        """(exit status, standard output, standard error)."""
+        self.capsys.readouterr()
+        return self.run(*words, folder=folder), *self.capsys.readouterr()
 
     def trains_on(self) -> None:
-        """From now on, stand-ins that are started train until `end`."""
+        """From now on, stand-ins that are started train until the test ends."""
         self.patch.setenv("ENDS", str(self.ends))
 
-    def end(self) -> None:
-        self.ends.touch()
-        self.go.touch()
-
     def records(self) -> list:
-        """From now on, nothing is started: the jobs that would be, instead."""
+        """From now on, nothing is started: (job, variables, ranks) of the networks that would be, instead."""
         jobs = []
-        self.patch.setattr(launch, "launch", lambda folder, args, some, own: jobs.extend(some) or 0)
-        return jobs
+        ended = Namespace(poll=lambda: 0)
 
-    def seen(self, directory: str, network: int, rank: int = 0) -> dict:
-        """What a stand-in has found when it was started."""
-        path = self.cwd / directory / f"seen{network}.{rank}"
-        return json.loads(until(lambda: path.exists() and path.read_text(), what=lambda: str(path)))
+        def spawn(*job):
+            jobs.append(job)
+            return view.Started(job[0].name, ended, self.cwd / "log", 0, "")
+
+        self.patch.setattr(launch, "spawn", spawn)
+        self.patch.setattr(view, "watch", lambda *run: 0)
+        return jobs
 
     def status(self, directory: str, network: int) -> dict:
         return json.loads((self.cwd / directory / f"network{network}.json").read_text())
 
+    def states(self, directory: str) -> list[str]:
+        return [json.loads(path.read_text())["state"] for path in sorted((self.cwd / directory).glob("network*.json"))]
 
-def project(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Project]:
-    """A fixture: a project whose processes end with the test."""
-    made = Project(folder, monkeypatch, capsys)
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, capsys) -> Iterator[Project]:
+    """A project whose processes end with the test."""
+    made = Project(tmp_path, monkeypatch, capsys)
     yield made
-    made.end()
+    made.ends.touch()
 
 
-def terminals():
-    """A fixture: terminal(command, cwd, environment) -> Terminal; none outlives the test."""
+@pytest.fixture
+def terminal():
+    """terminal(call, cwd) -> Terminal; none outlives the test."""
     made = []
 
-    def start(command, cwd, environment=ENVIRONMENT):
-        made.append(Terminal(command, cwd, environment))
+    def start(call, cwd):
+        made.append(Terminal(call, cwd))
         return made[-1]
 
     yield start
@@ -148,12 +143,8 @@ def terminals():
         one.kill()
 
 
-def flags_of(words: list[str], folder: str = "grafting_cifar") -> dict:
-    return vars(importlib.import_module(f"{folder}.flags").parse(words))
-
-
 def write_status(directory: Path, network: int, **fields: object) -> None:
-    """network{i}.json, of a process that is no more."""
+    """network{i}.json and run.json, of a process that is no more."""
     said = {
         "network": network,
         "num": 2,
@@ -163,24 +154,28 @@ def write_status(directory: Path, network: int, **fields: object) -> None:
         "accuracy": 91.5,
         "best": 92.25,
     }
-    said |= {"host": os.uname().nodename, "pid": 2**30, "time": 0, "beat": 1, "command": []} | fields
-    path = directory / f"network{network}.json"
+    said |= {"host": socket.gethostname(), "pid": 2**30, "beat": 1, "command": []} | fields
     directory.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".new").write_text(json.dumps(said))
-    path.with_suffix(".new").replace(path)
+    (directory / f"network{network}.json").write_text(json.dumps(said))
+    (directory / "run.json").write_text(json.dumps({"run": "x", "settings": {"num": said["num"]}}))
 
 
 class Terminal:
-    """A command on a terminal of 80 columns; `text` is all that it has shown."""
+    """A call on a terminal of 80 columns, in a process of its own; `text` is all that it has shown."""
 
-    def __init__(self, command, cwd, environment):
-        self.pid, self.terminal = pty.fork()
-        if self.pid == 0:
-            os.chdir(cwd)
-            os.execve(command[0], [str(word) for word in command], {**environment, "TERM": "xterm"})
-        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        os.set_blocking(self.terminal, False)
+    def __init__(self, call: Callable[[], int], cwd: Path):
         self.text, self.status = "", None
+        self.pid, self.terminal = pty.fork()
+        if self.pid:
+            os.set_blocking(self.terminal, False)
+            return
+        try:
+            os.chdir(cwd)
+            sys.stdout = sys.stderr = os.fdopen(1, "w")
+            os._exit(call())
+        finally:
+            traceback.print_exc()
+            os._exit(99)
 
     def read(self) -> str:
         with suppress(OSError):  # nothing new, or the other end is closed
