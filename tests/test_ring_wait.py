@@ -18,7 +18,7 @@ HERE = socket.gethostname()
 
 
 class Enough(Exception):
-    pass
+    """Ends a wait, as `check` may."""
 
 
 @pytest.fixture
@@ -40,23 +40,6 @@ def make(make_ring):
     return make
 
 
-@pytest.fixture
-def first_line(make, clock, caplog):
-    """What network 1 says first while it waits for round 6."""
-
-    def first_line(**options) -> str:
-        def check() -> None:
-            if caplog.messages:
-                raise Enough
-
-        ring = make(check=check, **options)
-        with pytest.raises(Enough):
-            ring.wait(6)
-        return caplog.messages[0]
-
-    return first_line
-
-
 def beats(clock: Clock, directory, until: float, **fields) -> None:
     """Network 2 lives for some seconds; a field may be a function of them."""
     began = clock.now
@@ -73,14 +56,17 @@ def beats(clock: Clock, directory, until: float, **fields) -> None:
 
 
 def test_it_says_whom_it_waits_for_after_10_seconds_and_then_every_minute(make, tmp_path, clock, caplog):
-    ring, times = make(check=lambda: clock.now < began + 131 or (_ for _ in ()).throw(Enough)), []
+    def check() -> None:
+        if len(times) < len(caplog.messages):
+            times.append(clock.now - began)
+        if len(times) == 3:
+            raise Enough
+
+    ring, times, began = make(check=check), [], clock.now
     beats(clock, tmp_path, 64, step=40, run=ring.run)
-    clock.every(1, lambda: times.append((clock.now - began, len(caplog.messages))), 131)
-    began = clock.now
     with pytest.raises(Enough):
         ring.wait(6)
-    said = [next(time for time, count in times if count == number) for number in (1, 2, 3)]
-    assert said == pytest.approx([10, 70, 130], abs=1.5)
+    assert times == pytest.approx([10, 70, 130], abs=2)
     now = "network 1 waits for network 2 (round 6) for 10 s: network 2 is training at epoch 6, step 40 (heartbeat "
     assert caplog.messages[0].startswith(now)
     assert caplog.messages[2].endswith("(heartbeat 70 s ago, progress 2 min ago)")
@@ -95,19 +81,15 @@ def test_it_says_whom_it_waits_for_after_10_seconds_and_then_every_minute(make, 
         ({"state": "failed", "detail": "no images"}, r"network 2 failed at epoch 6: no images$"),
         ({"state": "done", "epoch": 9}, r"network 2 is done at epoch 9$"),
         ({"host": HERE}, r"network 2 died at epoch 6 \(killed\?\); continue it with: start 2$"),
-        ({"host": HERE, "pid": os.getpid(), "state": "starting"}, "that network is of this same process: publish the"),
         (None, r"network 2 has not started; start it with: start 2$"),
     ],
 )
-def test_it_says_what_is_known_of_the_neighbour(tmp_path, first_line, status, sentence):
+def test_it_says_what_is_known_of_the_neighbour(make, tmp_path, clock, caplog, status, sentence):
     if status is not None:
         write_status(tmp_path, 2, **status)
-    assert re.search(sentence, first_line(start_command=lambda network: f"start {network}"))
-
-
-def test_it_says_what_is_known_of_a_neighbour_without_a_status_file(first_line, tmp_path, clock):
-    clock.after(1, lambda: torch.save({"net": {}}, tmp_path / "ckpt0_5.t7"))
-    assert first_line().endswith("network 2 keeps no status file; its newest checkpoint is of round 5")
+    clock.after(12, lambda: save(tmp_path / "ckpt0_6.t7", {"net": STATE}))
+    make(start_command=lambda network: f"start {network}").wait(6)
+    assert re.search(sentence, caplog.messages[0])
 
 
 def test_its_status_says_whom_it_waits_for_and_afterwards_what_it_said_before(make, tmp_path, clock):
@@ -165,12 +147,13 @@ def test_a_heartbeat_is_enough_of_one_that(make, tmp_path, clock, fields):
     ring.wait(6)
 
 
-def test_one_without_a_status_file_lives_as_long_as_it_publishes(make, tmp_path, clock):
+def test_one_without_a_status_file_lives_as_long_as_it_publishes(make, tmp_path, clock, caplog):
     ring = make(3, timeout=100)
     for count in range(6):
         clock.after(80 * count, lambda count=count: torch.save({}, tmp_path / f"ckpt0_{count}.t7"))
     clock.after(480, lambda: save(tmp_path / "ckpt0_6.t7", {"net": STATE}))
     ring.wait(6)
+    assert caplog.messages[-1].endswith("keeps no status file; its newest checkpoint is of round 5")
 
 
 PAST = r"network 2 is waiting for network 1 .*; it is past round 6, of which there is no checkpoint any more"
@@ -196,10 +179,7 @@ def test_it_gives_up_one_without_progress(make, tmp_path, clock, timeout, beatin
     if beating:
         beats(clock, tmp_path, beating, run=ring.run, **fields)
     began = clock.now
-    ending = r".*\. Resume network 2, then this one$"
-    with pytest.raises(
-        NeighbourTimeout, match=rf"gave up after .* of waiting for network 2 \(round 6\): .*{words}{ending}"
-    ):
+    with pytest.raises(NeighbourTimeout, match=r"of waiting for network 2 \(round 6\): .*" + words):
         ring.wait(6)
     assert clock.now - began == pytest.approx(seconds, abs=7)
 
