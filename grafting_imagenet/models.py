@@ -50,8 +50,8 @@ def load_pretrained(model: nn.Module, arch: str) -> str:
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        raise GraftingError(f"--pretrained: no weights of {arch} ({error}): put {weights.url} at {place}") from error
+        place, reason = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name), str(error).split(". ")[0]
+        raise GraftingError(f"--pretrained: no weights of {arch} ({reason}): put {weights.url} at {place}") from error
     # In the files of the DenseNets, layers still have the names of their first release: norm.1 for norm1.
     for key in list(state):
         state[re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key)] = state.pop(key)

@@ -74,9 +74,10 @@ class Signals:
             raise Stopped(f"by {self.received.name}")
 
 
+@contextmanager
 def join_ring(
     args: argparse.Namespace, signals: Signals, shared: Sequence[str], may_raise: Sequence[str] = (), **options: Any
-) -> FileRing:
+) -> Iterator[FileRing]:
     """This network's place in the ring that its flags name.
 
     Args:
@@ -87,7 +88,7 @@ def join_ring(
     # What the library has to say, as whom it waits for, belongs into the log.
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     logging.getLogger("filter_grafting").setLevel(logging.INFO)
-    return FileRing(
+    with FileRing(
         args.s,
         args.i,
         args.num,
@@ -100,7 +101,13 @@ def join_ring(
         details={"command": command(), "cwd": os.getcwd(), **options.pop("details", {})},
         check=signals.check,
         **options,
-    )
+    ) as ring:
+        try:
+            yield ring
+        except Exception as error:
+            if not isinstance(error, GraftingError):
+                signals.check()  # what fails after a signal, as a lost connection, follows from it
+            raise
 
 
 @contextmanager
