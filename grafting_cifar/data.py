@@ -29,7 +29,6 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from filter_grafting.checkpoint import save
-from filter_grafting.membership import printable
 from grafting_cifar import glyphs
 from training.images import DataError, Images, checksum, class_folders, normalised, reading, rgb
 
@@ -64,17 +63,14 @@ def load(source: str | Path, cifar: int = 10) -> Images:
         DataError: where the user has to act.
     """
     folder = Path(os.path.abspath(os.path.expanduser(source)))
-    try:
-        if str(source) == "glyphs":
-            images = _cached(DEFAULT_FOLDER, "glyphs", glyphs.VERSION, _draw_glyphs)
-        elif (folder / "train").is_dir():
-            images = _load_class_folders(folder)
-        else:
-            images = _load_standard(folder, {10: CIFAR10, 100: CIFAR100}[cifar])
-    except OSError as error:
-        raise DataError(f"{printable(error.filename or folder)} cannot be read ({error.strerror or error})") from error
+    if str(source) == "glyphs":
+        images = _cached(DEFAULT_FOLDER, "glyphs", glyphs.VERSION, _draw_glyphs)
+    elif (folder / "train").is_dir():
+        images = _load_class_folders(folder)
+    else:
+        images = _load_standard(folder, {10: CIFAR10, 100: CIFAR100}[cifar])
     if cifar == 100 and len(images.classes) != 100:
-        raise DataError(f"{printable(source)} has {len(images.classes)} classes, not 100: leave out --cifar 100")
+        raise DataError(f"{source} has {len(images.classes)} classes, not 100: leave out --cifar 100")
     return images
 
 

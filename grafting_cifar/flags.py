@@ -25,6 +25,10 @@ A ring of two ResNet-32s on CIFAR-10, one process each (grafting.sh starts all o
     python grafting.py --s checkpoint/two --model resnet32 --num 2 --i 1 >1.log &
     python grafting.py --s checkpoint/two --model resnet32 --num 2 --i 2 >2.log &
 """
+# The flags that all networks of a ring have in common, and those that else change what comes out of a network.
+SHARED = ("model", "num", "epochs", "a", "c", "level", "criterion", "method", "scion", "val")
+OWN = ("lr", "cos", "step_epochs", "difflr", "warmup", "batch_size", "momentum", "nesterov", "weight_decay")
+OWN += ("label_smoothing", "seed")
 ALONE = ("ema", "swa", "noise", "internal")  # methods and scions without a neighbour
 DEFAULT_DATA = Path(__file__).resolve().parent.parent / "data"
 
@@ -37,7 +41,7 @@ def parser() -> Parser:
     flag("--model", metavar="NAME", type=one_of(NAMES), default="resnet32", help=f"{', '.join(NAMES)}; {own}")
     flag("--cifar", type=int, choices=(10, 100), default=10, help="which of the standard data sets")
     sources = (
-        "the folder of the standard CIFAR files (downloaded if absent), or one with train/<class>/ and test/<class>/ "
+        "the folder of the standard CIFAR files (an empty one gets them), or one with train/<class>/ and test/<class>/ "
         "images (resized to 32x32), or the word glyphs: a data set made on the spot"
     )
     flag("--data", metavar="DIR", type=path, default=DEFAULT_DATA, help=sources)
@@ -115,9 +119,5 @@ def default_directory(flags: Parser, args: argparse.Namespace) -> Path:
     """checkpoint/grafting_cifar10_resnet32, with the settings that differ from the defaults appended."""
     has_name = str(args.data) == "glyphs" or (args.data / "train").is_dir()
     images = args.data.resolve().name if has_name else f"cifar{args.cifar}"
-    shown = {"method": "", "scion": "", "images": "images", "test_images": "test", "val": "val", "epochs": "epochs"}
-    shown |= {"step_epochs": "step", "batch_size": "batch", "lr": "lr", "cos": "cos", "difflr": "difflr"}
-    shown |= {"momentum": "momentum", "weight_decay": "wd", "nesterov": "nesterov", "label_smoothing": "smoothing"}
-    shown |= {"warmup": "warmup", "level": "level", "criterion": "", "num": "num", "a": "a", "c": "c"}
-    shown |= {"seed": "seed", "amp": "amp"}
+    shown = [name for name in (*SHARED, *OWN, "images", "test_images", "amp") if name != "model"]
     return Path("checkpoint", run_name(flags, args, f"{images}_{args.model.replace(':', '.')}", shown))

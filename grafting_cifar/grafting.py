@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
-from grafting_cifar.flags import parse
+from grafting_cifar.flags import OWN, SHARED, parse
 from training.flags import settings_of
 
 if __name__ == "__main__":
@@ -34,10 +34,6 @@ from training.models import compiled, own_model, restore, to_resume
 from training.process import Signals, amp_dtype, computer, deterministic, ending, join_ring, pick_device
 from training.records import Progress, Records, layer_rows
 
-# The flags that all networks of a ring have in common, and those that else change what comes out of a network.
-SHARED = ("model", "num", "epochs", "a", "c", "level", "criterion", "method", "scion", "val")
-OWN = ("lr", "cos", "step_epochs", "difflr", "warmup", "batch_size", "momentum", "nesterov", "weight_decay")
-OWN += ("label_smoothing", "seed")
 EMA_SHARE = 0.05  # of all steps: the time constant of the moving average
 SWA_START, SWA_RATE = 0.75, 0.5  # of the epochs, of the first learning rate: as its authors trained their ResNets
 

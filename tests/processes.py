@@ -23,14 +23,14 @@ CIFAR = ROOT / "grafting_cifar" / "grafting.py"
 DEADLINE = 120.0  # seconds that a test waits for anything; a busy machine may need many times what is usual
 
 
-def make_images(folder: Path) -> Path:
+def make_images(folder: Path, seed: int = 0, size: tuple[int, int] = (32, 32), test: str = "test") -> Path:
     """Two classes of random images, in class folders: 32 to train on, 8 to test."""
-    random = np.random.default_rng(0)
-    for split, count in (("train", 16), ("test", 4)):
+    random = np.random.default_rng(seed)
+    for split, count in (("train", 16), (test, 4)):
         for name in ("one", "two"):
             (folder / split / name).mkdir(parents=True)
             for k in range(count):
-                pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / split / name / f"{k}.png")
     return folder
 

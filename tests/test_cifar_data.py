@@ -177,28 +177,17 @@ def test_large_images_are_resized_with_antialiasing(folder):
     assert np.abs(loaded[1].numpy() - expected).mean() < 3
 
 
-def truncate(folder):
+def test_a_mistaken_folder_is_answered_with_one_sentence(folder):
     path = folder / "train/dog/1.png"
     path.write_bytes(path.read_bytes()[:500])
-
-
-NEITHER = "has neither train/<class>/ and test/<class>/ nor the CIFAR10 files: give a folder that has, an empty one"
-MISTAKES = {
-    "missing": (shutil.rmtree, NEITHER),
-    "no train": (lambda folder: shutil.rmtree(folder / "train"), NEITHER),
-    "truncated image": (truncate, "train/dog/1.png cannot be read as an image ("),
-    "broken link": (lambda folder: (folder / "train/dog/9.png").symlink_to("x"), "9.png cannot be read (No such file"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistaken_folder_is_answered_with_one_sentence(folder, mistake):
-    change, words = MISTAKES[mistake]
-    change(folder)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=f"{path} cannot be read as an image "):
         load(folder)
-    assert str(folder) in str(caught.value) and words in str(caught.value)
-    assert str(caught.value).isprintable() and not caches(folder)
+    assert not caches(folder)
+    shutil.rmtree(folder / "train")
+    wanted = "has neither train/<class>/ and test/<class>/ nor the CIFAR10 files: give a folder that has, an empty one"
+    for wrong in folder, folder / "missing":
+        with pytest.raises(DataError, match=f"{wrong} {wanted}"):
+            load(wrong)
 
 
 # ---- The cache
@@ -217,32 +206,27 @@ def test_the_second_start_decodes_nothing_and_maps_the_cache(folder, decoded, ca
     assert load(folder).train.images.any(), "writing to the images changes no file"
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda folder: save(picture(99), folder / "train/cat/9.png"),
-        lambda folder: (folder / "train/cat/1.png").rename(folder / "train/dog/9.png"),
-        lambda folder: os.utime(folder / "train/cat/1.png", ns=(1, 1)),
-    ],
-    ids=("added", "moved", "touched"),
-)
-def test_a_changed_folder_is_decoded_again(folder, decoded, change):
+def test_a_changed_folder_is_decoded_again(folder, decoded):
     load(folder)
-    decoded.clear()
-    change(folder)
-    images = load(folder)
-    assert len(decoded) == len(images.train.images) + len(images.test.images)
-    assert len(caches(folder)) == 1, "the old cache is gone"
-    expected = [data.read_image(path) for path in sorted((folder / "train/cat").iterdir())]
-    assert np.array_equal(images.train.images[: len(expected)], expected)
+    for change in (
+        lambda: save(picture(99), folder / "train/cat/9.png"),
+        lambda: (folder / "train/cat/1.png").rename(folder / "train/dog/9.png"),
+        lambda: os.utime(folder / "train/cat/2.png", ns=(1, 1)),
+    ):
+        decoded.clear()
+        change()
+        images = load(folder)
+        assert len(decoded) == len(images.train.images) + len(images.test.images)
+        assert len(caches(folder)) == 1, "the old cache is gone"
+        expected = [data.read_image(path) for path in sorted((folder / "train/cat").iterdir())]
+        assert np.array_equal(images.train.images[: len(expected)], expected)
 
 
-@pytest.mark.parametrize("damage", ["cut", "a bit"])
-def test_a_damaged_cache_is_made_again(folder, decoded, damage):
+def test_a_damaged_cache_is_made_again(folder, decoded):
     expected, (cache,) = load(folder).train.images.clone(), caches(folder)
     content = bytearray(cache.read_bytes())
     content[len(content) // 2] ^= 1
-    cache.write_bytes(content if damage == "a bit" else content[:-100])
+    cache.write_bytes(content)
     assert torch.equal(load(folder).train.images, expected) and len(decoded) == 20
     load(folder)
     assert len(decoded) == 20

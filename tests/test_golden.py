@@ -7,12 +7,10 @@ augmentation, being computed in integers, are the same everywhere.
 
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from imagenet import ImageRun
-from PIL import Image
-from processes import Run, read_table
+from processes import Run, make_images, read_table
 
 from training.loop import stream_seed
 
@@ -53,19 +51,6 @@ IMAGENET = {
 }
 
 
-@pytest.fixture(scope="module")
-def larger_images(tmp_path_factory):
-    """Random images of 48 x 40 pixels in two classes: 32 to train on, 8 to test."""
-    folder, random = tmp_path_factory.mktemp("larger"), np.random.default_rng(1)
-    for split, count in (("train", 16), ("val", 4)):
-        for name in ("one", "two"):
-            (folder / split / name).mkdir(parents=True)
-            for k in range(count):
-                pixels = random.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{k}.png")
-    return folder
-
-
 def numbers(text):
     return [float(word) for word in text.split()]
 
@@ -93,7 +78,7 @@ def test_the_cifar_scripts_digits(images, tmp_path):
     assert_digits(run.finish(), CIFAR)
 
 
-def test_the_imagenet_scripts_digits(larger_images, tmp_path):
-    flags = ["-a", "resnet18", "-b", "16", "-j", "1", "--lr", "0.01"]
-    run = ImageRun(tmp_path / "run", larger_images, 2, 2, flags)
+def test_the_imagenet_scripts_digits(tmp_path):
+    larger = make_images(tmp_path / "larger", 1, (40, 48), "val")
+    run = ImageRun(tmp_path / "run", larger, 2, 2, ["-a", "resnet18", "-b", "16", "-j", "1", "--lr", "0.01"])
     assert_digits(run.finish(), IMAGENET)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from training import loop
-from training.loop import Diverged, evaluate, initial_rate, learning_rate, stream_seed, train_one_epoch
+from training.loop import Diverged, evaluate, initial_rate, learning_rate, train_one_epoch
 from training.models import load_optimizer
 
 CPU = torch.device("cpu")
@@ -108,13 +108,6 @@ def test_a_loss_that_is_no_number_is_said():
 
 
 # Rates and seeds
-
-
-def test_seeds_of_streams_differ():
-    seeds = {
-        stream_seed(*words) for words in ((0, 1, 0), (0, 2, 0), (1, 1, 0), (0, 1, 1), (0, 1, "weights"), (0, 11, 0))
-    }
-    assert len(seeds) == 6 and all(0 <= seed < 2**56 for seed in seeds)
 
 
 def test_networks_start_at_different_rates():

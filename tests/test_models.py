@@ -117,16 +117,8 @@ def test_resnet_weights_are_kaiming_normal():
 # ---- MobileNetV2
 
 
-def test_mobilenetv2_sizes():
+def test_mobilenetv2_sizes_and_names():
     network = build("mobilenetv2", 10)
-    filters = {name: module.out_channels for name, module in convolutions(network).items()}
-    shortcuts = {name: count for name, count in filters.items() if "shortcut" in name}
-    assert parameters(network) == 2_296_922
-    assert sum(shortcuts.values()) == 456
-    assert sum(filters.values()) - sum(shortcuts.values()) == 17_088
-
-
-def test_mobilenetv2_names():
     names = ["conv1.weight", *bn("bn1")]
     for k in range(17):
         for half in (1, 2, 3):
@@ -134,7 +126,10 @@ def test_mobilenetv2_names():
         if k in (0, 1, 10, 16):  # the blocks of stride 1 that change the number of channels
             names += [f"layers.{k}.shortcut.0.weight", *bn(f"layers.{k}.shortcut.1")]
     names += ["conv2.weight", *bn("bn2"), "linear.weight", "linear.bias"]
-    assert list(build("mobilenetv2", 10).state_dict()) == names
+    assert list(network.state_dict()) == names
+    filters = {name: module.out_channels for name, module in convolutions(network).items()}
+    shortcuts = sum(count for name, count in filters.items() if "shortcut" in name)
+    assert (parameters(network), shortcuts, sum(filters.values()) - shortcuts) == (2_296_922, 456, 17_088)
 
 
 # ---- Wide ResNets

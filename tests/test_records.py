@@ -126,16 +126,6 @@ def test_a_test_loss_that_is_no_number_is_published_nowhere(make_records, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_rows_information_is_the_sum_of_its_layers_entropies(make_records, tmp_path):
-    tell(make_records(), 0, 50)
-    weight = model()[0].weight.detach().flatten().double()
-    counts = torch.histc(weight, 10, weight.min(), weight.max())
-    counts[-1] -= 1  # the maximum is in no bin
-    shares = counts[counts > 0] / len(weight)
-    information = float(rows_of(tmp_path / "metrics1.csv")[0][-1])
-    assert information == pytest.approx(-(shares * shares.log()).sum().item(), rel=1e-5)
-
-
 def test_curves_and_coefficients_for_tensorboard(make_records, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     told = make_records(tensorboard=True)

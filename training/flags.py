@@ -133,19 +133,20 @@ def world(variables: Mapping[str, str] = os.environ) -> tuple[int, int]:
     return int(variables["RANK"]), int(variables["WORLD_SIZE"])
 
 
-def run_name(parser: argparse.ArgumentParser, args: argparse.Namespace, what: str, shown: Mapping[str, str]) -> str:
+def run_name(parser: argparse.ArgumentParser, args: argparse.Namespace, what: str, shown: Iterable[str]) -> str:
     """Name of a run's folder: grafting_... (baseline_... of a single network), then what differs from the defaults.
 
     Args:
         what: what is trained, such as cifar10_resnet32.
-        shown: the flags that may appear, with the short name to show.
+        shown: the flags that may appear.
     """
     name = f"{'grafting' if args.num > 1 else 'baseline'}_{what}"
-    for flag, short in shown.items():
+    for flag in shown:
         value = getattr(args, flag)
         if value == parser.get_default(flag) or (flag, value) == ("num", 1):
             continue
-        name += f"_{short}" + ("" if value is True else f"{value:g}" if isinstance(value, float) else str(value))
+        number = f"{value:g}" if isinstance(value, float) else value
+        name += f"_{value}" if isinstance(value, str) else f"_{flag}" if value is True else f"_{flag}{number}"
     return name
 
 

@@ -103,7 +103,6 @@ def _list(place: Path, classes: list[str], left_out: list[str]) -> Files:
         return counts
 
     ranks = {name: rank for rank, name in enumerate(classes)}
-    left_out += [str(place / name) for name in os.listdir(place) if name not in ranks]
     samples = sorted(make_dataset(str(place), ranks, is_valid_file=is_image), key=lambda sample: sample[::-1])
     return Files([path for path, _ in samples], torch.tensor([rank for _, rank in samples]))
 
