@@ -12,10 +12,11 @@ from training import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = {"grafting_cifar": cifar, "grafting_imagenet": imagenet}
 
 
 def lines(page):
-    """(the words of each indented command line, the folder that a `cd` before it names)."""
+    """(the program of each indented command line, its arguments), a `cd` before it having been followed."""
     folder = ""
     for line in page.read_text().splitlines():
         if line.startswith("#"):
@@ -23,33 +24,31 @@ def lines(page):
         if not line.startswith("    ") or "`" in line:
             continue
         words = shlex.split(line.partition(" >")[0], comments=True)
-        while words and "=" in words[0]:
-            del words[0]
-        words = words[1:] if words[:1] == ["nohup"] else words
         if words[:1] == ["cd"]:
             folder = words[1]
-        elif words:
-            yield words, folder
+        for k, word in enumerate(words):
+            if word.endswith((".py", ".sh", ".slurm")):
+                yield page.name, folder, word, words[k + 1 :]
+                break
 
 
-COMMANDS = [(page.name, words, folder) for page in PAGES for words, folder in lines(page)]
+COMMANDS = [line for page in PAGES for line in lines(page)]
 
 
-@pytest.mark.parametrize(("page", "words", "folder"), COMMANDS, ids=lambda value: str(value)[:60])
-def test_a_line_names_a_program_that_exists_and_flags_that_it_knows(page, words, folder, monkeypatch):
-    program = next((word for word in words if word.endswith((".py", ".sh", ".slurm"))), None)
-    if program is None:
+@pytest.mark.parametrize(("page", "folder", "program", "arguments"), COMMANDS, ids=lambda value: str(value)[:60])
+def test_a_line_names_a_program_that_exists_and_flags_that_it_knows(page, folder, program, arguments, monkeypatch):
+    monkeypatch.setattr("sys.argv", [program])
+    places = [ROOT / place / program for place in (folder, "", *SCRIPTS)]
+    path = next((place.resolve() for place in places if place.exists()), None)
+    assert path, f"{page}: there is no {program}"
+    script = path.parent.name
+    if arguments == ["--help"]:
         return
-    path = next((base / program for base in (ROOT / folder, ROOT) if (base / program).exists()), None)
-    path = path or next(base / program for base in (ROOT / "grafting_imagenet", ROOT / "grafting_cifar"))
-    assert path.exists(), f"{page}: {program}"
-    arguments = words[words.index(program) + 1 :]
-    script = {"grafting_cifar": cifar, "grafting_imagenet": imagenet}.get(path.resolve().parent.name)
-    if path.suffix == ".sh" and script:
-        commands.parse(path.resolve().parent.name, *arguments)
-    elif script and "--help" not in arguments:
-        script.parse(arguments)
-    elif path.suffix == ".py" and not script:
+    if script in SCRIPTS and path.suffix == ".sh":
+        commands.parse(script, *arguments)
+    elif script in SCRIPTS:
+        SCRIPTS[script].parse(arguments)
+    elif path.suffix == ".py":
         text = path.read_text() + (ROOT / "benchmarks" / "tools.py").read_text()
         for flag in arguments:
             assert not flag.startswith("--") or f'"{flag}"' in text, f"{page}: {program} {flag}"
