@@ -11,17 +11,17 @@ pass over the training images.
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
-from analysis.loading import Trained, autocast, batches_of, compare, load_images, load_trained, scores_of
+from analysis.loading import Trained, autocast, batches_of, load_images, load_trained, scores_of
 from analysis.runs import ends, mean_and_deviation, program, table
 from filter_grafting.checkpoint import write_atomically
 from filter_grafting.errors import GraftingError
@@ -44,15 +44,6 @@ def average_softmax(scores: Sequence[Tensor]) -> Tensor:
     return torch.stack([score.softmax(1) for score in scores]).mean(0)
 
 
-def average_weights(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The uniform average of state dicts that are alike; integer entries are the first one's."""
-    average = dict(states[0])
-    for key, entry in average.items():
-        if entry.is_floating_point():
-            average[key] = torch.stack([state[key] for state in states]).double().mean(0).to(entry.dtype)
-    return average
-
-
 def accuracy(scores: Tensor, labels: Tensor) -> float:
     """In percent."""
     return 100 * (scores.argmax(1) == labels).double().mean().item()
@@ -73,32 +64,35 @@ def reestimate(trained: Trained, images: Images, device: torch.device) -> None:
 # ---- The runs
 
 
-def find(directory: Path, which: str) -> list[Path]:
-    """The checkpoints of all networks of a run. Raises GraftingError if one is missing."""
-    statuses = observe(directory)
-    if not statuses:
-        raise GraftingError(f"{directory} is not the save directory of a run")
+def find(directories: Iterable[Path], which: str) -> list[Path]:
+    """The checkpoints of all networks of some runs. Raises GraftingError if one is missing."""
     paths = []
-    for status in statuses:
-        stem = f"{which}{status.network}"
-        found = [*directory.glob(f"{stem}.*")]
-        if not found:
-            advice = "wait until it is done, continue it with --resume, or test --which best"
-            raise GraftingError(f"{directory / stem} is missing (network {status.network}: {status}): {advice}")
-        paths += found
+    for directory in {directory.resolve(): directory for directory in directories}.values():
+        statuses = observe(directory)
+        if not statuses:
+            raise GraftingError(f"{directory} is not the save directory of a run")
+        for status in statuses:
+            stem = f"{which}{status.network}"
+            found = [*directory.glob(f"{stem}.*")]
+            if not found:
+                advice = "wait until it is done, continue it with --resume, or test --which best"
+                raise GraftingError(f"{directory / stem} is missing (network {status.network}: {status}): {advice}")
+            paths += found
     return paths
 
 
 def test(members: Sequence[Trained], images: Images, device: torch.device) -> dict[str, Any]:
-    """Accuracies of the networks, of their ensemble, and of their average, which takes the place of the first one."""
+    """Accuracies of the networks, of their ensemble, and of the average of their weights."""
     scores = [scores_of(member, images.test, device) for member in members]
     alone, average = [accuracy(*own) for own in scores], None
     ensemble = accuracy(average_softmax([own for own, _ in scores]), scores[0][1])
     if len({member.name for member in members}) == 1:
-        model = members[0].model
-        model.load_state_dict(average_weights([member.model.state_dict() for member in members]))
-        reestimate(members[0], images, device)
-        average = accuracy(*scores_of(members[0], images.test, device))
+        averaged = AveragedModel(members[0].model)
+        for member in members:
+            averaged.update_parameters(member.model)
+        one = members[0]._replace(model=averaged.module)
+        reestimate(one, images, device)
+        average = accuracy(*scores_of(one, images.test, device))
     return {"networks": alone, "ensemble": ensemble, "weight_average": average}
 
 
@@ -112,8 +106,7 @@ def main() -> int:
     add("--json", metavar="FILE", type=path, help="a file for the accuracies, in percent")
     args = parser.parse_args()
     device = pick_device(args.device)
-    directories = {directory.resolve(): directory for directory in args.directories}
-    paths = [path for directory in directories.values() for path in find(directory, args.which)]
+    paths = find(args.directories, args.which)
     members = [load_trained(path, device=device) for path in paths]
     first = members[0]
     for other in members[1:]:
@@ -123,13 +116,13 @@ def main() -> int:
     found = {"members": [str(path) for path in paths], **test(members, images, device)}
     rows = []
     for end, member, value in zip(ends(paths), members, found["networks"], strict=True):
-        compare(member, value)
-        rows.append([end, member.name, member.contents.get("epoch", ""), f"{value:.2f}"])
-    rows.append([f"mean of {len(members)}", "", "", mean_and_deviation(found["networks"], 2)])
-    rows.append(["ensemble", "", "", f"{found['ensemble']:.2f}"])
-    rows.append(["weight average", "", "", mean_and_deviation([found["weight_average"]], 2)])
-    frame = pd.DataFrame(rows, columns=["network", "model", "epoch", "accuracy (%)"])
-    print(table(frame, right=["epoch", "accuracy (%)"]))
+        saved = mean_and_deviation([member.contents.get("accuracy")], 2)
+        rows.append([end, member.name, member.contents.get("epoch", "–"), f"{value:.2f}", saved])
+    averages = {f"mean of {len(members)}": found["networks"]}
+    averages |= {"ensemble": [found["ensemble"]], "weight average": [found["weight_average"]]}
+    rows += [[name, "", "", mean_and_deviation(values, 2), ""] for name, values in averages.items()]
+    frame = pd.DataFrame(rows, columns=["network", "model", "epoch", "accuracy (%)", "when saved (%)"])
+    print(table(frame, right=list(frame)[2:]))
     print(CAPTION.format(test=len(images.test.labels), train=len(images.train.labels)))
     if args.json:
         write_atomically(args.json, json.dumps(found, indent=1).encode() + b"\n")

@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
-from analysis.loading import compare, file_parser, load_images, load_trained, scores_of
-from analysis.runs import program, table
+from analysis.loading import file_parser, load_images, load_trained, scores_of
+from analysis.runs import mean_and_deviation, program, table
 from training.flags import path
 from training.process import pick_device
 
@@ -45,8 +45,11 @@ def main() -> int:
     frame["accuracy (%)"] = shares.map("{:.2f}".format)
     print(table(frame, right=["images", "accuracy (%)"]), "", sep="\n")
     accuracy, loss = 100 * matrix.trace() / len(labels), torch.nn.functional.cross_entropy(scores, labels)
-    print(f"accuracy: {accuracy:.3f} % of {len(labels):,} test images, loss {loss:.4f} ({trained.name}, {args.file})")
-    compare(trained, accuracy)
+    saved = mean_and_deviation([trained.contents.get("accuracy")], 3)
+    print(
+        f"accuracy: {accuracy:.3f} % of {len(labels):,} test images ({saved} when it was saved), loss {loss:.4f} "
+        f"({trained.name}, {args.file})"
+    )
     if args.plot:
         from analysis import plots  # matplotlib, for those who ask for the plot alone
 

@@ -144,11 +144,3 @@ def scores_of(trained: Trained, split: Any, device: torch.device) -> tuple[Tenso
         found = [(trained.model(images).float().cpu(), labels.cpu()) for images, labels in bar]
     scores, labels = zip(*found, strict=True)
     return torch.cat(scores), torch.cat(labels)
-
-
-def compare(trained: Trained, accuracy: float) -> None:
-    """Says so if a model has not the accuracy that its file records."""
-    before = trained.contents.get("accuracy")
-    if isinstance(before, float) and abs(accuracy - before) > 1:
-        had = f"{trained.path} had {before:.2f} % when it was saved, and has {accuracy:.2f} % here"
-        print(f"{had}: is --data what it was in training?", file=sys.stderr)

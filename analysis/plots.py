@@ -123,7 +123,8 @@ def coefficients(run: Run) -> Figure:
     height = min(7.0, 1.3 + 0.12 * len(layers))
     figure, panels = pyplot.subplots(1, len(networks), figsize=(WIDTH, height), sharey=True, squeeze=False)
     for panel, network in zip(panels.flat, networks, strict=True):
-        grid = network.coefficients.pivot(index="layer", columns="epoch", values="coefficient")
+        # Of an epoch that ran twice, as its network was killed at its end, the last rows count.
+        grid = network.coefficients.pivot_table("coefficient", index="layer", columns="epoch", aggfunc="last")
         first, last = grid.columns.min(), grid.columns.max()
         grid = grid.reindex(index=layers, columns=range(first, last + 1))  # an epoch without coefficients is a gap
         place = {"extent": (first - 0.5, last + 0.5, len(layers) - 0.5, -0.5), "aspect": "auto"}

@@ -85,11 +85,10 @@ def text_table(runs: Sequence[Run], frame: pd.DataFrame, style: str) -> tuple[st
     """The table, and the sentences below it that its numbers in brackets refer to."""
     rows, notes = [], []
     best = best_networks(frame)
-    several_models = len({run.model for run in runs if run.model}) > 1
     for run in runs:
         own, name = frame[frame["directory"] == run.directory], run.label
         if (run.networks or run.record) and run.method != run.label:
-            name += f": {f'{run.model}, ' * several_models}{run.method}"
+            name += f": {run.method}"
         rows.append(row_of(name, own, best))
         if "ensemble" in run.record:
             rows[-1]["last %"] = f"{run.record['ensemble']['ensemble']:.2f}"

@@ -177,9 +177,7 @@ def _read_tables(run: Run, network: Network, epochs: int | None) -> None:
     if epochs and len(network.metrics) and (ended := network.metrics["epoch"].iloc[-1] + 1) != epochs:
         run.errors.append(f"metrics{i}.csv ends after {ended} of {epochs} epochs")
     if (run.directory / f"coefficients{i}.csv").exists():
-        # A network that was killed between the two files writes an epoch's rows once more.
-        rows = _read_csv(run, f"coefficients{i}.csv", COEFFICIENTS)
-        network.coefficients = rows.drop_duplicates(["epoch", "layer"], keep="last")
+        network.coefficients = _read_csv(run, f"coefficients{i}.csv", COEFFICIENTS)
 
 
 def _read_csv(run: Run, name: str, columns: Sequence[str]) -> pd.DataFrame:

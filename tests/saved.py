@@ -1,16 +1,15 @@
 """What runs leave behind, with figures that a test chooses, and the programs of analysis/ called in this process."""
 
 import contextlib
+import importlib
 import io
 import json
 import socket
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
 
 from analysis.runs import program
 from grafting_cifar import models
@@ -18,7 +17,7 @@ from grafting_cifar.data import MEAN, STD
 
 HEADER = "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,best,"
 HEADER += "train_seconds,test_seconds,wait_seconds,graft_seconds,information\n"
-CLASSES = ["dark", "light"]
+CLASSES = ["one", "two"]  # those of the fixture `images`
 IMAGENET = {"image_size": 64, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -80,20 +79,7 @@ def save_run(
     return directory
 
 
-# ---- Trained models, and images to test them on
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Class folders of dark and of light images, 32 and 16 of them in train/ and test/."""
-    folder, random = tmp_path_factory.mktemp("folders"), np.random.default_rng(0)
-    for split, count in (("train", 16), ("test", 8)):
-        for k, name in enumerate(CLASSES):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = random.integers(100 * k, 100 * k + 155, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
-    return folder
+# ---- Trained models
 
 
 def trained_like(seed, name="resnet20"):
@@ -133,21 +119,15 @@ def save_imagenet_model(path):
     return save_model(path, model.state_dict(), "state_dict", model="resnet18", settings=settings, **IMAGENET), model
 
 
-OWN = """\
-from torch import nn
-def net(num_classes):
-    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(nn.Conv2d(3, 4, 3), *pooled, nn.Linear(4, num_classes))
-"""
-
-
-@pytest.fixture
-def own_model(tmp_path, monkeypatch):
-    """A small model of one's own, called `mine:net` from here."""
-    (tmp_path / "mine.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+def own_model(folder, monkeypatch):
+    """A small model of one's own, called `mine:net` in this folder, to which the test goes."""
+    (folder / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), *pooled, nn.Linear(4, num_classes))\n"
+    )
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    from mine import net
-
-    return net(2).eval()
+    return importlib.import_module("mine").net(2).eval()

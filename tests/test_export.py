@@ -8,19 +8,12 @@ from saved import CLASSES, call, own_model, save_imagenet_model, save_model
 
 from analysis import export
 
-__all__ = ["own_model"]  # a fixture
 
-
-@pytest.fixture
-def without_onnx(monkeypatch):
-    """Which takes half of a minute."""
-    monkeypatch.delitem(export.FILES, "model.onnx")
-
-
-def test_the_files_hold_the_model_and_what_the_checkpoint_says(tmp_path, own_model, without_onnx, monkeypatch):
-    safetensors = pytest.importorskip("safetensors.torch")
+def test_the_files_hold_the_model_and_what_the_checkpoint_says(tmp_path, monkeypatch):
+    safetensors, own = pytest.importorskip("safetensors.torch"), own_model(tmp_path, monkeypatch)
+    monkeypatch.delitem(export.FILES, "model.onnx")  # which takes half of a minute
     command = ["python", "grafting.py", "--data", "my images"]
-    file = save_model(tmp_path / "best1.t7", own_model.state_dict(), model="mine:net", command=command)
+    file = save_model(tmp_path / "best1.t7", own.state_dict(), model="mine:net", command=command)
     status, _, _ = call(export, file, tmp_path / "out", "--name", "my-model")
     assert status == 0
     monkeypatch.chdir(tmp_path / "out")
@@ -29,8 +22,8 @@ def test_the_files_hold_the_model_and_what_the_checkpoint_says(tmp_path, own_mod
     names = {"torch": torch}
     exec(card.split("```python\n")[1].split("\n```")[0], names)  # the line that loads the model
     images = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(names["model"](images), own_model(images))
-    loaded, state = safetensors.load_file("model.safetensors"), own_model.state_dict()
+    torch.testing.assert_close(names["model"](images), own(images))
+    loaded, state = safetensors.load_file("model.safetensors"), own.state_dict()
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
