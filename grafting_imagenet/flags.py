@@ -113,7 +113,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def default_name(flags: Parser, args: argparse.Namespace) -> str:
     """grafting_imagenet_resnet18, with the settings that differ from the defaults appended."""
-    shown = {"epochs": "epochs", "batch_size": "batch", "lr": "lr", "steplr": "steplr", "momentum": "momentum"}
-    shown |= {"wd": "wd", "nesterov": "nesterov", "label_smoothing": "smoothing", "warmup": "warmup"}
-    shown |= {"pretrained": "pretrained", "criterion": "", "num": "num", "a": "a", "c": "c", "seed": "seed"}
-    return run_name(flags, args, f"imagenet_{args.arch.replace(':', '.')}", shown | {"amp": "amp"})
+    shown = ("epochs", "batch_size", "lr", "steplr", "momentum", "wd", "nesterov", "label_smoothing", "warmup")
+    shown += ("pretrained", "criterion", "num", "a", "c", "seed", "amp")
+    return run_name(flags, args, f"imagenet_{args.arch.replace(':', '.')}", shown)

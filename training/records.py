@@ -127,7 +127,7 @@ class Records:
         if row["improved"]:
             self.save("best", row, state)
         grafts = write_rows(self.ring.directory / f"coefficients{network}.csv", COEFFICIENTS, epoch - 1, layers)
-        figures = [as_text(column, row.get(column)) for column in METRICS]
+        figures = [f"{row[column]:.6g}" if column in row else "" for column in METRICS]
         write_rows(self.ring.directory / f"metrics{network}.csv", METRICS, epoch, [figures])
         if self.board:
             self._draw(row, layers, grafts)
@@ -176,13 +176,6 @@ def log_fields(row: Mapping[str, Any]) -> str:
     fields += [f"loss:{row['train_loss']:.4f}", f"lr:{row['lr']:.5g}"]
     fields += [f"{phase}:{row[f'{phase}_seconds']:.2f}s" for phase in ("train", "test", "wait", "graft")]
     return "    ".join(fields)
-
-
-def as_text(column: str, value: float | None) -> str:
-    if value is None or isinstance(value, int):
-        return "" if value is None else str(value)
-    is_rounded = column.endswith(("_seconds", "accuracy")) or column in ("best", "test_top5")
-    return f"{value:.3f}" if is_rounded else f"{value:.6g}"
 
 
 def write_rows(path: Path, columns: Sequence[str], epoch: int, rows: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
