@@ -1,12 +1,13 @@
 """Launching without training: a copy of the project in which a stand-in takes the place of both scripts."""
 
+import fcntl
 import json
 import os
 import pty
 import shutil
-import signal
 import socket
 import sys
+import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -66,7 +67,7 @@ class Project:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         self.root, self.cwd, self.ends = (folder / name for name in ("a project", "here", "ends"))
-        self.patch, self.capsys = monkeypatch, capsys
+        self.patch, self.capsys, self.locks = monkeypatch, capsys, []
         self.cwd.mkdir()
         for name in ("training", "filter_grafting", "grafting_cifar", "grafting_imagenet"):
             shutil.copytree(ROOT / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -88,7 +89,10 @@ class Project:
         try:
             return launch.main(commands.parse(folder, *map(str, words)))
         except SystemExit as end:
-            return end.code
+            if isinstance(end.code, int):
+                return end.code
+            print(end.code, file=sys.stderr)
+            return 1
         finally:
             sys.stdout.flush()
 
@@ -96,6 +100,12 @@ class Project:
         """(exit status, standard output, standard error)."""
         self.capsys.readouterr()
         return self.run(*words, folder=folder), *self.capsys.readouterr()
+
+    def is_alive(self, directory: str, network: int, **fields: object) -> None:
+        """From now on, this process is a network: it holds its lock."""
+        write_status(self.cwd / directory, network, **fields)
+        self.locks.append(os.open(self.cwd / directory / f"network{network}.lock", os.O_CREAT | os.O_RDWR))
+        fcntl.flock(self.locks[-1], fcntl.LOCK_EX)
 
     def trains_on(self) -> None:
         """From now on, stand-ins that are started train until the test ends."""
@@ -127,20 +137,17 @@ def project(tmp_path, monkeypatch, capsys) -> Iterator[Project]:
     made = Project(tmp_path, monkeypatch, capsys)
     yield made
     made.ends.touch()
+    for lock in made.locks:
+        os.close(lock)
 
 
 @pytest.fixture
 def terminal():
-    """terminal(call, cwd) -> Terminal; none outlives the test."""
+    """terminal(call, cwd) -> Terminal; it hangs up at the end of the test."""
     made = []
-
-    def start(call, cwd):
-        made.append(Terminal(call, cwd))
-        return made[-1]
-
-    yield start
+    yield lambda call, cwd: made.append(Terminal(call, cwd)) or made[-1]
     for one in made:
-        one.kill()
+        os.close(one.terminal)
 
 
 def write_status(directory: Path, network: int, **fields: object) -> None:
@@ -164,7 +171,7 @@ class Terminal:
     """A call on a terminal of 80 columns, in a process of its own; `text` is all that it has shown."""
 
     def __init__(self, call: Callable[[], int], cwd: Path):
-        self.text, self.status = "", None
+        self.text = ""
         self.pid, self.terminal = pty.fork()
         if self.pid:
             os.set_blocking(self.terminal, False)
@@ -178,32 +185,20 @@ class Terminal:
             os._exit(99)
 
     def read(self) -> str:
-        with suppress(OSError):  # nothing new, or the other end is closed
+        with suppress(BlockingIOError):  # nothing new
             self.text += os.read(self.terminal, 65536).decode(errors="replace")
         return self.text
 
-    def shows(self, text: str) -> None:
-        until(lambda: text in self.read(), what=lambda: f"{text!r} on the terminal, which shows\n{self.text}")
+    def shows(self, text: str, count: int = 1) -> None:
+        until(lambda: self.read().count(text) >= count, what=lambda: f"{text!r}, but there is\n{self.text}")
 
     def press_ctrl_c(self) -> None:
         os.write(self.terminal, b"\x03")
 
     def end(self) -> int:
         """Its exit status."""
-
-        def ended() -> bool:
-            self.read()
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if pid else None
-            return bool(pid)
-
-        if self.status is None:
-            until(ended, what=lambda: f"the end of what shows\n{self.text}")
-            self.read()
-        return self.status
-
-    def kill(self) -> None:
-        if self.status is None:
-            os.kill(self.pid, signal.SIGKILL)
-            self.end()
-        os.close(self.terminal)
+        with suppress(OSError):  # which the closed terminal gives
+            while True:
+                self.read()
+                time.sleep(0.01)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])

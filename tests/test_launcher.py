@@ -1,9 +1,7 @@
 """The launcher's rules: which flags it takes, where it starts networks, how it shows, stops and continues them."""
 
 import os
-import signal
 import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
@@ -14,33 +12,6 @@ from processes import until
 from training import launch
 
 GLYPHS = ("--data", "glyphs", "--device", "cpu")
-
-
-@pytest.fixture
-def living(tmp_path):
-    """living(directory, i, ...): a process that is network i there, with these fields in its status."""
-    program = (
-        "import fcntl, signal, sys, time\n"
-        "lock = open(sys.argv[1], 'w')\n"
-        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
-        "if sys.argv[2:]: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "print(flush=True)\n"
-        "time.sleep(120)\n"
-    )
-    processes = []
-
-    def start(directory, network, deaf=False, **fields):
-        directory.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-S", "-c", program, directory / f"network{network}.lock", *["deaf"] * deaf]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE))
-        processes[-1].stdout.readline()
-        write_status(directory, network, **{"pid": processes[-1].pid, **fields})
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
 
 
 def flag(words, name):
@@ -141,9 +112,9 @@ def test_a_network_that_fails_at_once_is_said_with_its_sentence(project, monkeyp
     assert (status, "\nnetwork 1 ended with status 1: the disk is full: make room\n" in output) == (1, True), output
 
 
-def test_a_directory_in_which_networks_run_or_have_run_or_that_cannot_be_made_is_a_sentence(project, living):
+def test_a_directory_in_which_networks_run_or_have_run_or_that_cannot_be_made_is_a_sentence(project):
     write_status(project.cwd / "old", 2, state="stopped")
-    living(project.cwd / "alive", 1)
+    project.is_alive("alive", 1)
     for name, runs in (("old", "network 2 has run in old"), ("alive", "network 1 runs in alive")):
         status, _, errors = project(*GLYPHS, "--s", name)
         assert (status, runs in errors) == (1, True)
@@ -157,12 +128,12 @@ def test_a_directory_in_which_networks_run_or_have_run_or_that_cannot_be_made_is
 # Looking
 
 
-def test_status_shows_how_the_networks_are(project, living):
+def test_status_shows_how_the_networks_are(project):
     run = project.cwd / "x"
-    living(run, 1, num=4, epoch=2, epochs=4, lr=1.234e-5, accuracy=100.0)
+    project.is_alive("x", 1, num=4, epoch=2, epochs=4, lr=1.234e-5, accuracy=100.0)
     rows = ["epoch,train_seconds,test_seconds,wait_seconds,graft_seconds", "0,20,5,,", "1,30,5,4,1"]
     (run / "metrics1.csv").write_text("\n".join(rows) + "\n")
-    living(run, 2, num=4, state="waiting", detail="for network 1", accuracy=None)
+    project.is_alive("x", 2, num=4, state="waiting", detail="for network 1", accuracy=None)
     write_status(run, 3, num=4, state="failed", detail="the disk is full")
     status, output, _ = project("status", "x")
     lines = output.splitlines()
@@ -192,42 +163,46 @@ def test_status_lists_all_runs_and_finds_them_from_any_folder(project, monkeypat
 # Stopping
 
 
-def test_stop_ends_those_that_hold_the_locks_and_no_others(project, living):
-    first, second = (living(project.cwd / name, 1) for name in ("x", "checkpoint/y"))
-    bystander = living(project.cwd / "checkpoint/z", 1)
-    write_status(project.cwd / "x", 2, pid=bystander.pid, state="done")  # its process id is another's now
+def test_stop_ends_a_runs_networks_and_no_others(project):
+    project.trains_on()
+    for name in ("x", "checkpoint/y", "checkpoint/z"):
+        assert project(*GLYPHS, "--num", "1", "--s", name)[0] == 0
+    pids = [project.status(name, 1)["pid"] for name in ("x", "checkpoint/y", "checkpoint/z")]
+    write_status(project.cwd / "x", 2, pid=pids[2], state="done")  # its process id is another's now
     status, _, errors = project("stop")
     assert (status, "checkpoint/y, checkpoint/z" in errors) == (2, True)
     status, output, _ = project("stop", "x", "y")
-    assert (status, first.wait(), second.wait(), bystander.poll()) == (0, -signal.SIGTERM, -signal.SIGTERM, None)
-    asked = [f"network 1 (process {process.pid}) is asked to stop" for process in (first, second)]
+    assert status == 0
+    asked = [f"network 1 (process {pid}) is asked to stop" for pid in pids]
     gone = [f"no network of {name} is alive" for name in ("x", "checkpoint/y")]
     assert output.splitlines() == [asked[0], gone[0], asked[1], gone[1]]
+    assert [project.states(name) for name in ("checkpoint/y", "checkpoint/z")] == [["stopped"], ["training"]]
     assert project("stop", "x")[0] == 0, "a second time there is nothing to do, which is fine"
-    assert project("stop")[0] == 0 and bystander.wait() == -signal.SIGTERM, "the only run that is alive"
+    assert project("stop")[0] == 0 and project.states("checkpoint/z") == ["stopped"], "the only run that is alive"
 
 
-def test_stop_says_what_it_could_not_end(project, living, monkeypatch):
-    monkeypatch.setattr(launch, "STOP_SECONDS", 0.3)
-    deaf = living(project.cwd / "x", 1, deaf=True)
-    living(project.cwd / "x", 2, host="elsewhere", pid=7)
+def test_stop_says_what_it_could_not_end(project, monkeypatch):
+    monkeypatch.setattr(launch, "STOP_SECONDS", 0.1)
+    project.is_alive("x", 1, pid=2**30)
+    project.is_alive("x", 2, host="elsewhere", pid=7)
     status, output, _ = project("stop", "x")
     assert (status, "process 7) is asked" in output) == (1, False)
-    assert f"network 1 (process {deaf.pid} on {os.uname().nodename}) is still alive" in output
+    assert f"network 1 (process {2**30} on {os.uname().nodename}) is still alive" in output
     assert "network 2 (process 7 on elsewhere) is still alive" in output
 
 
 # Continuing
 
 
-def test_resume_goes_on_with_the_flags_that_each_network_had(project, living, monkeypatch):
+def test_resume_goes_on_with_the_flags_that_each_network_had(project, monkeypatch):
     flags = ("--data", "images", "--device", "cpu", "--model", "resnet20", "--lr", "0.05", "--num", "4", "--s", "x")
     jobs, run = project.records(), project.cwd / "x"
     assert project(*flags, "--epochs", "2")[0] == 0
     script = str(project.root / "grafting_cifar/grafting.py")
     for (job, *_), state in zip(jobs, ("done", "training", "failed", "training"), strict=True):  # 2 as if killed
         fields = {"command": ["python", script, *job.words], "cwd": str(project.cwd), "state": state}
-        (living if job.i == 4 else write_status)(run, job.i, num=4, epochs=2, **fields)
+        write_status(run, job.i, num=4, epochs=2, **fields)
+    project.is_alive("x", 4, num=4, epochs=2)
     first = {job.i: job.words for job, *_ in jobs}
     jobs.clear()
     monkeypatch.chdir("/")
@@ -258,19 +233,14 @@ def test_resume_with_more_epochs_continues_what_is_done(project):
     ends_after(4)
 
 
-@pytest.mark.parametrize("command", [[], ["python", "/tmp/evil.py"], ["python", "elsewhere/grafting.py", "--num", "1"]])
-def test_resume_starts_nothing_but_the_projects_own_scripts(project, command):
-    jobs = project.records()
-    write_status(project.cwd / "x", 1, command=command, cwd=str(project.cwd))
-    status, _, errors = project("resume", "x")
-    assert (status, "has left no command of grafting.py" in errors, jobs) == (1, True, [])
-
-
-def test_resume_knows_how_many_processes_a_network_had(project):
+def test_resume_starts_the_projects_own_scripts_alone_in_as_many_processes_as_they_had(project):
+    jobs, place = project.records(), {"cwd": str(project.root / "grafting_imagenet"), "state": "stopped", "num": 1}
+    for command in ([], ["python", "/tmp/evil.py"], ["python", "elsewhere/grafting.py", "--num", "1"]):
+        write_status(project.cwd / "x", 1, command=command, **place)
+        status, _, errors = project("resume", "x")
+        assert (status, "has left no command of grafting.py" in errors, jobs) == (1, True, [])
     python = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    place = {"cwd": str(project.root / "grafting_imagenet"), "state": "stopped", "num": 1}
     write_status(project.cwd / "x", 1, command=[*python, "grafting.py", "--num", "1", "--device", "cpu"], **place)
-    jobs = project.records()
     project("resume", "x")
     project("resume", "x", "--gpus-per-network", "4")
     assert [(job.folder, ranks) for job, _, ranks in jobs] == [("grafting_imagenet", 2), ("grafting_imagenet", 4)]

@@ -79,11 +79,3 @@ def test_grafting_sh_runs_from_any_folder_and_its_reader_may_have_seen_enough(tm
     command = ["sh", "-c", f"'{LAUNCHER}' status 'a run' | head -n 1"]
     ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "a run:\n", "")
-
-
-@pytest.mark.slow
-def test_a_network_that_is_refused_is_said_with_its_sentence(tmp_path, images):
-    flags = ["--data", images, "--images", "1000", "--model", "resnet20", "--device", "cpu", "--num", "1", "--s", "x"]
-    ended = call(*flags, cwd=tmp_path)
-    assert ended.returncode == 1
-    assert re.search(r"^network 1 ended with status 1: .*--images 1000", ended.stdout, re.MULTILINE), ended.stdout

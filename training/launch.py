@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from training.commands import ROOT, parse
@@ -42,12 +42,7 @@ def main(asked: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        fail(f"{error.filename or 'grafting.sh'}: {error.strerror or error}")
-
-
-def fail(sentence: str, status: int = 1) -> NoReturn:
-    print(sentence, file=sys.stderr)
-    raise SystemExit(status)
+        sys.exit(f"{error.filename or 'grafting.sh'}: {error.strerror or error}")
 
 
 # Starting
@@ -70,7 +65,7 @@ def start(asked: argparse.Namespace) -> int:
     for one in [] if args.resume else statuses:
         if one.alive or one.epoch is not None:
             place = f"network {one.network} {'runs' if one.alive else 'has run'} in {short(args.s)}"
-            fail(f"{place}: grafting.sh resume {short(args.s)} continues it; or choose another directory (--s)")
+            sys.exit(f"{place}: grafting.sh resume {short(args.s)} continues it; or choose another directory (--s)")
     words, ranks = [*asked.words, "--s", str(args.s), "--i"], asked.gpus_per_network or 1
     if folder == "grafting_imagenet":  # ahead of the user's own, which counts if it is given
         words = ["--workers", str(max(1, cores() // (args.num * ranks))), *words]
@@ -156,7 +151,7 @@ def find(name: str) -> Path:
     for path in (Path(name).resolve(), *(run for run in runs() if run.match(name))):
         if networks_of(path):
             return path
-    fail(f"{name} is not the save directory of a run: nothing has started there")
+    sys.exit(f"{name} is not the save directory of a run: nothing has started there")
 
 
 def status(asked: argparse.Namespace) -> int:
@@ -175,7 +170,8 @@ def stop(asked: argparse.Namespace) -> int:
     if not directories:
         directories = [run for run in runs() if any(one.alive for one in observe(run))]
         if len(directories) > 1:
-            fail(f"several runs are alive, say which one to stop: {', '.join(map(short, directories))}", 2)
+            print(f"several runs are alive, say which: {', '.join(map(short, directories))}", file=sys.stderr)
+            return 2
         if not directories:
             print("no run below checkpoint/ is alive")
     return max([end(directory) for directory in directories], default=0)
@@ -215,7 +211,7 @@ def go_on(directory: Path, asked: argparse.Namespace) -> int:
         place = next((k for k, word in enumerate(one.command) if Path(word).name == "grafting.py"), None)
         folder = "" if place is None else Path(one.cwd, one.command[place]).resolve().parent.name
         if folder not in SUFFIXES:
-            fail(f"network {one.network} has left no command of grafting.py: start it with its flags")
+            sys.exit(f"network {one.network} has left no command of grafting.py: start it with its flags")
         words, torchrun = one.command[place + 1 :], one.command[:place]
         words += changes if words[-len(changes) :] != changes else []
         args = import_module(f"{folder}.flags").parse(words)
@@ -245,14 +241,15 @@ def demo(asked: argparse.Namespace) -> int:
             print(started[-1].line if asked.verbose else f"{job.name}: {started[-1].log}", flush=True)
         failed = view.follow(started, asked.args.epochs)
     except KeyboardInterrupt:
-        fail("stopped", 130)
+        print("stopped")
+        return 130
     finally:
         for one in started:
             one.process.terminate()
         for one in started:
             one.process.wait()
     if failed:
-        fail(failed.ending())
+        sys.exit(failed.ending())
     print("comparing them …", flush=True)
     report = [ROOT / "analysis" / "report.py", base / "baseline", base / "grafted", "--plots", base / "plots"]
     return subprocess.run([sys.executable, *report]).returncode
