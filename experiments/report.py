@@ -152,7 +152,7 @@ def section(cells: Cells) -> list[str]:
         if one.row.is_ensemble and len(one.results):
             alone, average = mean(one, "alone"), mean(one, "weight_average")
             parts.append(f"† {label}: its networks alone {alone} (mean); their uniform weight average {average}.")
-    rivals = pairs_of(cells).rivals
+    _, rivals, schedules = pairs_of(cells)
     if rivals:
         lines = [
             {
@@ -169,7 +169,7 @@ def section(cells: Cells) -> list[str]:
     own = [(one, cells[one.row.baseline]) for one in cells.values() if one.row.baseline in cells]
     unlike = [
         " and ".join(f"{each.row.label} ({'/'.join(each.results['precision'].unique())})" for each in pair)
-        for pair in own + rivals
+        for pair in own + rivals + schedules
         if differ_in_precision(*pair)
     ]
     if unlike:
