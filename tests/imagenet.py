@@ -1,41 +1,25 @@
 """Runs of grafting_imagenet/grafting.py as real processes, and the small set of images that they train on."""
 
-import tarfile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from processes import ROOT, Process, Run, until
+from processes import Process, Run, until
+
+from grafting_cifar import data
 
 RANKS = Path(__file__).with_name("ranks.py")
-CIFAR_IMAGES = ROOT.parent / "shared" / "data" / "cifar10_jpeg.tar.xz"
-CLASSES = ("airplane", "automobile", "bird", "cat")
-COUNTS = {"train": 12, "val": 5}  # images per class; 20 for validation, which two ranks share in batches of 6 unequally
+CLASSES = ("0", "1", "2", "3")
 
 
 def make_class_folders(folder: Path) -> Path:
-    """Class folders of CIFAR-10 images, or, where these are not at hand, of the embedded glyphs."""
-    places = {(split, name): folder / split / name for split in COUNTS for name in CLASSES}
-    for place in places.values():
-        place.mkdir(parents=True)
-    if CIFAR_IMAGES.exists():
-        left = {place: COUNTS[split] for (split, _), place in places.items()}
-        with tarfile.open(CIFAR_IMAGES, "r|xz") as archive:
-            for member in archive:
-                *_, split, name, file = ("", "", *Path(member.name).parts)
-                place = places.get(("val" if split == "test" else split, name))
-                if left.get(place):
-                    (place / file).write_bytes(archive.extractfile(member).read())
-                    left[place] -= 1
-                if not any(left.values()):
-                    return folder
-    from grafting_cifar import data
-
+    """Glyphs in class folders: 48 to train on, and 20 for validation, which two ranks share in batches unequally."""
     images = data.load("glyphs")
-    for (split, name), place in places.items():
-        glyphs = images.train if split == "train" else images.test
-        for row in (glyphs.labels == CLASSES.index(name)).nonzero()[: COUNTS[split], 0].tolist():
-            Image.fromarray(glyphs.images[row].numpy()).save(place / f"{row}.png")
+    for split, glyphs, count in (("train", images.train, 12), ("val", images.test, 5)):
+        for label, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for row in (glyphs.labels == label).nonzero()[:count, 0].tolist():
+                Image.fromarray(glyphs.images[row].numpy()).save(folder / split / name / f"{row}.png")
     return folder
 
 

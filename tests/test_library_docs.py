@@ -1,17 +1,20 @@
-"""The code blocks of docs/library.md and the examples run as they stand, in as many processes as they have networks."""
+"""The code blocks of README.md and docs/library.md, and the examples, run as they stand, with a process a network."""
 
-import json
+import importlib
+import os
 import re
 import socket
 from pathlib import Path
 
 import pytest
-from processes import ROOT, Process
+import torch
+import torch.multiprocessing as mp
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "library.md").read_text(), re.DOTALL | re.MULTILINE)
-TRAINERS = ("lightning", "transformers")
-RUN = Path(__file__).with_name("networks.py")
-
+ROOT = Path(__file__).resolve().parent.parent
+README, LIBRARY = (
+    re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    for page in ("README.md", "docs/library.md")
+)
 # What is the reader's own.
 OWN = """
 from collections import OrderedDict
@@ -34,8 +37,7 @@ def test(model):
 epochs, model = 3, build()
 optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
 """
-TRAINED = """
-import lightning.pytorch, transformers
+NETWORK = """
 from torch.utils.data import DataLoader
 from filter_grafting import FileRing
 
@@ -47,7 +49,13 @@ class Network(nn.Module):
     def forward(self, x, labels):
         return {"loss": nn.functional.cross_entropy(self.model(x), labels)}
 
-class Module(lightning.pytorch.LightningModule):
+images = [{"x": torch.randn(1, 4, 4), "labels": k % 2} for k in range(32)]
+network, batches = Network(), DataLoader(images, batch_size=8)
+"""
+MODULE = """
+from lightning.pytorch import LightningModule
+
+class Module(LightningModule):
     def __init__(self):
         super().__init__()
         self.network = Network()
@@ -58,60 +66,35 @@ class Module(lightning.pytorch.LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
-images = [{"x": torch.randn(1, 4, 4), "labels": k % 2} for k in range(32)]
-network, module, batches = Network(), Module(), DataLoader(images, batch_size=8)
+module = Module()
 """
-# The library in one block: each of its lines runs.
-HEAD = """
-from filter_grafting import FileRing, Grafting, ProcessGroupRing, graft_ring
-
-with FileRing("run", i, 3, settings={"lr": 0.1}, resume=True) as ring:
-    grafting = Grafting(model, ring, exclude=("head.*",))
-    for epoch in range(grafting.round, epochs):
-        train(model); test(model)
-        if epoch + 1 < epochs: grafting.step()
-
-m1, m2, m3 = build(), build(), build()
-graft_ring([m1, m2, m3])
-
-import torch.distributed as dist
-dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/store", rank=i - 1, world_size=3)
-mesh = dist.device_mesh.init_device_mesh("cpu", (3, 1), mesh_dim_names=("network", "replica"))
-ddp_model = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group("replica"))
-assert list(Grafting(ddp_model, ProcessGroupRing(mesh.get_group("network"))).step()) == ["conv"]
-"""
-
-TORCHRUN = 'os.environ |= {"RANK": str(i - 1), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "%d"}'
-EXAMPLE = """
-sys.path.insert(0, {folder!r})
-sys.argv = [{path!r}, str(i)]
-exec(compile(open({path!r}).read(), {path!r}, "exec"), {{"__name__": "__main__"}})
-"""
+TRAINERS = {"lightning": ("lightning.pytorch", NETWORK + MODULE), "transformers": ("transformers.trainer", NETWORK)}
 
 
-def case(folder: Path, networks: int, first: str, *blocks: str) -> dict:
-    folder.mkdir()
-    return {"folder": str(folder), "networks": networks, "first": first, "blocks": blocks}
-
-
-def example(folder: Path, name: str, networks: int = 2) -> dict:
-    path = ROOT / "examples" / f"{name}.py"
+def networks(count: int, folder: Path, *blocks: str) -> None:
+    """Runs blocks of code as networks 1...N, each a fork of this process, in which torch is imported already."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        torchrun = [TORCHRUN % free.getsockname()[1]] if name == "process_group" else []
-    code = EXAMPLE.format(folder=str(path.parent), path=str(path))
-    return case(folder / name, networks, "import torch", *torchrun, code)
+        port = free.getsockname()[1]
+    mp.start_processes(_network, (count, folder, port, blocks), nprocs=count, start_method="fork")
 
 
-def run(folder: Path, *cases: dict) -> str:
-    """What these cases print."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    process = Process(RUN, [str(folder / "cases.json")], folder / "log")
-    try:
-        assert process.wait(300) == 0, process.output()
-    finally:
-        process.kill()
-    return process.output()
+def _network(rank: int, count: int, folder: Path, port: int, blocks: tuple[str, ...]) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    space = {"i": rank + 1, "count": count, "port": str(port)}
+    for block in blocks:
+        exec(compile(block, block, "exec"), space)
+
+
+def example(name: str, count: int, folder: Path) -> None:
+    """Runs an example, as a shell would start it for each network; torchrun also sets variables."""
+    path = ROOT / "examples" / f"{name}.py"
+    torchrun = 'import os\nos.environ |= {"RANK": str(i - 1), "WORLD_SIZE": str(count), "MASTER_PORT": port}\n'
+    torchrun += 'os.environ["MASTER_ADDR"] = "127.0.0.1"'
+    start = f"import sys\nsys.path.insert(0, {str(path.parent)!r})\nsys.argv = [{str(path)!r}, str(i)]"
+    networks(count, folder, *([torchrun] if name == "process_group" else []), start, path.read_text())
 
 
 def assert_learns(output: str, lines: int) -> None:
@@ -124,24 +107,30 @@ def of_a_trainer(block: str) -> bool:
     return any(f"from {package}" in block for package in TRAINERS)
 
 
+def test_the_block_of_the_readme_runs_as_a_ring_of_three(tmp_path):
+    networks(3, tmp_path, OWN, "model1, model2, model3 = build(), build(), build()", *README)
+    assert len(README) == 1 and (tmp_path / "run" / "network3.json").exists()
+
+
 def test_the_blocks_of_the_page_run(tmp_path):
-    blocks = [block for block in BLOCKS if not of_a_trainer(block)]
+    blocks = [block for block in LIBRARY if not of_a_trainer(block)]
     assert len(blocks) >= 8
-    page = case(tmp_path / "page", 2, OWN, *blocks)
-    run(tmp_path, page, case(tmp_path / "head", 3, OWN, HEAD))
+    networks(2, tmp_path, OWN, *blocks)
 
 
-@pytest.mark.parametrize(("name", "processes"), [("own_loop", 2), ("process_group", 2), ("one_process", 1)])
-def test_an_example_runs_and_its_networks_learn(tmp_path, name, processes):
-    assert_learns(run(tmp_path, example(tmp_path, name, processes)), 4 * processes)
+@pytest.mark.parametrize(("name", "count"), [("own_loop", 2), ("process_group", 2), ("one_process", 1)])
+def test_an_example_runs_and_its_networks_learn(tmp_path, capfd, name, count):
+    example(name, count, tmp_path)
+    assert_learns(capfd.readouterr().out, 4 * count)
 
 
-def test_the_blocks_and_examples_of_trainers_run(tmp_path):
-    for package in TRAINERS:
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    blocks = [block for block in BLOCKS if of_a_trainer(block)]
-    assert len(blocks) == 2
-    page = case(tmp_path / "page", 2, OWN + TRAINED, *blocks)
-    output = run(tmp_path, page, *(example(tmp_path, f"{package}_trainer") for package in TRAINERS))
-    assert {path.name for path in (tmp_path / "page").iterdir()} >= {"run_lightning", "run_trainer"}
-    assert_learns(output, 4 * 2 * 2)
+@pytest.mark.parametrize("package", TRAINERS)
+def test_the_block_and_the_example_of_a_trainer_run(tmp_path, capfd, package):
+    module, own = TRAINERS[package]
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    importlib.import_module(module)  # here, and so once for all networks
+    (block,) = (block for block in LIBRARY if f"from {package}" in block)
+    networks(2, tmp_path, OWN + own, block)
+    capfd.readouterr()
+    example(f"{package}_trainer", 2, tmp_path)
+    assert_learns(capfd.readouterr().out, 4 * 2)
