@@ -324,21 +324,17 @@ def target(tmp_path):
     return tmp_path / "data"
 
 
-def test_standard_files_that_are_there_are_read_once(standard, target, monkeypatch):
+def test_an_empty_folder_gets_the_download_which_is_read_once(standard, target, monkeypatch):
     cifar, files, dataset, check = standard
-    shutil.copytree(files, target / dataset.base_folder)
-    check(load(target, cifar))
-    monkeypatch.setattr(data, "_read_standard", None)
-    check(load(target, cifar))
 
+    def download(self):
+        shutil.copytree(files, Path(self.root, self.base_folder), dirs_exist_ok=True)
 
-def test_an_empty_folder_gets_the_download(standard, target, monkeypatch):
-    cifar, files, dataset, check = standard
-    monkeypatch.setattr(
-        dataset, "download", lambda self: shutil.copytree(files, Path(self.root, self.base_folder), dirs_exist_ok=True)
-    )
+    monkeypatch.setattr(dataset, "download", download)
     check(load(target, cifar))
     assert (target / dataset.base_folder).is_dir() and data.socket.getdefaulttimeout() == 30  # a silent firewall
+    monkeypatch.setattr(data, "_read_standard", None)
+    check(load(target, cifar))
 
 
 def test_without_a_network_the_user_is_told_what_to_put_where(standard, target, monkeypatch):
