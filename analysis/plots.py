@@ -35,6 +35,7 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "font.size": 9,
     "axes.titlesize": "medium",
+    "figure.titlesize": "medium",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -118,7 +119,7 @@ def comparison(runs: Sequence[Run]) -> Figure:
 def coefficients(run: Run) -> Figure:
     """Every layer's coefficient over epochs, a heat map a network, white at equal shares."""
     networks = [network for network in run.networks if len(network.coefficients)]
-    reach = float(run.settings.get("a") or 1) / 2  # a coefficient lies in 1/2 ± A/2
+    reach = max((network.coefficients["coefficient"] - 0.5).abs().max() for network in networks) or 0.5
     layers = networks[0].coefficients["layer"].unique()
     height = min(7.0, 1.3 + 0.12 * len(layers))
     figure, panels = pyplot.subplots(1, len(networks), figsize=(WIDTH, height), sharey=True, squeeze=False)
