@@ -15,11 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from processes import ROOT, until
+from processes import ROOT, environment, until
 
 from training import commands, launch, view
 
 LAUNCHER = ROOT / "grafting_cifar" / "grafting.sh"
+ENVIRONMENT = environment() | {"PYTHON": sys.executable}  # of the launcher, where networks train
 
 # It reads its flags, holds its place, and says how it was started, as the real one does. It trains until ENDS is there
 # (without that variable: not at all), or ends at once with the sentence FAILS. It never lives for long.

@@ -5,8 +5,7 @@ import re
 import signal
 
 import pytest
-from launching import LAUNCHER
-from processes import environment
+from launching import ENVIRONMENT, LAUNCHER
 
 WORDS = ("demo", "--device", "cpu", "--epochs")
 
@@ -49,10 +48,8 @@ def test_a_signal_ends_the_demo_and_its_networks(project, terminal):
 
 
 @pytest.mark.slow
-def test_the_demo_as_the_readme_has_it(tmp_path, terminal, monkeypatch):
-    for name, value in environment().items():
-        monkeypatch.setenv(name, value)
-    shown = terminal(lambda: os.execv(LAUNCHER, [LAUNCHER, "demo"]), tmp_path)
+def test_the_demo_as_the_readme_has_it(tmp_path, terminal):
+    shown = terminal(lambda: os.execve(LAUNCHER, [LAUNCHER, "demo"], ENVIRONMENT), tmp_path)
     assert shown.end() == 0, shown.text
     text = re.sub(r"\x1b\[\d*\w", "", shown.text).replace("\r", "\n")
     assert re.search(r"\d+%  \S+ left", text), "the bar"

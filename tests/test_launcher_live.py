@@ -8,15 +8,14 @@ import subprocess
 from functools import partial
 
 import pytest
-from launching import LAUNCHER, write_status
-from processes import environment, until
+from launching import ENVIRONMENT, LAUNCHER, write_status
+from processes import until
 
 from filter_grafting.membership import observe
 
 
 def call(*words, cwd):
-    variables = environment()
-    return subprocess.run([LAUNCHER, *map(str, words)], cwd=cwd, env=variables, capture_output=True, text=True)
+    return subprocess.run([LAUNCHER, *map(str, words)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def test_a_terminal_shows_a_table_and_neither_its_end_nor_ctrl_c_ends_the_training(project, terminal):
@@ -77,5 +76,5 @@ def test_a_ring_is_started_killed_resumed_and_stopped(tmp_path, images):
 def test_grafting_sh_runs_from_any_folder_and_its_reader_may_have_seen_enough(tmp_path):
     write_status(tmp_path / "a run", 1, state="failed", detail="the disk is full")
     command = ["sh", "-c", f"'{LAUNCHER}' status 'a run' | head -n 1"]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "a run:\n", "")

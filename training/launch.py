@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
+from os.path import relpath
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ import torch
 
 from filter_grafting.membership import ENDED, HOST, Status, networks_of, observe
 from training import view
-from training.view import Started, short
+from training.view import Started
 
 SUFFIXES = {"grafting_cifar": "log", "grafting_imagenet": "out"}  # of the logs of each script's networks
 STOP_SECONDS = 120.0  # within which a network finishes its batch
@@ -64,8 +65,8 @@ def start(asked: argparse.Namespace) -> int:
     statuses = observe(args.s, range(1, args.num + 1))
     for one in [] if args.resume else statuses:
         if one.alive or one.epoch is not None:
-            place = f"network {one.network} {'runs' if one.alive else 'has run'} in {short(args.s)}"
-            sys.exit(f"{place}: grafting.sh resume {short(args.s)} continues it; or choose another directory (--s)")
+            place = f"network {one.network} {'runs' if one.alive else 'has run'} in {args.s}"
+            sys.exit(f"{place}: grafting.sh resume {args.s} continues it; or choose another directory (--s)")
     words, ranks = [*asked.words, "--s", str(args.s), "--i"], asked.gpus_per_network or 1
     if folder == "grafting_imagenet":  # ahead of the user's own, which counts if it is given
         words = ["--workers", str(max(1, cores() // (args.num * ranks))), *words]
@@ -86,7 +87,7 @@ def launch(jobs: Sequence[Job], args: argparse.Namespace, ranks: int, verbose: b
         return 0
     started = {job.i: spawn(job, environment(job.i, args, ranks), ranks) for job in jobs}
     for one in started.values():
-        print(one.line if verbose else f"{one.name}: {short(one.log)}")
+        print(one.line if verbose else f"{one.name}: {relpath(one.log)}")
     directory = jobs[0].directory
     try:
         failed = view.watch(directory, args.num, started)
@@ -94,7 +95,7 @@ def launch(jobs: Sequence[Job], args: argparse.Namespace, ranks: int, verbose: b
         print("\nno longer watching; the training goes on")
         failed = 130
     if any(one.process.poll() is None for one in started.values()):
-        print(f"grafting.sh status, stop or resume {shlex.quote(short(directory))}")
+        print(f"grafting.sh status, stop or resume {shlex.quote(relpath(directory))}")
     return failed
 
 
@@ -161,7 +162,7 @@ def status(asked: argparse.Namespace) -> int:
     with ThreadPoolExecutor(16) as pool:  # a network on another machine takes seconds to tell
         observed = list(pool.map(observe, directories))
     for directory, statuses in zip(directories, observed, strict=True):
-        print(f"{short(directory)}:", view.table(directory, statuses), sep="\n")
+        print(f"{relpath(directory)}:", view.table(directory, statuses), sep="\n")
     return 0
 
 
@@ -170,7 +171,7 @@ def stop(asked: argparse.Namespace) -> int:
     if not directories:
         directories = [run for run in runs() if any(one.alive for one in observe(run))]
         if len(directories) > 1:
-            print(f"several runs are alive, say which: {', '.join(map(short, directories))}", file=sys.stderr)
+            print(f"several runs are alive, say which: {', '.join(map(relpath, directories))}", file=sys.stderr)
             return 2
         if not directories:
             print("no run below checkpoint/ is alive")
@@ -193,7 +194,7 @@ def end(directory: Path) -> int:
     for one in alive:
         print(f"network {one.network} (process {one.pid} on {one.host}) is still alive")
     if not alive:
-        print(f"no network of {short(directory)} is alive")
+        print(f"no network of {relpath(directory)} is alive")
     return int(bool(alive))
 
 

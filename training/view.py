@@ -1,7 +1,6 @@
 """How the networks of a run are, as lines for a terminal or a file."""
 
 import csv
-import os
 import re
 import shutil
 import sys
@@ -39,12 +38,6 @@ class Started(NamedTuple):
         return f"{self.name} ended with status {self.process.returncode}: {printable(said.splitlines()[-1].strip())}"
 
 
-def short(path: Path) -> str:
-    """A path as one would type it here."""
-    path, here = Path(os.path.abspath(path)), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
 # Tables
 
 
@@ -59,7 +52,8 @@ def progress(directory: Path, status: Status) -> tuple[int, float]:
     return done, max(0, (status.epochs or 0) - done) * seconds
 
 
-def bar(done: int, epochs: int | None) -> str:
+def epochs_of(done: int, epochs: int | None) -> str:
+    """As a number and a bar."""
     return f"{f'{done}/{epochs}':>8} {'#' * round(8 * min(done / epochs, 1)):.<8}" if epochs else ""
 
 
@@ -69,7 +63,7 @@ def table(directory: Path, statuses: Iterable[Status]) -> str:
     for one in statuses:
         done, left = progress(directory, one)
         time_left = duration(left) if left and one.alive else ""
-        rows.append([one.network, bar(done, one.epochs), one.accuracy, one.best, one.lr, time_left, str(one)])
+        rows.append([one.network, epochs_of(done, one.epochs), one.accuracy, one.best, one.lr, time_left, str(one)])
     head = ["network", "epoch", "accuracy", "best", "rate", "left", "state"]
     form = ("", "", ".3f", ".3f", ".3g", "", "")
     return tabulate(rows, head, tablefmt="plain", floatfmt=form, disable_numparse=[1, 5, 6])
