@@ -21,36 +21,27 @@ from grafting_cifar import data
 CORES, BATCH_SIZE = 2, 128
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = tools.parser(__doc__, repetitions=5)
-    tools.add_device(parser)
     parser.add_argument("--data", default="glyphs", help="as for grafting_cifar/grafting.py")
     parser.add_argument("--images", type=tools.count, default=10_000, help="of the training set")
-    args = parser.parse_args()
-    device = tools.device_of(parser, args)
+    args = tools.parse(parser, arguments)
 
     torch.set_num_threads(CORES)
     split = data.select(data.load(args.data), args.images).train
-    batches = data.Batches(split, BATCH_SIZE, device, augment=True)
-    loader = plain.make_loader(split, BATCH_SIZE, CORES, train=True)
-    ways = {"ours": lambda seed: batches.epoch(seed), "torchvision": lambda seed: iter(loader)}
-    seconds = {way: [] for way in ways}
-    for seed in range(args.repetitions + 1):  # the first epoch starts workers and fills caches: it is not counted
-        for way, epoch in ways.items():
-            taken = tools.timed(lambda epoch=epoch, seed=seed: [len(labels) for _, labels in epoch(seed)], device)
-            if seed:
-                seconds[way].append(taken)
+    batches = data.Batches(split, BATCH_SIZE, args.device, augment=True)
+    loader = plain.make_loader(split, BATCH_SIZE, CORES)
+    epochs = {"ours": batches.epoch, "torchvision": lambda seed: loader}
+    ways = {
+        name: lambda seed, epoch=epoch: sum(len(labels) for _, labels in epoch(seed)) for name, epoch in epochs.items()
+    }
+    samples = tools.in_turns(ways, args.repetitions, args.device)
 
-    caption = f"{len(split.labels):,} images, batches of {BATCH_SIZE}; n = {args.repetitions} each, in turns."
-    table = tools.Table("data", caption, args.json, device)
-    for way, sample in seconds.items():
-        rate = len(split.labels) / statistics.median(sample)
-        speed = {"images/s": rate, ": torchvision": tools.ratio(seconds["torchvision"], sample)}
-        table.add(pipeline=way, **{"seconds": sample, "standard deviation": deviation(sample)}, **speed)
-
-
-def deviation(sample: list[float]) -> float:
-    return statistics.stdev(sample) if len(sample) > 1 else 0.0
+    caption = f"{args.images:,} images, batches of {BATCH_SIZE}; n = {args.repetitions} each, in turns."
+    table = tools.Table("data", caption, args)
+    for way, sample in samples.items():
+        row = {"pipeline": way, "seconds": sample.wall, "images/s": args.images / statistics.median(sample.wall)}
+        table.add(**row, **{": torchvision": tools.ratio(samples["torchvision"].wall, sample.wall)})
 
 
 if __name__ == "__main__":

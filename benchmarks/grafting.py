@@ -12,11 +12,11 @@ import copy
 import math
 import statistics
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
@@ -30,11 +30,7 @@ MODELS = ("resnet32", "resnet110", "mobilenetv2", "torchvision:resnet50", "torch
 
 def build(name: str) -> nn.Module:
     family, _, rest = name.rpartition(":")
-    if family == "torchvision":
-        import torchvision  # here, as only these need it
-
-        return torchvision.models.get_model(rest, weights=None)
-    return models.build(name, 10)
+    return torchvision.models.get_model(rest, weights=None) if family == "torchvision" else models.build(name, 10)
 
 
 def looped_entropy(weight: Tensor, bins: int = 10) -> float:
@@ -62,35 +58,30 @@ def looped_graft(network: nn.Module, neighbour: Mapping[str, Tensor], a: float =
     network.load_state_dict(state)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = tools.parser(__doc__, repetitions=9)
-    tools.add_device(parser)
     names = "of grafting_cifar, or torchvision:NAME"
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help=names)
     parser.add_argument("--threads", type=tools.count, default=1, help="of the CPU")
-    args = parser.parse_args()
-    device = tools.device_of(parser, args)
+    args = tools.parse(parser, arguments)
     torch.set_num_threads(args.threads)
-    where = "on the GPU" if device.type == "cuda" else f"on {args.threads} thread{'s' * (args.threads > 1)}"
+    where = "on the GPU" if args.device.type == "cuda" else f"on {args.threads} thread{'s' * (args.threads > 1)}"
     caption = f"One grafting step {where}; n = {args.repetitions} each, in turns; medians (lowest to highest)."
-    table = tools.Table("grafting", caption, args.json, device)
+    table = tools.Table("grafting", caption, args)
     for name in args.models:
-        ours, neighbour = build(name).to(device), build(name).state_dict()
-        loop = copy.deepcopy(ours)
-        steps = {"ours": lambda: graft(ours, neighbour), "loop": lambda: looped_graft(loop, neighbour)}  # noqa: B023
-        wall, processor = ({way: [] for way in steps} for _ in range(2))
-        for repetition in range(args.repetitions + 1):  # the first one does not count: it touches all memory
-            for way, step in steps.items():
-                used = time.process_time()
-                taken = tools.timed(step, device)
-                if repetition:
-                    wall[way].append(1000 * taken)
-                    processor[way].append(1000 * (time.process_time() - used))
+        model, neighbour = build(name).to(args.device), build(name).state_dict()
+        other = copy.deepcopy(model)
+        ways = {
+            "ours": lambda turn: graft(model, neighbour),  # noqa: B023
+            "loop": lambda turn: looped_graft(other, neighbour),  # noqa: B023
+        }
+        samples = tools.in_turns(ways, args.repetitions, args.device)
         million = sum(entry.numel() for entry in neighbour.values()) / 1e6
-        row = {"model": name, "million weights": million, "convolutions": len(convolutions(ours))}
-        row |= {"ours (ms)": wall["ours"], "loop (ms)": wall["loop"]}
-        row |= {"loop : ours": tools.ratio(wall["loop"], wall["ours"])}
-        table.add(**row, **{"ours, processor (ms)": statistics.median(processor["ours"])})
+        row = {"model": name, "million weights": million, "convolutions": len(convolutions(model))}
+        row |= {f"{way} (ms)": [1000 * seconds for seconds in sample.wall] for way, sample in samples.items()}
+        row["loop : ours"] = tools.ratio(samples["loop"].wall, samples["ours"].wall)
+        row["ours, processor (ms)"] = 1000 * statistics.median(samples["ours"].processor)
+        table.add(**row)
 
 
 if __name__ == "__main__":

@@ -38,10 +38,9 @@ class GraphedTraining:
         *,
         device: torch.device,
         amp: torch.dtype | None = None,
-        loss_function: Callable[[Any, Tensor], Tensor] = cross_entropy,
     ):
         self.model, self.optimizer, self.device, self.amp = model, optimizer, device, amp
-        self.loss_function, self.steps, self.batch_size = loss_function, len(batches), batches.batch_size
+        self.steps, self.batch_size = len(batches), batches.batch_size
         self.whole = copy.copy(batches)
         self.whole.batch_size = batches.samples
         self.rate = torch.zeros((), device=device)
@@ -53,7 +52,7 @@ class GraphedTraining:
     def step(self, images: Tensor, labels: Tensor) -> None:
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             outputs = self.model(images)
-            loss = self.loss_function(outputs, labels)
+            loss = cross_entropy(outputs, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

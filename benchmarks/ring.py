@@ -5,15 +5,13 @@
     python benchmarks/ring.py --epochs 3 --model resnet20 --flags=--deterministic --same --killed
 
 --same runs the ring twice, and --killed once more with network 1 killed after its first epoch and resumed: the weights
-and momentum must be the same, bit for bit. Without --data, images are made up.
+and momentum must be the same, bit for bit.
 """
 
 import argparse
 import csv
-import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,113 +22,82 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from benchmarks import tools
 from grafting_cifar import data
+from training.flags import number
 from training.machine import ROOT
 
-END_SECONDS = 500  # for a ring
 
-
-class Failed(Exception):
-    """A network ended with an error; the message is the end of its log."""
-
-
-class Ring:
-    def __init__(self, args: argparse.Namespace, folder: Path):
-        self.args, self.folder, self.processes = args, folder, {}
-        folder.mkdir(parents=True)
-
-    def start(self, i: int, *flags: str) -> None:
-        args = self.args
-        words = ["--s", str(self.folder), "--i", str(i), "--num", str(args.networks), "--epochs", str(args.epochs)]
-        words += ["--data", str(args.data), "--model", args.model, "--device", args.device, *args.flags, *flags]
-        with open(self.folder / f"{i}.log", "ab") as log:
-            command = [sys.executable, str(ROOT / "grafting_cifar" / "grafting.py"), *words]
-            self.processes[i] = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-
-    def has_trained(self, i: int) -> bool:
-        return f"Network:{i}    epoch:0" in (self.folder / f"{i}.log").read_text(errors="replace")
-
-    def run(self, kill: bool = False) -> float:
-        """Runs it to its end; returns the seconds from its start to the end of the last network's first epoch."""
-        began, first, numbers = time.monotonic(), 0.0, range(1, self.args.networks + 1)
-        try:
-            for i in numbers:
-                self.start(i)
-            while any(process.poll() is None for process in self.processes.values()):
+def run(args: argparse.Namespace, folder: Path, kill: bool = False) -> float:
+    """Runs a ring to its end; returns the seconds until all networks had published their first epoch."""
+    words = [str(ROOT / "grafting_cifar" / "grafting.py"), "--s", str(folder), "--num", str(args.networks)]
+    words += ["--epochs", str(args.epochs), "--model", args.model, "--data", args.data, "--device", args.device.type]
+    words += ["--images", str(args.images), "--test_images", str(args.images)] if args.images else []
+    words += ["--keep_all", "--timeout", "2", *args.flags]
+    networks, began = {}, time.time()
+    folder.mkdir()
+    try:
+        for i in range(1, args.networks + 1):
+            networks[i] = tools.start([*words, "--i", str(i)], folder / f"{i}.log", args.warm)
+        if kill:
+            while networks[1].is_alive() and not (folder / f"ckpt{1 % args.networks}_0.t7").exists():
                 time.sleep(0.02)
-                if not first and all(map(self.has_trained, numbers)):
-                    first = time.monotonic() - began
-                if kill and self.has_trained(1):
-                    kill = False
-                    self.processes[1].kill()
-                    self.processes[1].wait()
-                    self.start(1, "--resume")
-                lost = [i for i, process in self.processes.items() if process.poll()]
-                if lost or time.monotonic() - began > END_SECONDS:
-                    raise Failed((self.folder / f"{(lost or [1])[0]}.log").read_text(errors="replace")[-2000:])
-            return first or time.monotonic() - began
-        finally:
-            for process in self.processes.values():
-                process.kill()
-                process.wait()
-
-    def column(self, name: str) -> list[float]:
-        """Of all networks and epochs but the first."""
-        rows = [row for path in self.folder.glob("metrics*.csv") for row in csv.DictReader(path.open())]
-        return [float(row[name]) for row in rows if int(row["epoch"]) and row[name]]
-
-    def outcome(self) -> list[torch.Tensor]:
-        """Weights and momentum of all networks after the last epoch."""
-        tensors = []
-        for i in range(1, self.args.networks + 1):
-            path = self.folder / f"ckpt{i % self.args.networks}_{self.args.epochs - 1}.t7"
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-            tensors += contents["net"].values()
-            tensors += [one["momentum_buffer"] for one in contents["extra"]["optimizer"]["state"].values()]
-        return tensors
-
-    def is_same(self, other: "Ring") -> bool:
-        return all(torch.equal(own, their) for own, their in zip(self.outcome(), other.outcome(), strict=True))
+            networks[1].kill()
+            networks[1].join()
+            networks[1] = tools.start([*words, "--i", "1", "--resume"], folder / "1.log", args.warm)
+        for i, network in networks.items():
+            network.join()
+            if network.exitcode:
+                raise SystemExit((folder / f"{i}.log").read_text(errors="replace")[-2000:])
+    finally:
+        for network in networks.values():
+            network.kill()
+            network.join()
+    return max((folder / f"ckpt{i}_0.t7").stat().st_ctime for i in range(args.networks)) - began
 
 
-def main() -> int:
+def median(folder: Path, phase: str) -> float:
+    """Seconds that a phase of an epoch takes, over all networks and epochs but the first."""
+    rows = [row for path in folder.glob("metrics*.csv") for row in csv.DictReader(path.open())]
+    return statistics.median([float(row[f"{phase}_seconds"] or 0) for row in rows if row["epoch"] != "0"])
+
+
+def outcome(args: argparse.Namespace, folder: Path) -> list[torch.Tensor]:
+    """Weights and momentum of all networks after the last epoch."""
+    tensors = []
+    for i in range(args.networks):
+        contents = torch.load(folder / f"ckpt{i}_{args.epochs - 1}.t7", map_location="cpu", weights_only=True)
+        momenta = [state["momentum_buffer"] for state in contents["extra"]["optimizer"]["state"].values()]
+        tensors += [*contents["net"].values(), *momenta]
+    return tensors
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = tools.parser(__doc__)
-    tools.add_device(parser)
     flag = parser.add_argument
     flag("--networks", type=tools.count, default=2, metavar="N", help="in the ring")
-    flag("--epochs", type=tools.count, default=3, help="of each")
+    flag("--epochs", type=number(int, 2), default=3, help="of each")
     flag("--model", default="resnet20", help="as for grafting_cifar/grafting.py")
     flag("--flags", type=shlex.split, default=[], metavar="WORDS", help="further ones of grafting_cifar/grafting.py")
-    flag("--data", metavar="DIR", help="as for grafting_cifar/grafting.py (default: made-up images)")
-    flag("--images", type=tools.count, default=50_000, metavar="N", help="made-up images")
-    flag("--made", type=Path, metavar="DIR", help="where to keep these for the next time (default: nowhere)")
+    flag("--data", default="glyphs", metavar="DIR", help="as for grafting_cifar/grafting.py")
+    flag("--images", type=tools.count, metavar="N", help="to train and to test on (default: all)")
     flag("--same", action="store_true", help="run it twice: the outcome must be the same")
     flag("--killed", action="store_true", help="kill and resume network 1: the outcome must be the same")
-    args = parser.parse_args()
-    args.device = tools.device_of(parser, args).type
+    flag("--warm", action="store_true", help="the networks have torch at their start: the first epoch's end says less")
+    args = tools.parse(parser, arguments)
+    images = args.images or len(data.load(args.data).train.labels)  # decodes them, which is not to be measured
+    caption = f"Rings from the command line, {images:,} images, on {args.device}; {args.epochs} epochs."
+    table = tools.Table("ring", caption, args)
+    row = {"networks": args.networks, "model": args.model, "flags": shlex.join(args.flags), "images": images}
     with tempfile.TemporaryDirectory() as made:
-        args.data = args.data or tools.make_images(args.made or Path(made) / "images", args.images, (32, 32))
-        images = len(data.load(args.data).train.labels)  # decodes them, which is not to be measured
-        caption = f"Rings from the command line, {images:,} images, on {args.device}; {args.epochs} epochs."
-        table, rings, result = tools.Table("ring", caption, args.json, args.device), {}, {}
-        row = {"networks": args.networks, "model": args.model, "flags": shlex.join(args.flags)}
-        try:
-            for name in ["once"] + ["same"] * args.same + ["killed"] * args.killed:
-                rings[name] = Ring(args, Path(made) / name)
-                first = rings[name].run(kill=name == "killed")
-                if name == "once":
-                    result["s to the first epoch's end"] = first
-                    for phase in ("train", "test", "wait", "graft"):
-                        seconds = rings[name].column(f"{phase}_seconds") or [0.0]
-                        result[f"{phase} (s)"] = statistics.median(seconds)
-                else:
-                    result[name] = rings[name].is_same(rings["once"])
-            result["outcome"] = "done"
-        except Failed as error:
-            result["outcome"] = str(error).strip().splitlines()[-1]
-            print(error, file=sys.stderr)
-        finally:
-            table.add(**row, **result, MPS=bool(os.environ.get("MPS")))
-    return int(result["outcome"] != "done" or False in (result.get("same"), result.get("killed")))
+        once = Path(made, "once")
+        row["s to the first epoch's end"] = run(args, once)
+        row |= {f"{phase} (s)": median(once, phase) for phase in ("train", "test", "wait", "graft")}
+        same = {}
+        for name in ["same"] * args.same + ["killed"] * args.killed:
+            run(args, Path(made, name), kill=name == "killed")
+            pairs = zip(outcome(args, once), outcome(args, Path(made, name)), strict=True)
+            same[name] = all(torch.equal(one, other) for one, other in pairs)
+    table.add(**row, **same)
+    return int(not all(same.values()))
 
 
 if __name__ == "__main__":

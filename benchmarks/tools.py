@@ -1,19 +1,24 @@
-"""What the benchmarks share: flags, clocks, and tables whose rows are kept as soon as they are had."""
+"""What the benchmarks share: flags, turns, programs that they start, and tables whose rows are kept at once."""
 
 import argparse
 import json
+import multiprocessing
 import os
+import resource
+import runpy
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 
 from training.flags import Parser, number
 from training.machine import hardware, versions
@@ -24,30 +29,41 @@ count = number(int, 1)
 
 def parser(description: str, repetitions: int | None = None) -> Parser:
     """A parser with the flags that every benchmark has."""
-    # Whoever ends a benchmark gets the rows that it has by then, and none of its processes stays behind.
+    # Whoever ends a benchmark ends the processes that it has started as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     flags = Parser(description=description)
     if repetitions:
         flags.add_argument("--repetitions", metavar="N", type=count, default=repetitions, help="of each measurement")
+    flags.add_argument("--device", choices=("cuda", "cpu"), help="where to compute (default: cuda where there is one)")
     flags.add_argument("--json", type=Path, metavar="FILE", help="append each row to FILE as a line of JSON")
     return flags
 
 
-def add_device(flags: Parser) -> None:
-    flags.add_argument("--device", choices=("cuda", "cpu"), help="where to compute (default: cuda where there is one)")
-
-
-def device_of(flags: Parser, args: argparse.Namespace) -> torch.device:
+def parse(flags: Parser, arguments: list[str] | None) -> argparse.Namespace:
+    args = flags.parse_args(arguments)
     try:
-        return pick_device(args.device)
+        args.device = pick_device(args.device)
     except UsageError as error:
         flags.error(str(error))
+    return args
 
 
-def wait_for(device: torch.device) -> None:
-    """A GPU works on while the host goes on: before the clock is read, it has to be done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+class Sample(NamedTuple):
+    wall: list[float]  # seconds of each repetition
+    processor: list[float]  # those of this process and its workers
+
+
+def in_turns(ways: Mapping[str, Callable[[int], object]], repetitions: int, device: torch.device) -> dict[str, Sample]:
+    """Times every way by turns, given the number of the round; the first, in which workers start, does not count."""
+    samples = {name: Sample([], []) for name in ways}
+    for turn in range(repetitions + 1):
+        for name, way in ways.items():
+            used = processor_seconds()
+            seconds = timed(partial(way, turn), device)
+            if turn:
+                samples[name].wall.append(seconds)
+                samples[name].processor.append(processor_seconds() - used)
+    return samples
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
@@ -59,57 +75,79 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def wait_for(device: torch.device) -> None:
+    """A GPU works on while the host goes on: before the clock is read, it has to be done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def processor_seconds() -> float:
+    """User and system time of this process and its workers; of this one alone where there is no /proc."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    total = usage.ru_utime + usage.ru_stime
+    for worker in multiprocessing.active_children():
+        with suppress(OSError):
+            fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+            total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def processes(device: torch.device) -> BaseContext:
+    """For processes that compute on a device: one that has used a GPU cannot be forked."""
+    return multiprocessing.get_context("spawn" if device.type == "cuda" else "fork")
+
+
+def start(words: list[str], log: Path, warm: bool = False, **variables: str) -> BaseProcess:
+    """Starts `python words`, with its output at the end of a log; warm for dry runs, where it finds torch imported."""
+    process = multiprocessing.get_context("fork").Process(target=_become, args=(words, log, warm, variables))
+    process.start()
+    return process
+
+
+def _become(words: list[str], log: Path, warm: bool, variables: Mapping[str, str]) -> None:
+    os.setpgid(0, 0)  # whoever ends it ends its children as well
+    os.environ.update(variables)
+    with open(log, "ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    if not warm:
+        os.execv(sys.executable, [sys.executable, *words])
+    sys.argv = words[1:] if words[0] == "-m" else words
+    if words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+
+
 class Table:
     """Prints a Markdown table row by row, and appends each row to a file as a line of JSON.
 
     A list of numbers is a sample: the table shows its median (lowest to highest), the file keeps all of them.
     """
 
-    def __init__(self, benchmark: str, caption: str, file: Path | None, device: torch.device | str = "cpu"):
-        self.about = {"benchmark": benchmark, "device": str(device), "hardware": hardware(), "versions": versions()}
-        self.file, self.columns = file, None
+    def __init__(self, benchmark: str, caption: str, args: argparse.Namespace):
+        self.about = {"benchmark": benchmark, "device": str(args.device)}
+        self.about |= {"hardware": hardware(), "versions": versions()}
+        self.file, self.is_empty = args.json, True
         place = ", ".join([self.about["hardware"], *(f"{name} {one}" for name, one in self.about["versions"].items())])
         print(f"\n{caption}\n{place}; load {os.getloadavg()[0]:.1f}\n", flush=True)
 
     def add(self, **row: Any) -> None:
-        if self.columns != list(row):
-            self.columns = list(row)
+        if self.is_empty:
             print("| " + " | ".join(row) + " |\n|" + " --- |" * len(row))
+        self.is_empty = False
         print("| " + " | ".join(map(cell, row.values())) + " |", flush=True)
         if self.file:
             append(self.file, {**self.about, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **row})
 
 
-def append(file: Path, record: dict[str, Any]) -> None:
-    """A line of its own, even after one that was only half-written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "ab+") as lines:
-        if lines.tell():
-            lines.seek(-1, os.SEEK_END)
-            lines.write(b"" if lines.read(1) == b"\n" else b"\n")
-        lines.write(json.dumps(record).encode() + b"\n")
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """The records of a file; a line that was only half-written is skipped."""
-    records = []
-    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return [record for record in records if isinstance(record, dict)]
-
-
 def cell(value: Any) -> str:
-    if isinstance(value, list) and value:
-        return f"{figure(statistics.median(value))} ({figure(min(value))} to {figure(max(value))})"
-    return figure(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-
-
-def figure(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3g}"
+    """A number with three significant digits, without an exponent."""
+    if isinstance(value, list):
+        return f"{cell(statistics.median(value))} ({cell(min(value))} to {cell(max(value))})"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
 
 
 def ratio(over: list[float], under: list[float]) -> float:
@@ -117,18 +155,16 @@ def ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(over) / statistics.median(under)
 
 
-def make_images(folder: Path, images: int, size: tuple[int, int], classes: int = 10, suffix: str = "png") -> Path:
-    """Class folders train/ and test/ of made-up pictures, soft shapes with some noise; kept if they are there."""
-    done, shape = folder / f"made-{images}", (size[1], size[0], 3)
-    if not done.exists():
-        draw = np.random.default_rng(0)
-        for split, n in (("train", images), ("test", max(classes, images // 5))):
-            for k in range(n):
-                path = folder / split / f"class{k % classes}" / f"{k}.{suffix}"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                shapes = Image.fromarray(draw.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size)
-                noise = draw.integers(-8, 9, shape, dtype=np.int16)
-                pixels = (np.asarray(shapes, dtype=np.int16) + noise).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(path)
-        done.touch()
-    return folder
+def append(file: Path, record: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a") as lines:
+        lines.write(f"\n{json.dumps(record)}\n")  # a line of its own, even after one that was only half-written
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The records of a file; what was only half-written is skipped."""
+    records = []
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records

@@ -10,35 +10,53 @@ from filter_grafting import graft, plain_state
 from grafting_cifar import data, models
 from training.loop import train_one_epoch
 from training.models import compiled
+from training.process import deterministic
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+KINDS = [(CPU, None)] + [pytest.param(CUDA, amp, marks=pytest.mark.cuda) for amp in (None, torch.bfloat16)]
 
 
-def make_training(images=40, name="resnet20"):
-    """(model, optimizer, batches): two batches of 16, and one of 8."""
+def make_training(device=CPU, images=104):
+    """(model, optimizer, batches): six batches of 16, and one of 8."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (images, 32, 32, 3), dtype=torch.uint8, generator=generator)
     split = data.Split(pixels, torch.randint(10, (images,), generator=generator))
     torch.manual_seed(1)
-    model = models.build(name, 10).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, fused=True)
-    return model, optimizer, data.Batches(split, 16, CPU, augment=True)
+    model = models.build("resnet20", 10).to(device, memory_format=torch.channels_last).train()
+    return model, make_optimizer(model), data.Batches(split, 16, device, augment=True)
+
+
+def make_optimizer(model):
+    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, fused=True)
 
 
 def rate(progress):
     return 0.1 / (1 + progress)
 
 
-def test_an_epoch_augmented_at_once_with_the_rate_as_a_tensor_trains_the_same():
-    model, optimizer, batches = make_training()
-    other = copy.deepcopy(model)
-    graphed = GraphedTraining(model, batches, optimizer, device=CPU)
-    others = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, fused=True)
-    for epoch in range(2):
-        ours = graphed.epoch(rate, seed=epoch, epoch=epoch)
-        expected = train_one_epoch(other, batches, others, rate, seed=epoch, device=CPU, epoch=epoch)
-        assert ours[:2] == pytest.approx(expected[:2], rel=1e-5)
-        torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
+def reverse(model):
+    """Another network's weights, of this model's shapes."""
+    return {key: entry.clone().flip(0) if entry.dim() else entry for key, entry in plain_state(model).items()}
+
+
+@pytest.mark.parametrize(("device", "amp"), KINDS)
+def test_an_epoch_that_is_augmented_at_once_and_captured_trains_the_same_and_sees_grafts(device, amp):
+    model, optimizer, batches = make_training(device)
+    eager = copy.deepcopy(model)
+    eagers = make_optimizer(eager)
+    graphed = GraphedTraining(model, batches, optimizer, device=device, amp=amp)
+    rtol, atol = (1e-4, 1e-5) if device == CPU else (2e-2, 2e-3)
+    with deterministic(device == CUDA):
+        for epoch in range(3):
+            ours = graphed.epoch(rate, seed=epoch, epoch=epoch)
+            options = {"seed": epoch, "device": device, "epoch": epoch, "amp": amp}
+            expected = train_one_epoch(eager, batches, eagers, rate, **options)
+            assert ours.loss == pytest.approx(expected.loss, rel=rtol)
+            torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=rtol, atol=atol)
+            neighbour = reverse(eager)
+            graft(model, neighbour)
+            graft(eager, neighbour)
+    assert (graphed.graph is not None) == (device == CUDA)
 
 
 def test_a_compiled_model_is_compiled_once_for_all_rates_and_grafts(monkeypatch):
@@ -53,16 +71,15 @@ def test_a_compiled_model_is_compiled_once_for_all_rates_and_grafts(monkeypatch)
 
     monkeypatch.setattr(torch, "compile", compile_counted)
     torch._dynamo.reset()
-    model, optimizer, batches = make_training()
+    model, optimizer, batches = make_training(images=40)
     eager = copy.deepcopy(model)
-    others = torch.optim.SGD(eager.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, fused=True)
-    forward, made = compiled(model, CPU), []
+    eagers, forward, made = make_optimizer(eager), compiled(model, CPU), []
     for epoch in range(3):
         options = {"seed": epoch, "device": CPU, "epoch": epoch}
         train_one_epoch(forward, batches, optimizer, rate, **options)
-        train_one_epoch(eager, batches, others, rate, **options)
+        train_one_epoch(eager, batches, eagers, rate, **options)
         torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-3, atol=1e-4)
-        neighbour = {key: entry.clone().flip(0) if entry.dim() else entry for key, entry in plain_state(model).items()}
+        neighbour = reverse(model)
         assert graft(model, neighbour) and graft(eager, neighbour)
         made.append(len(graphs))
     assert made == [2, 2, 2], "one graph for the whole batches and one for the last"
