@@ -128,17 +128,6 @@ def test_what_could_not_be_grafted_is_refused_before_training(make, options, mes
         Grafting(make(), Neighbour(), **options)
 
 
-def test_a_round_that_failed_is_not_counted():
-    class Broken:
-        def swap(self, state, round):
-            raise GraftingError("no neighbour")
-
-    grafting = Grafting(randomised(mixture(), 1), Broken())
-    with pytest.raises(GraftingError, match="no neighbour"):
-        grafting.step()
-    assert grafting.round == 0
-
-
 # Grafting through files
 
 

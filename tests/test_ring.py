@@ -33,11 +33,6 @@ def test_the_file_is_what_the_published_script_reads(make_ring):
     assert contents == {"run": ring.run, "network": 2, "epoch": 3, "extra": {"best": 60.5}}
 
 
-def test_a_round_is_not_negative(make_ring):
-    with pytest.raises(ValueError, match="round: got -1, expected 0 or more"):
-        make_ring().publish(-1, STATE)
-
-
 # Pruning
 
 
