@@ -140,8 +140,8 @@ def main() -> int:
     add = parser.add_argument
     add("directories", metavar="DIR", nargs="+", type=Path, help="save directory of a run, or a folder of runs")
     add("--format", choices=("markdown", "csv", "latex"), default="markdown", help="of the table")
-    add("--plots", metavar="OUT", type=Path, help="draw plots into this folder")
-    add("--plot-format", choices=("png", "pdf", "svg"), default="png", help="of the plots: PNG has 200 dpi")
+    kinds = "draw plots into this folder, as PNG of 200 dpi; with OUT.pdf or OUT.svg into OUT, in that format"
+    add("--plots", metavar="OUT", type=Path, help=kinds)
     args = parser.parse_args()
     directories = list(dict.fromkeys(found for given in args.directories for found in find_runs(given.absolute())))
     runs = [read_run(path, label) for path, label in zip(directories, labels(directories), strict=True)]
@@ -157,8 +157,10 @@ def main() -> int:
     if args.plots:
         from analysis import plots  # matplotlib, for those who ask for plots alone
 
-        args.plots.mkdir(parents=True, exist_ok=True)
-        paths = plots.draw(runs, args.plots, args.plot_format)
+        is_vector = args.plots.suffix in (".pdf", ".svg")
+        folder, kind = (args.plots.with_suffix(""), args.plots.suffix[1:]) if is_vector else (args.plots, "png")
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = plots.draw(runs, folder, kind)
         print("", *(f"- {path}" for path in paths), sep="\n", file=about)
     return int(not any(run.record or run.networks for run in runs))
 

@@ -26,7 +26,7 @@ def two(tmp_path):
 
 def test_every_figure_is_drawn_in_the_format_asked_for(tmp_path, two):
     base = save_run(tmp_path / "base $line", [[50.0, 55.0, 60.0]])
-    status, output, _ = call(report, base, two, "--plots", tmp_path / "plots", "--plot-format", "svg")
+    status, output, _ = call(report, base, two, "--plots", tmp_path / "plots.svg")
     assert status == 0
     written = [Path(line[2:]) for line in output.splitlines() if line.startswith("- ")]
     names = ["accuracy", "losses", "information", "coefficients_two", "filters", "comparison"]
