@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -70,7 +71,7 @@ class Project:
         self.root, self.cwd, self.ends = (folder / name for name in ("a project", "here", "ends"))
         self.patch, self.capsys, self.locks = monkeypatch, capsys, []
         self.cwd.mkdir()
-        for name in ("training", "filter_grafting", "grafting_cifar", "grafting_imagenet"):
+        for name in ("training", "grafting_cifar", "grafting_imagenet"):
             shutil.copytree(ROOT / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("grafting_cifar", "grafting_imagenet"):
             (self.root / name / "grafting.py").write_text(STAND_IN)
@@ -136,7 +137,10 @@ class Project:
 def project(tmp_path, monkeypatch, capsys) -> Iterator[Project]:
     """A project whose processes end with the test."""
     made = Project(tmp_path, monkeypatch, capsys)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield made
+    for number, handler in handlers.items():  # the demo sets them
+        signal.signal(number, handler)
     made.ends.touch()
     for lock in made.locks:
         os.close(lock)

@@ -10,6 +10,7 @@ from launching import write_status
 from processes import until
 
 from filter_grafting.membership import observe
+from grafting_imagenet import flags
 from training import launch
 
 GLYPHS = ("--data", "glyphs", "--device", "cpu")
@@ -37,6 +38,7 @@ def test_help_is_given_anywhere_and_nothing_is_touched(project):
         ("cifar", "resume x --epoch 3", 2, "did you mean --epochs?"),
         ("cifar", "demo --num=4", 2, "argument --num: is for grafting.py"),
         ("cifar", "demo --epochs 0", 2, "argument --epochs: got '0'"),
+        ("cifar", "status .", 1, ". is not the save directory of a run"),
         ("cifar", "status nothing", 1, "nothing is not the save directory of a run"),
         ("imagenet", "--gpu 1", 2, "argument --gpu: is for grafting.py"),
         ("imagenet", "--gpus-per-network 0", 2, "argument --gpus-per-network: got '0'"),
@@ -94,13 +96,10 @@ def test_networks_are_spread_over_the_gpus_that_torch_can_use(monkeypatch, visib
 def test_networks_share_the_cores(project, monkeypatch):
     monkeypatch.setattr(launch, "cores", lambda: 8)
     jobs = project.records()
-    for flags in ((), ("-j", "7"), ("--gpus-per-network", "2")):
-        project("--num", "2", "--device", "cpu", *flags, folder="grafting_imagenet")
-    workers = [launch.import_module("grafting_imagenet.flags").parse(job.words).workers for job, *_ in jobs]
-    assert workers == [4, 4, 7, 7, 2, 2]
-    assert [(variables["OMP_NUM_THREADS"], ranks) for _, variables, ranks in jobs[2:]] == [("4", 1)] * 2 + [
-        ("2", 2)
-    ] * 2
+    for words in ((), ("-j", "7"), ("--gpus-per-network", "2")):
+        project("--num", "2", "--device", "cpu", *words, folder="grafting_imagenet")
+    assert [flags.parse(job.words).workers for job, *_ in jobs] == [4, 4, 7, 7, 2, 2]
+    assert [variables["OMP_NUM_THREADS"] for _, variables, _ in jobs] == ["4", "4", "4", "4", "2", "2"]
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert launch.environment(1, Namespace(device="cpu", num=2)) == {}, "the user's own"
 
@@ -108,8 +107,9 @@ def test_networks_share_the_cores(project, monkeypatch):
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_network_that_fails_at_once_is_said_with_its_sentence(project, monkeypatch, ranks):
     monkeypatch.setenv("FAILS", "the disk is full: make room")
-    flags = ("--device", "cpu", "--num", "1", "--gpus-per-network", ranks)
-    status, output, _ = project(*flags, folder="grafting_imagenet")
+    status, output, _ = project(
+        "--device", "cpu", "--num", "1", "--gpus-per-network", ranks, folder="grafting_imagenet"
+    )
     assert (status, "\nnetwork 1 ended with status 1: the disk is full: make room\n" in output) == (1, True), output
 
 
@@ -196,9 +196,9 @@ def test_stop_says_what_it_could_not_end(project, monkeypatch):
 
 
 def test_resume_goes_on_with_the_flags_that_each_network_had(project, monkeypatch):
-    flags = ("--data", "images", "--device", "cpu", "--model", "resnet20", "--lr", "0.05", "--num", "4", "--s", "x")
+    words = ("--data", "images", "--device", "cpu", "--model", "resnet20", "--lr", "0.05", "--num", "4", "--s", "x")
     jobs, run = project.records(), project.cwd / "x"
-    assert project(*flags, "--epochs", "2")[0] == 0
+    assert project(*words, "--epochs", "2")[0] == 0
     script = str(project.root / "grafting_cifar/grafting.py")
     for (job, *_), state in zip(jobs, ("done", "training", "failed", "training"), strict=True):  # 2 as if killed
         fields = {"command": ["python", script, *job.words], "cwd": str(project.cwd), "state": state}
@@ -219,7 +219,7 @@ def test_resume_goes_on_with_the_flags_that_each_network_had(project, monkeypatc
 
 
 def test_resume_with_more_epochs_continues_what_is_done(project):
-    flags = ("--s", "x", "--num", "1", "--epochs")
+    words = (*GLYPHS, "--s", "x", "--num", "1", "--epochs")
 
     def ends_after(epochs):
         def ended():
@@ -228,13 +228,13 @@ def test_resume_with_more_epochs_continues_what_is_done(project):
 
         until(ended)
 
-    project(*GLYPHS, *flags, "2")
+    project(*words, "2")
     ends_after(2)
     assert "nothing to start" in project("resume", "x")[1]
-    assert "nothing to start" in project(*GLYPHS, "--resume", *flags, "2")[1]
+    assert "nothing to start" in project("--resume", *words, "2")[1]
     assert project("resume", "x", "--epochs", "3")[0] == 0
     ends_after(3)
-    assert project(*GLYPHS, "--resume", *flags, "4")[0] == 0
+    assert project("--resume", *words, "4")[0] == 0
     ends_after(4)
 
 

@@ -149,7 +149,8 @@ def runs() -> list[Path]:
 
 def find(name: str) -> Path:
     """The save directory of a run, by its path or the end of it, from whichever folder one is in."""
-    for path in (Path(name).resolve(), *(run for run in runs() if run.match(name))):
+    words = Path(name).parts
+    for path in (Path(name).resolve(), *(run for run in runs() if run.parts[-len(words) :] == words)):
         if networks_of(path):
             return path
     sys.exit(f"{name} is not the save directory of a run: nothing has started there")
