@@ -5,6 +5,7 @@ import shutil
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_a_network_of_another_host_is_known_by_its_heartbeat(tmp_path, ring, mon
         while not ended.wait(0.02):
             write_status(tmp_path, 1, beat=(count := count + 1))
 
-    other = threading.Thread(target=beat)
+    other = threading.Thread(target=beat, daemon=True)
     other.start()
     until((tmp_path / "network1.json").exists)
     assert observe(tmp_path, [1])[0].alive
@@ -128,27 +129,24 @@ def test_a_network_of_another_host_is_known_by_its_heartbeat(tmp_path, ring, mon
     ring(1)
 
 
-def test_of_networks_that_start_at_the_same_moment_those_with_other_settings_are_refused(tmp_path):
-    joined, refused, barrier = {}, {}, threading.Barrier(6)
+def test_of_networks_that_start_at_the_same_moment_those_with_other_settings_are_refused(tmp_path, ring):
+    barrier = threading.Barrier(6)
 
-    def start(network: int) -> None:
+    def start(network: int) -> FileRing | SettingsError:
         barrier.wait()
         try:
-            joined[network] = FileRing(tmp_path, network, 6, settings=SETTINGS | {"a": network % 2})
+            return ring(network, 6, settings=SETTINGS | {"a": network % 2})
         except SettingsError as error:
-            refused[network] = str(error)
+            return error
 
-    threads = [threading.Thread(target=start, args=(network,)) for network in range(1, 7)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert joined.keys() in ({1, 3, 5}, {2, 4, 6}) and all("a is " in said for said in refused.values())
+    with ThreadPoolExecutor(6) as pool:
+        found = dict(zip(range(1, 7), pool.map(start, range(1, 7)), strict=True))
+    joined = {network: made for network, made in found.items() if isinstance(made, FileRing)}
+    assert joined.keys() in ({1, 3, 5}, {2, 4, 6})
+    assert all("a is " in str(error) for error in found.values() if isinstance(error, SettingsError))
     assert {made.run for made in joined.values()} == {read_run(tmp_path)[0]}
     names = {"run.json", *(f"network{network}.json" for network in joined)}
     assert {name for name in snapshot(tmp_path) if name.endswith(".json")} == names
-    for made in joined.values():
-        made.leave("stopped")
 
 
 # Settings
