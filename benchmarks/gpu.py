@@ -68,13 +68,14 @@ PLAN = {  # each step and its command, in their order; of words that come twice,
     "tables": "experiments/run.py all",  # cheapest row first; one that is stopped goes on in the next call
 }
 TINY = "--repetitions 1 --models resnet20 --images 8 --batch_size 4 --threads 1"
-TINY_LOADER = "--repetitions 1 --images 4 --batch-size 2 --size 32"
+TINY_LOADER = "--repetitions 1 --images 4 --batch-size 2 --size 32 --workers 0"
 QUICK = {  # the steps of a dry run, and what makes them small
     "preflight": "",
     "tests": "-k 'cuda or information'",
     "smoke, plain": "--images 8 --warm",
     "smoke, amp": "--images 8 --warm",
     "smoke, ema": "--images 8 --warm",
+    "smoke, filter level": "--images 8 --warm",
     "smoke, noise": "--images 8 --warm",
     "smoke, internal": "--images 8 --warm",
     "deterministic": "--images 8 --warm",
@@ -85,8 +86,8 @@ QUICK = {  # the steps of a dry run, and what makes them small
     "networks with MPS": f"{TINY} --processes 1 2",
     "grafting": "--repetitions 1 --models resnet20",
     "exchange": "--repetitions 2 --sizes 0.1 --networks 2 --epochs 2 --rings 1 --sleep 0.1",
-    "ImageNet loader": f"{TINY_LOADER} --workers 1",
-    "ImageNet resnet18": f"{TINY_LOADER} --workers 0",
+    "ImageNet loader": TINY_LOADER,
+    "ImageNet resnet18": TINY_LOADER,
     "tables": "--preset smoke --dry-run",
 }
 

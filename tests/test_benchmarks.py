@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import data, gpu, tools
+from grafting_cifar import flags as cifar
 
 GPU = Path(gpu.__file__)
 
@@ -42,6 +44,26 @@ def test_everything_for_the_first_gpu_runs_dry_and_goes_on_where_it_ended(tmp_pa
     assert not (tmp_path / "results.jsonl").exists(), "a dry run does not count as a run"
     assert gpu.main(arguments) == 0
     assert capsys.readouterr().out.count("done before") == len(gpu.QUICK)
+
+
+def test_the_programs_understand_every_command_of_the_plan(tmp_path, monkeypatch):
+    understood = []
+
+    def parse(flags, arguments):
+        understood.append(flags.parse_args(arguments))
+        raise InterruptedError
+
+    monkeypatch.setattr(tools, "parse", parse)
+    plan = gpu.plan(gpu.parse([str(tmp_path)]))
+    assert all(Path(word).is_file() for words in plan.values() for word in words if word.endswith(".py"))
+    commands = [words for words in plan.values() if "benchmarks" in words[0]]
+    for program, *words in commands:
+        with pytest.raises(InterruptedError):
+            import_module(f"benchmarks.{Path(program).stem}").main(words)
+    for args in understood:
+        if "networks" in args and "flags" in args:
+            cifar.parse(["--num", str(args.networks), "--model", args.model, *args.flags])
+    assert len(understood) == len(commands) == len(gpu.PLAN) - 2  # without the tests, and tables of no images
 
 
 def test_a_call_ends_before_its_time_and_refuses_a_step_that_is_not_there(tmp_path, capsys):
