@@ -85,7 +85,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                 with records.timing("graft"):
                     grafted = graft(model, neighbour, args.a, args.c, criterion=loop.CRITERIA[args.criterion])
                     layers = layer_rows(epoch - 1, grafted)
-            ranks.broadcast(model)
+            ranks.broadcast(model)  # what rank 0 has grafted
             bar = watch(epoch, train_batches, rate(epoch))
             train = train_one_epoch(
                 forward, train_batches, optimizer, rate, loss, epoch=epoch, seed=seed, rank=rank, progress=bar, **where
@@ -103,8 +103,8 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
 
 def start_of(args: argparse.Namespace) -> Path | None:
     """The checkpoint that this network starts from: --resume PATH, or that of the start which --resume continues."""
-    recorded = read_status(args.s, args.i).get("start_from") if args.resume else None
-    return (args.start_from or Path(recorded)).absolute() if args.start_from or recorded else None
+    path = args.start_from or (read_status(args.s, args.i).get("start_from") if args.resume else None)
+    return Path(path).absolute() if path else None
 
 
 def join(args: argparse.Namespace, signals: Signals, ranks: Ranks) -> AbstractContextManager[FileRing | None]:
