@@ -7,7 +7,9 @@ import pty
 import shutil
 import signal
 import socket
+import struct
 import sys
+import termios
 import time
 import traceback
 from argparse import Namespace
@@ -183,6 +185,7 @@ class Terminal:
             return
         try:
             os.chdir(cwd)
+            fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
             sys.stdout = sys.stderr = os.fdopen(1, "w")
             os._exit(call())
         finally:
