@@ -29,8 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         properties = torch.cuda.get_device_properties(args.device)
         found |= {"GPU": properties.name, "capability": f"{properties.major}.{properties.minor}"}
         found |= {"GPU memory (GB)": properties.total_memory / 1e9, "CUDA": torch.version.cuda}
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.strip()
+        driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
         found |= {"cuDNN": torch.backends.cudnn.version(), "driver": driver}
         torch.ones(8, device=args.device).sum().item()
     tools.Table("preflight", "The machine.", args).add(**found)
