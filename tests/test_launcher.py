@@ -88,9 +88,9 @@ def test_networks_are_spread_over_the_gpus_that_torch_can_use(monkeypatch, visib
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    args = Namespace(device=None, num=5)
+    args = Namespace(device=None, num=5, compile=False)
     assert [launch.environment(i, args, ranks).get("CUDA_VISIBLE_DEVICES") for i in range(1, 6)] == expected
-    assert "CUDA_VISIBLE_DEVICES" not in launch.environment(1, Namespace(device="cpu", num=1))
+    assert "CUDA_VISIBLE_DEVICES" not in launch.environment(1, Namespace(device="cpu", num=1, compile=False))
 
 
 def test_networks_share_the_cores(project, monkeypatch):
@@ -100,8 +100,9 @@ def test_networks_share_the_cores(project, monkeypatch):
         project("--num", "2", "--device", "cpu", *words, folder="grafting_imagenet")
     assert [flags.parse(job.words).workers for job, *_ in jobs] == [4, 4, 7, 7, 2, 2]
     assert [variables["OMP_NUM_THREADS"] for _, variables, _ in jobs] == ["4", "4", "4", "4", "2", "2"]
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert launch.environment(1, Namespace(device="cpu", num=2)) == {}, "the user's own"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # the user's own
+    compiled = launch.environment(1, Namespace(device="cpu", num=2, compile=True))
+    assert compiled == {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -25,11 +25,11 @@ def cluster(project, tmp_path, monkeypatch):
     return project
 
 
-def start(project, i=1, **more):
+def start(project, i=1, flags=("--num", "2"), **more):
     """A task as slurmd would run it: a copy of the file, somewhere else, that knows where it was submitted."""
-    slurm = {"JOB_ID": 70 + i, "ARRAY_TASK_ID": i, "ARRAY_TASK_COUNT": 2, "SUBMIT_DIR": project.root, **more}
+    slurm = {"JOB_ID": 70 + i, "ARRAY_TASK_ID": i, "SUBMIT_DIR": project.root, **more}
     environment = os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
-    command = ["sh", "slurm_script", "--data", project.cwd, "--device", "cpu", "--s", "x"]
+    command = ["sh", "slurm_script", "--data", project.cwd, "--device", "cpu", "--s", "x", *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=project.cwd, env=environment, **pipes)
 
@@ -66,4 +66,12 @@ def test_on_several_nodes_torchruns_meet_on_the_first(cluster):
     assert process.returncode == 0
     assert output.startswith("64 srun ") and output.rstrip().endswith(" --i 1 --resume")
     meeting = "--rdzv_id 71 --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint n1:20071 -- "
-    assert f"-m torch.distributed.run {meeting}" in output and "grafting.py --num 2 --data" in output
+    assert f"-m torch.distributed.run {meeting}" in output and "grafting.py --data" in output
+
+
+@pytest.mark.parametrize(("i", "flags", "words"), [(1, (), "Give --num N, and --array=1-N"), (3, ("--num=2",), "--i")])
+def test_the_number_of_networks_is_a_setting_and_not_the_arrays(cluster, i, flags, words):
+    with start(cluster, i, flags) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 2 and words in errors
+    assert not (cluster.root / "checkpoint").exists()

@@ -60,7 +60,7 @@ def class_folders(folder: str | Path) -> Images:
     """
     folder, left_out = Path(os.path.abspath(os.path.expanduser(folder))), []
     if not folder.is_dir():
-        raise DataError(f"{folder} does not exist: give a folder with train/<class>/ and test/<class>/")
+        raise DataError(f"{folder} does not exist: give a folder with train/<class>/ and test/<class>/ or val/<class>/")
     try:
         classes = {split: names for split in ("train", "val", "test") if (names := _classes(folder / split))}
         if "train" not in classes or len(classes) == 1:

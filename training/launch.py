@@ -100,12 +100,14 @@ def launch(jobs: Sequence[Job], args: argparse.Namespace, ranks: int, verbose: b
 
 
 def environment(i: int, args: argparse.Namespace, ranks: int = 1) -> dict[str, str]:
-    """The variables that give network i its GPUs, counted round and round, or its share of the cores."""
-    names = gpus(args.device)
+    """The variables that give network i its GPUs, counted round and round, and its share of the cores."""
+    names, share = gpus(args.device), str(max(1, cores() // (args.num * ranks)))
+    variables = {"TORCHINDUCTOR_COMPILE_THREADS": share} if args.compile else {}
     if names:
-        return {"CUDA_VISIBLE_DEVICES": ",".join(names[k % len(names)] for k in range((i - 1) * ranks, i * ranks))}
-    share = max(1, cores() // (args.num * ranks))
-    return {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(share)}
+        mine = [names[k % len(names)] for k in range((i - 1) * ranks, i * ranks)]
+        return {**variables, "CUDA_VISIBLE_DEVICES": ",".join(mine)}
+    variables["OMP_NUM_THREADS"] = share
+    return {name: value for name, value in variables.items() if not os.environ.get(name)}
 
 
 def cores() -> int:

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -148,19 +149,35 @@ def pick_device(name: str | None, gpu: int | None = None) -> torch.device:
         gpu: which GPU; None: the first, or this rank's of those that torchrun has started on this machine.
 
     Raises:
-        UsageError: if there is no such GPU.
+        UsageError: if there is no such GPU, or one that this torch cannot use.
     """
-    if name == "cpu" or (name is None and gpu is None and not torch.cuda.is_available()):
+    if name == "cpu" or (name is None and gpu is None and not torch.cuda.is_available() and not sees_gpu()):
         return torch.device("cpu")
     if gpu is None:
         gpu = int(os.environ["LOCAL_RANK"]) if world()[1] > 1 else 0
-    count = torch.cuda.device_count()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu >= count:
-        found = f"torch finds {count} (see CUDA_VISIBLE_DEVICES)"
+        found = f"torch can use {count} here (see CUDA_VISIBLE_DEVICES, and nvidia-smi for the driver)"
         raise UsageError(f"GPU {gpu} is asked for, and {found}; --device cpu trains on the CPU")
     device = torch.device("cuda", gpu)
     torch.cuda.set_device(device)  # first of all: else memory, streams and messages would be of GPU 0
+    capability, kinds = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if kinds and not any(runs(kind, capability) for kind in kinds):
+        needs = f"GPU {gpu} needs sm_{capability[0]}{capability[1]}, and this torch has {' '.join(kinds)}"
+        raise UsageError(f"{needs}: install another torch; --device cpu trains on the CPU")
     return device
+
+
+def sees_gpu() -> bool:
+    """Whether there is an NVIDIA GPU that the user has not hidden, as where its driver is too old for this torch."""
+    return bool(glob("/dev/nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
+
+
+def runs(kind: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs what was built for a kind: sm_80 is for capabilities 8.0 to 8.9, compute_80 for 8.0 and up."""
+    prefix, _, digits = kind.partition("_")
+    built = divmod(int(re.sub(r"\D", "", digits)), 10)
+    return built <= capability and (prefix == "compute" or built[0] == capability[0])
 
 
 def amp_dtype(amp: bool, device: torch.device) -> tuple[torch.dtype | None, list[str]]:

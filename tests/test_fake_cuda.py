@@ -1,0 +1,172 @@
+"""What happens on CUDA, without a GPU: devices, memory layouts, the number of operations, and no wait in a step."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_cuda import CUDA, HostWaits, fake_cuda, through_a_file, to_fake_cuda
+
+from benchmarks.graphs import GraphedTraining
+from filter_grafting import graft, plain_state
+from filter_grafting.rings import Checkpoint
+from filter_grafting.states import State
+from grafting_cifar import data, models
+from grafting_imagenet import models as imagenet_models
+from grafting_imagenet.data import normalise
+from training import loop
+from training.models import load_optimizer, restore, to_resume
+
+# Kernels of a step in fp32 and with amp, about: as many as with torch 2.14, and 2 % for other versions. More of them
+# make a small network slower on a fast GPU.
+CEILINGS = {
+    "resnet20": (222, 265),
+    "resnet32": (333, 400),
+    "resnet32_leaky": (333, 400),
+    "wrn28_10": (275, 340),
+    "mobilenetv2": (492, 595),
+    "vgg16": (152, 212),
+}
+TORCHVISION = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5")
+PRECISIONS = (None, torch.bfloat16)
+
+
+class Steps:
+    """Watches the batch loop, from its first batch to the end of its last; counts the operations of each step."""
+
+    def __init__(self, watch):
+        self.watch, self.counts = watch, []
+
+    def __call__(self, batches, totals):
+        self.watch.strict, before = True, self.watch.launches.total()
+        for batch in batches:
+            yield batch
+            now = self.watch.launches.total()
+            self.counts.append(now - before)
+            before = now
+
+
+def after(watch):
+    """Stands in for the sum over ranks, after which the host may wait."""
+
+    def reduce(totals):
+        watch.strict = False
+        return SimpleNamespace(tolist=lambda: [1.0] * len(totals))
+
+    return reduce
+
+
+class Random:
+    """Batches of ImageNet, as the device gets them."""
+
+    def __len__(self):
+        return 1
+
+    def epoch(self, seed):
+        images = torch.empty(4, 224, 224, 3, dtype=torch.uint8, device=CUDA)
+        yield normalise(images), torch.zeros(4, dtype=torch.int64, device=CUDA)
+
+
+def cifar_batches(augment=True, steps=1):
+    images = 128 * steps
+    split = data.Split(torch.empty(images, 32, 32, 3, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64))
+    return data.Batches(split, 128, CUDA, augment)
+
+
+def make_optimizer(model):
+    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+
+
+def train(watch, model, optimizer, batches, amp, top5=False):
+    """The number of operations of the last step of an epoch."""
+    steps = Steps(watch)
+    options = {"device": CUDA, "amp": amp, "progress": steps, "reduce": after(watch), "top5": top5}
+    loop.train_one_epoch(model.train(), batches, optimizer, lambda progress: 0.1, seed=0, **options)
+    return steps.counts[-1]
+
+
+def go_on(watch, model, optimizer, batches, amp):
+    """Evaluates, publishes, resumes in another process, grafts, and trains on."""
+    options = {"device": CUDA, "amp": amp, "progress": Steps(watch), "reduce": after(watch)}
+    loop.evaluate(model, batches, **options)
+    row, settings = {"epoch": 0}, {"lr": 0.1}
+    state, extra = through_a_file((plain_state(model), to_resume(optimizer, row, [], settings)))
+    assert restore(Checkpoint(0, State(state), extra, Path("file")), model, optimizer, settings) == (row, [])
+    layers = graft(model, {key: entry.clone() for key, entry in state.items()})
+    tensors = [*model.state_dict().values(), *(one["momentum_buffer"] for one in optimizer.state.values())]
+    assert layers and all(entry.device == CUDA for entry in tensors)
+
+
+@pytest.mark.parametrize("amp", PRECISIONS, ids=("fp32", "amp"))
+@pytest.mark.parametrize("name", CEILINGS)
+def test_a_cifar_step_never_makes_the_host_wait_and_does_no_more_than_it_did(name, amp):
+    model = models.build(name, 10).to(memory_format=torch.channels_last)
+    with fake_cuda() as watch:
+        optimizer = make_optimizer(to_fake_cuda(model))
+        assert train(watch, model, optimizer, cifar_batches(steps=2), amp) <= CEILINGS[name][amp is not None]
+        go_on(watch, model, optimizer, cifar_batches(augment=False), amp)
+        train(watch, model, optimizer, cifar_batches(), amp)
+
+
+@pytest.mark.parametrize("amp", PRECISIONS, ids=("fp32", "amp"))
+@pytest.mark.parametrize("arch", TORCHVISION)
+def test_nor_does_a_step_of_torchvisions_models(arch, amp):
+    model = imagenet_models.build(arch, 10).to(memory_format=torch.channels_last)
+    with fake_cuda() as watch:
+        optimizer = make_optimizer(to_fake_cuda(model))
+        train(watch, model, optimizer, Random(), amp, top5=True)
+        go_on(watch, model, optimizer, Random(), amp)
+        train(watch, model, optimizer, Random(), amp, top5=True)
+
+
+@pytest.mark.parametrize("amp", PRECISIONS, ids=("fp32", "amp"))
+def test_nor_does_a_step_that_is_to_be_captured_in_a_graph(monkeypatch, amp):
+    model = models.build("resnet20", 10).to(memory_format=torch.channels_last).train()
+    monkeypatch.setattr("benchmarks.graphs.means", lambda totals, seconds: loop.Result(0.0, 0.0, None, seconds))
+    monkeypatch.setattr(GraphedTraining, "_aside", lambda self, batch: self.step(*batch))
+    monkeypatch.setattr(GraphedTraining, "_replay", lambda self, batch: self.step(*batch))
+    with fake_cuda() as watch:
+        optimizer = make_optimizer(to_fake_cuda(model))
+        graphed = GraphedTraining(model, cifar_batches(), optimizer, device=CUDA, amp=amp)
+        watch.strict = True
+        graphed.epoch(lambda progress: 0.1, seed=0)
+        watch.strict = False
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [lambda loss: loss.item(), lambda loss: loss.isnan().nonzero(), lambda loss: loss.cpu(), bool],
+    ids=("item", "nonzero", "cpu", "bool"),
+)
+def test_a_wait_that_someone_adds_to_the_step_is_found(wait):
+    def planted(outputs, labels):
+        loss = loop.cross_entropy(outputs, labels)
+        wait(loss.detach())
+        return loss
+
+    model = models.build("resnet20", 10)
+    with fake_cuda() as watch:
+        options = {"device": CUDA, "progress": Steps(watch), "reduce": after(watch), "loss_function": planted}
+        optimizer = make_optimizer(to_fake_cuda(model))
+        with pytest.raises(HostWaits):
+            loop.train_one_epoch(model, cifar_batches(), optimizer, lambda progress: 0.1, seed=0, **options)
+
+
+def from_an_example(optimizer, state):
+    imagenet_models.load_momentum(optimizer, state)
+
+
+@pytest.mark.parametrize("load", [load_optimizer, from_an_example])
+def test_momentum_of_another_memory_layout_is_found_and_no_script_keeps_it(load):
+    model = models.build("resnet20", 10)
+    momenta = {k: {"momentum_buffer": torch.zeros(one.shape)} for k, one in enumerate(model.parameters())}
+    model.to(memory_format=torch.channels_last)
+    with fake_cuda() as watch:
+        optimizer = make_optimizer(to_fake_cuda(model))
+        saved = optimizer.state_dict() | {"state": through_a_file(momenta)}
+        optimizer.load_state_dict(saved)  # as torch loads it, in the layout that it was saved in
+        with pytest.raises(RuntimeError, match="must have same dtype, device, and layout"):
+            train(watch, model, optimizer, cifar_batches(), None)
+        watch.strict = False
+        load(optimizer, saved)
+        train(watch, model, optimizer, cifar_batches(), None)
