@@ -243,18 +243,16 @@ def test_data_without_a_length_have_steps_but_no_epochs(train, tmp_path):
 # Steps after which it is killed, and resumed from the trainer's checkpoint.
 KILLS = [
     ("lightning", {}, {"every_n_train_steps": 2}, 11),  # within an epoch
-    ("transformers", {}, {"save_steps": 2}, 11),
-]
-MORE_KILLS = [
     ("lightning", {}, {}, 12),  # after an epoch: the checkpoint is there, the graft is not
     ("lightning", {"every_n_epochs": 2}, {"every_n_epochs": 3}, 23),  # saved rarely: grafts are repeated
+    ("transformers", {}, {"save_steps": 2}, 11),
     ("transformers", {}, {"save_strategy": "epoch"}, 12),
     ("transformers", {"every_n_steps": 2}, {"save_steps": 6}, 19),
 ]
-MORE_KILLS = [pytest.param(*kill, marks=pytest.mark.slow) for kill in MORE_KILLS]
 
 
-@pytest.mark.parametrize(("package", "options", "save", "kill"), [*KILLS, *MORE_KILLS], indirect=["package"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("package", "options", "save", "kill"), KILLS, indirect=["package"])
 def test_a_network_that_is_killed_and_resumed_comes_to_the_same_weights(train, tmp_path, options, save, kill):
     def run(folder, kill=None):
         with FileRing(folder, 1, 2, resume=True) as ring:
