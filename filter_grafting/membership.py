@@ -335,7 +335,7 @@ class Membership:
             raise RefusedError(f"{self._run_path} is damaged ({error}); start anew in another directory") from error
         known = {key: recorded.get(key, value if may_add else "(not given)") for key, value in given.items()}
         differing = sorted(key for key, value in given.items() if known[key] != value)
-        raised = [key for key in differing if key in may_raise and given[key] > known[key]]
+        raised = [key for key in differing if key in may_raise and key in recorded and given[key] > recorded[key]]
         others = living(self.directory, {*networks_of(self.directory)} - {self.network}) if raised and alone else set()
         if raised == differing and not others:
             return run, recorded | given
