@@ -16,7 +16,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
 from analysis.runs import THRESHOLDS, Network, Run, find_runs, labels, mean_and_deviation, program, read_run, table
 from filter_grafting.membership import printable
-from training.flags import Parser
+from training.flags import Parser, path
 
 WIDTH = 120  # columns of a terminal, which no line of the table is longer than
 GRAFTING = {"num", "a", "c", "level", "method", "scion", "criterion", "difflr"}  # settings that a baseline lacks
@@ -138,13 +138,13 @@ def sentences(frame: pd.DataFrame) -> list[str]:
 def main() -> int:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("directories", metavar="DIR", nargs="+", type=Path, help="save directory of a run, or a folder of runs")
+    add("directories", metavar="DIR", nargs="+", type=path, help="save directory of a run, or a folder of runs")
     add("--format", choices=("markdown", "csv", "latex"), default="markdown", help="of the table")
     kinds = "draw plots into this folder, as PNG of 200 dpi; with OUT.pdf or OUT.svg into OUT, in that format"
-    add("--plots", metavar="OUT", type=Path, help=kinds)
+    add("--plots", metavar="OUT", type=path, help=kinds)
     args = parser.parse_args()
     directories = list(dict.fromkeys(found for given in args.directories for found in find_runs(given.absolute())))
-    runs = [read_run(path, label) for path, label in zip(directories, labels(directories), strict=True)]
+    runs = [read_run(one, label) for one, label in zip(directories, labels(directories), strict=True)]
     runs.sort(key=lambda run: (not run.networks, run.model, -run.last, run.label))
     frame = frame_of(runs)
     text, notes = text_table(runs, frame, args.format)
@@ -160,8 +160,8 @@ def main() -> int:
         is_vector = args.plots.suffix in (".pdf", ".svg")
         folder, kind = (args.plots.with_suffix(""), args.plots.suffix[1:]) if is_vector else (args.plots, "png")
         folder.mkdir(parents=True, exist_ok=True)
-        paths = plots.draw(runs, folder, kind)
-        print("", *(f"- {path}" for path in paths), sep="\n", file=about)
+        files = plots.draw(runs, folder, kind)
+        print("", *(f"- {file}" for file in files), sep="\n", file=about)
     return int(not any(run.record or run.networks for run in runs))
 
 
