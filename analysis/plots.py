@@ -24,7 +24,6 @@ from matplotlib.ticker import MaxNLocator
 from analysis.runs import THRESHOLDS, Network, Run
 
 # Okabe and Ito's colours, which hold for a colour-blind reader.
-BLACK = "#000000"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 DASHES = ("-", "--", ":", "-.")
 WIDTH = 7.0  # inches: two columns of a paper
@@ -67,9 +66,8 @@ def draw(runs: Sequence[Run], out: Path, suffix: str = "png") -> Iterator[Path]:
             yield save(coefficients(run), out / f"coefficients_{name}.{suffix}")
     if any(len(network.norms) for network in networks):
         yield save(filters(runs), out / f"filters.{suffix}")
-    trained = [run for run in runs if any(len(network.metrics) for network in run.networks)]
-    if len({run.method for run in trained}) > 1:
-        yield save(comparison(trained), out / f"comparison.{suffix}")
+    if len({run.method for run in runs if any(len(network.metrics) for network in run.networks)}) > 1:
+        yield save(comparison(runs), out / f"comparison.{suffix}")
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -101,12 +99,14 @@ def courses(runs: Sequence[Run], columns: dict[str, str], ylabel: str) -> Figure
 def comparison(runs: Sequence[Run]) -> Figure:
     """Baseline against grafted: mean and range of the networks of runs that differ by their seed alone."""
     groups: dict[tuple[str, frozenset], list[Run]] = {}
-    for run in sorted(runs, key=lambda run: not run.is_baseline):
+    trained = [run for run in runs if any(len(network.metrics) for network in run.networks)]
+    for run in sorted(trained, key=lambda run: not run.is_baseline):
         groups.setdefault((run.method, frozenset(run.recipe().items())), []).append(run)
     figure, panel = pyplot.subplots(figsize=(WIDTH, 3.5))
-    for ((method, _), alike), colour in zip(groups.items(), [BLACK, *COLOURS] * len(groups), strict=False):
+    for (method, _), alike in groups.items():
         metrics = [network.metrics for run in alike for network in run.networks]
         by_epoch = pd.concat(metrics).groupby("epoch")["test_accuracy"]
+        colour = COLOURS[runs.index(alike[0]) % len(COLOURS)]
         style = {"color": colour, "label": f"{alike[0].label}: {method} (n = {len(metrics)})"}
         draw_band(panel, by_epoch.mean(), by_epoch.min(), by_epoch.max(), style)
     panel.set(title="Mean and range of the networks", xlabel="epoch", ylabel="test accuracy (%)")
@@ -147,6 +147,7 @@ def filters(runs: Sequence[Run]) -> Figure:
             panel.ecdf(np.maximum(np.nan_to_num(network.norms), SMALLEST_NORM), **style)
     for threshold in THRESHOLDS:
         panel.axvline(threshold, color="grey", linestyle="--", linewidth=0.8)
+    panel.set_xlim(left=min(THRESHOLDS) / 10)
     panel.xaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
     panel.set(title="Filters by L1 norm; those left of the dashed lines are invalid")

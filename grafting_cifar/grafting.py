@@ -106,7 +106,7 @@ def make_batches(
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
-    return own_model(name, num_classes) if ":" in name else models.build(name, num_classes)
+    return own_model(name, num_classes, data.SIZE) if ":" in name else models.build(name, num_classes)
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:

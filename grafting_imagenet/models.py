@@ -30,7 +30,7 @@ def build(arch: str, num_classes: int, image_size: int | None = None, pretrained
     """
     image_size, options = image_size or usual_size(arch), {}
     if ":" in arch:
-        return own_model(arch, num_classes)
+        return own_model(arch, num_classes, image_size)
     if arch in AUXILIARY_WEIGHT:
         # torchvision's weights of these two were trained on inputs of another scale, to which the model then converts.
         options = {"init_weights": not pretrained, "aux_logits": True, "transform_input": pretrained}

@@ -141,7 +141,7 @@ def test_status_shows_how_the_networks_are(project):
     lines = output.splitlines()
     assert (status, lines[0]) == (0, "x:")
     assert lines[1].split() == ["network", "epoch", "accuracy", "best", "rate", "left", "state"]
-    assert lines[2].split() == ["1", "2/4", "####....", "100.000", "92.250", "1.23e-05", "65", "s", "training"]
+    assert lines[2].split() == ["1", "2/4", "##..", "100.000", "92.250", "1.23e-05", "65", "s", "training"]
     states = ["waiting for network 1", "failed: the disk is full", "not started"]
     assert all(line.endswith(state) for line, state in zip(lines[3:], states, strict=True))
 

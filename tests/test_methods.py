@@ -134,11 +134,15 @@ def pair(num_classes):
     return nn.Identity(), num_classes
 
 
+def flat(num_classes):
+    return nn.Flatten()
+
+
 def test_a_model_by_the_name_of_its_function_is_looked_for_from_here(tmp_path, monkeypatch):
     (tmp_path / "mine_alone.py").write_text("import test_methods\nbuild = test_methods.with_dead_filters\n")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
-    model = own_model("mine_alone:build", 7)
+    model = own_model("mine_alone:build", 7, 32)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
     assert invalid_filters(model, 0.1) == (2, 6)
 
@@ -148,9 +152,10 @@ def test_a_model_by_the_name_of_its_function_is_looked_for_from_here(tmp_path, m
     [
         ("no_such_module:f", "No module named 'no_such_module'; expected package.module:function"),
         ("test_methods:nothing", "has no attribute 'nothing'"),
-        ("test_methods:pair", "it returned a tuple, expected a torch.nn.Module"),
+        ("test_methods:pair", "expected a torch.nn.Module that gives"),
+        ("test_methods:flat", r"its scores of 2 images have the shape \(2, 3072\), not \(2, 7\)"),
     ],
 )
 def test_what_is_no_model_is_said(name, words):
     with pytest.raises(UsageError, match=words):
-        own_model(name, 7)
+        own_model(name, 7, 32)

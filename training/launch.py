@@ -25,6 +25,7 @@ from training.commands import ROOT, parse
 
 if __name__ == "__main__":
     ASKED = parse(*sys.argv[1:])  # ahead of torch, whose import takes seconds: --help and a wrong flag answer at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as does Ctrl-C, until something has been started
 
 import torch
 
@@ -37,6 +38,7 @@ STOP_SECONDS = 120.0  # within which a network finishes its batch
 
 
 def main(asked: argparse.Namespace) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     commands = {"start": start, "status": status, "stop": stop, "resume": resume, "demo": demo}
     try:
         return commands[asked.command](asked)

@@ -18,11 +18,11 @@ from filter_grafting.states import load_plain_state, plain_state
 from training.process import UsageError
 
 
-def own_model(name: str, num_classes: int) -> nn.Module:
+def own_model(name: str, num_classes: int, image_size: int) -> nn.Module:
     """Anyone's model by `package.module:function`, which is called with num_classes; looked for from here, too.
 
     Raises:
-        UsageError: if there is no such function, or what it returns is no model.
+        UsageError: if there is no such function, or what it returns does not turn images into scores (b, num_classes).
     """
     place, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -31,10 +31,16 @@ def own_model(name: str, num_classes: int) -> nn.Module:
         build = getattr(importlib.import_module(place), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"{name}: {error}; expected package.module:function") from error
-    model = build(num_classes=num_classes)
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{name}: it returned a {type(model).__name__}, expected a torch.nn.Module")
-    return model
+    try:
+        model = build(num_classes=num_classes)
+        with torch.no_grad():
+            scores = model.eval()(torch.zeros(2, 3, image_size, image_size))
+        if scores.shape != (2, num_classes):
+            raise ValueError(f"its scores of 2 images have the shape {tuple(scores.shape)}, not {(2, num_classes)}")
+    except Exception as error:  # it is anyone's code
+        problem = f"{name}(num_classes={num_classes}): {type(error).__name__}: {error}"
+        raise UsageError(f"{problem}; expected a torch.nn.Module that gives (images, classes)") from error
+    return model.train()
 
 
 def compiled(model: nn.Module, device: torch.device, enabled: bool = True) -> nn.Module:

@@ -1,6 +1,7 @@
 """What a network tells of itself: its log, metrics{i}.csv and coefficients{i}.csv, best and final, TensorBoard."""
 
 import csv
+import importlib.util
 import io
 import os
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from filter_grafting.checkpoint import save, write_atomically
-from filter_grafting.errors import WriteError
+from filter_grafting.errors import GraftingError, WriteError
 from filter_grafting.grafting import Layer
 from filter_grafting.information import convolutions, entropy, invalid_filters
 from filter_grafting.rings import FileRing
@@ -70,6 +71,8 @@ class Records:
         self.seconds = {"wait": 0.0, "graft": 0.0}  # since the last epoch
         self.board = None
         if tensorboard:
+            if importlib.util.find_spec("tensorboard") is None:
+                raise GraftingError("--tensorboard: the package is missing: pip install tensorboard, or leave it out")
             from torch.utils.tensorboard import SummaryWriter  # here, as it is slow to import and need not be there
 
             self.board = SummaryWriter(ring.directory / "tensorboard" / f"network{ring.network}")
@@ -226,6 +229,7 @@ class Progress:
         """Yields the batches, each of which is added to the totals (see `loop.means`) before the next is asked for."""
         hidden = self.ring is None or self.every > 0 or not sys.stdout.isatty()
         options = {"leave": False, "dynamic_ncols": True, "mininterval": 1, "file": sys.stdout}
+        options["bar_format"] = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
         began = last = time.perf_counter()
         data_total = 0.0
         with tqdm(total=self.steps, desc=self.label, disable=hidden, **options) as bar:

@@ -11,11 +11,12 @@ from pathlib import Path
 from subprocess import Popen
 from typing import NamedTuple
 
-from tabulate import tabulate
+import tabulate
 from tqdm import tqdm
 
 from filter_grafting.membership import ENDED, Status, duration, observe, printable
 
+tabulate.MIN_PADDING = 0  # columns no wider than need be: a line of 80 has room for whom a network waits for
 SECONDS = ("train_seconds", "test_seconds", "wait_seconds", "graft_seconds")  # of metrics{i}.csv: an epoch's time
 LOOK_SECONDS = 0.5  # between two looks at the networks
 START_SECONDS = 60.0  # after which a network that is still starting is left to itself
@@ -54,7 +55,7 @@ def progress(directory: Path, status: Status) -> tuple[int, float]:
 
 def epochs_of(done: int, epochs: int | None) -> str:
     """As a number and a bar."""
-    return f"{f'{done}/{epochs}':>8} {'#' * round(8 * min(done / epochs, 1)):.<8}" if epochs else ""
+    return f"{f'{done}/{epochs}':>8} {'#' * round(4 * min(done / epochs, 1)):.<4}" if epochs else ""
 
 
 def table(directory: Path, statuses: Iterable[Status]) -> str:
@@ -66,7 +67,7 @@ def table(directory: Path, statuses: Iterable[Status]) -> str:
         rows.append([one.network, epochs_of(done, one.epochs), one.accuracy, one.best, one.lr, time_left, str(one)])
     head = ["network", "epoch", "accuracy", "best", "rate", "left", "state"]
     form = ("", "", ".3f", ".3f", ".3g", "", "")
-    return tabulate(rows, head, tablefmt="plain", floatfmt=form, disable_numparse=[1, 5, 6])
+    return tabulate.tabulate(rows, head, tablefmt="plain", floatfmt=form, disable_numparse=[1, 5, 6])
 
 
 # Watching
@@ -105,16 +106,18 @@ def follow(started: Sequence[Started], epochs: int) -> Started | None:
         The one that has failed.
     """
     form = "{bar:40} {percentage:3.0f}%  {remaining} left"
-    options = {"bar_format": form, "leave": False, "disable": None, "file": sys.stdout}
+    options = {"bar_format": form, "leave": False, "disable": None, "smoothing": 0, "file": sys.stdout}
     with tqdm(total=epochs * len(started), **options) as bar, ExitStack() as stack:
+        ended = 0
         logs = [stack.enter_context(open(one.log, errors="replace")) for one in started]
         while True:
             running = [one for one in started if one.process.poll() is None]
             for one, log in zip(started, logs, strict=True):
                 for line in log.readlines():
-                    if line.startswith("Network:"):
-                        bar.write(f"{one.name:11}{line}", file=sys.stdout, end="")
-                        bar.update()
+                    if line.startswith("Network:"):  # of which the first four fields fit a line of 80
+                        bar.write(f"{one.name:11}{'    '.join(line.split('    ')[:4])}", file=sys.stdout)
+                        ended += 1
+            bar.update(ended - bar.n)
             sys.stdout.flush()
             failed = next((one for one in started if one.process.returncode), None)
             if failed or not running:
