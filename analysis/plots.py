@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis.runs import THRESHOLDS, Network, Run
 
 # Okabe and Ito's colours, which hold for a colour-blind reader.
+BLACK = "#000000"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 DASHES = ("-", "--", ":", "-.")
 WIDTH = 7.0  # inches: two columns of a paper
