@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         else:
             began, log = time.monotonic(), args.out / "logs" / f"{name.replace(' ', '_')}.log"
-            status = (execute_with_mps if "MPS" in name else execute)(steps[name], log, left - 2, args.quick)
+            status = (execute_with_mps if "MPS" in name else execute)(steps[name], log, left - 25, args.quick)
             record = {"step": name, "status": status, "seconds": time.monotonic() - began, "command": steps[name]}
             tools.append(args.results, record | {"device": args.device, "versions": versions()})
             outcome = "done" if status == 0 else status if isinstance(status, str) else f"failed ({status}), see {log}"

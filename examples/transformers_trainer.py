@@ -1,4 +1,4 @@
-"""Two vision transformers, each a process with the Trainer of transformers, which graft after every epoch.
+"""Two ConvNeXts, each a process with the Trainer of transformers, which graft after every epoch.
 
     python examples/transformers_trainer.py 1 & python examples/transformers_trainer.py 2
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from task import images
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import ConvNextConfig, ConvNextForImageClassification, EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from filter_grafting import FileRing
@@ -32,9 +32,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 torch.manual_seed(NETWORK)  # each network starts from weights of its own
-sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-shape: dict[str, Any] = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 4}
-model = ViTForImageClassification(ViTConfig(**shape, **sizes))
+shape: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 4}
+model = ConvNextForImageClassification(ConvNextConfig(**shape, num_stages=2, hidden_sizes=[16, 32], depths=[1, 1]))
 output = f"{DIRECTORY}/trainer{NETWORK}"
 often: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch", "report_to": "none", "use_cpu": True}
 arguments = TrainingArguments(output, num_train_epochs=4, learning_rate=3e-3, seed=NETWORK, **often)

@@ -16,7 +16,7 @@ from .errors import (
     UnreadableError,
     WriteError,
 )
-from .grafting import Layer, coefficient, graft, graft_ring
+from .grafting import FilterLayer, Layer, coefficient, graft, graft_ring
 from .information import entropy, invalid_filters, l1_norm
 from .rings import Exchange, FileRing, ProcessGroupRing
 from .scheduler import Grafting
@@ -30,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "Exchange",
     "FileRing",
+    "FilterLayer",
     "Grafting",
     "GraftingError",
     "Layer",

@@ -13,7 +13,7 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +29,22 @@ logger = logging.getLogger("filter_grafting")
 
 
 class Layer(NamedTuple):
-    """A layer beside its neighbour's: entropies in nats (or what another criterion gave), and the share it keeps.
-
-    At filter level that is a share for each filter: a tensor (filters,).
-    """
+    """A layer beside its neighbour's: entropies in nats (or what another criterion gave), and the share it keeps."""
 
     own_entropy: float
     neighbour_entropy: float
-    coefficient: float | Tensor
+    coefficient: float
 
 
-Layers: TypeAlias = dict[str, Layer]
+class FilterLayer(NamedTuple):
+    """The same at filter level, with a share for each filter: (filters,)."""
+
+    own_entropy: float
+    neighbour_entropy: float
+    coefficient: Tensor
+
+
+Layers: TypeAlias = dict[str, Layer] | dict[str, FilterLayer]
 Level: TypeAlias = Literal["layer", "filter"]
 Selection: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool] | None
 Criterion: TypeAlias = Callable[[Tensor], float]
@@ -82,6 +87,29 @@ def blend(own: Tensor, neighbour: Tensor, w: float | Tensor) -> Tensor:
     return torch.lerp(own.to(kind), neighbour.to(kind), 1 - w).to(own.dtype)
 
 
+@overload
+def graft(
+    model: nn.Module,
+    neighbour: Mapping[str, Tensor],
+    a: float = ...,
+    c: float = ...,
+    level: Literal["layer"] = ...,
+    *,
+    layers: Selection = ...,
+    exclude: Sequence[str] = ...,
+    criterion: Criterion = ...,
+) -> dict[str, Layer]: ...
+@overload
+def graft(
+    model: nn.Module,
+    neighbour: Mapping[str, Tensor],
+    a: float = ...,
+    c: float = ...,
+    *,
+    level: Literal["filter"],
+    exclude: Sequence[str] = ...,
+    criterion: Criterion = ...,
+) -> dict[str, FilterLayer]: ...
 def graft(
     model: nn.Module,
     neighbour: Mapping[str, Tensor],
@@ -189,11 +217,12 @@ def compute(
         name: (_information(own, key, entries, criterion), _information(other, key, entries, criterion))
         for name, key in weights.items()
     }
+    found: Layers
     shares: Iterable[tuple[str, float | Tensor]]  # w of each entry
     if level == "filter":
         chain = filter_level.chain(model)
         of_filters = filter_level.coefficients(chain, entries, other)
-        found = {name: Layer(*entropies[name], of_filters[name]) for name in weights}
+        found = {name: FilterLayer(*entropies[name], of_filters[name]) for name in weights}
         shares = filter_level.shares(chain, entries, of_filters)
     else:
         found = {name: Layer(*entropies[name], coefficient(*entropies[name], a, c)) for name in weights}
@@ -207,11 +236,15 @@ def compute(
 
 @torch.no_grad()
 def write(blends: Blends) -> None:
-    for entry, blended in blends:
+    """Changes the model. Of entries that share memory, the first is written last: it counts, wherever it lies."""
+    for entry, blended in reversed(blends):
+        if 0 in entry.stride():  # a value that is repeated without a copy is written once
+            once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in entry.stride())
+            entry, blended = entry[once], blended[once]
         entry.copy_(blended)
 
 
-def _shares(entries: Iterable[str], found: Layers) -> Iterator[tuple[str, float | Tensor]]:
+def _shares(entries: Iterable[str], found: Mapping[str, Layer]) -> Iterator[tuple[str, float]]:
     """(key, w) of each entry, in state-dict order: that of its own layer, or of the nearest before it that has one."""
     layer = next(iter(found.values()))
     for key in entries:

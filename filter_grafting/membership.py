@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -433,3 +433,9 @@ class Membership:
             self.leave()
         else:
             self.leave("failed" if isinstance(error, Exception) else "stopped", str(error) or type(error).__name__)
+
+    def __reduce__(self) -> NoReturn:
+        raise GraftingError(
+            f"a FileRing cannot be pickled or copied: it holds the place of network {self.network} for process "
+            f"{self._pid}; make it in the process that trains"
+        )

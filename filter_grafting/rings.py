@@ -280,7 +280,10 @@ class _Watch:
                 "use graft_ring"
             )
         elif isinstance(reached, int) and reached >= self.round and self.form is None:
-            self.obstacle = f"it is past round {self.round}, of which there is no checkpoint any more"
+            self.obstacle = (
+                f"it is past round {self.round}, of which there is no checkpoint any more: stop all networks, and "
+                "resume them; FileRing(keep=...) keeps more"
+            )
         progress = [*map(said.get, ("state", "epoch", "step", "round")), self.rounds[-1:], self.form]
         if progress != self.progress:
             self.progress, self.progress_at = progress, now

@@ -160,8 +160,10 @@ def is_weight(entry: Tensor) -> bool:
     return entry.is_floating_point() or entry.is_complex()
 
 
-def obstacle(entry: Tensor) -> str:
+def obstacle(entry: Any) -> str:
     """Why an entry cannot be blended; empty if it can, or is none of the weights."""
+    if not isinstance(entry, Tensor):
+        return f"it is a {type(entry).__name__}"
     if is_lazy(entry) or entry.is_meta:
         return "it has no values yet"
     if entry.layout != torch.strided or (local(entry) is entry and is_traceable_wrapper_subclass(entry)):
@@ -200,10 +202,11 @@ def _blendable(model: nn.Module, own: Mapping[str, Any], other: State, skip: Col
     memory = {place(tensor)[0] for tensor in tensors if not obstacle(tensor)}
     entries: dict[object, tuple[str, Tensor]] = {}  # by where they lie, under their first name
     for key, entry in own.items():
-        if key in skip or not isinstance(entry, Tensor):
+        if key in skip or (key.endswith("_extra_state") and not isinstance(entry, Tensor)):
             continue
-        if why := obstacle(entry):
-            raise MismatchError(f"{key}: {why}{advice(key)}")
+        for side, value in ("the network", entry), ("its neighbour", other[key]):
+            if why := obstacle(value):
+                raise MismatchError(f"{key}: in {side} {why}{advice(key)}")
         if not is_weight(entry):
             continue
         if _is_bookkeeping(key, entry, own):
@@ -213,7 +216,9 @@ def _blendable(model: nn.Module, own: Mapping[str, Any], other: State, skip: Col
         at = place(entry)
         if at[0] not in memory:
             raise MismatchError(f"{key}: the state dict holds a copy, not the model's own (FSDP1?){advice(key)}")
-        entries.setdefault(at, (key, entry))
+        name, _ = entries.setdefault(at, (key, entry))
+        if name != key and not torch.equal(other[name], other[key]):
+            raise MismatchError(f"{key}: in the network it is {name}, in its neighbour they differ{advice(key)}")
     return dict(entries.values())
 
 

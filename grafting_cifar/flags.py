@@ -104,6 +104,8 @@ def check(flags: Parser, args: argparse.Namespace) -> None:
         flags.error("a CIFAR network trains in one process; torchrun is for grafting_imagenet")
     if args.level == "filter" and args.model in NAMES and not args.model.startswith("vgg"):
         flags.error(f"argument --level: filter needs a chain of layers (--model vgg16), got --model {args.model}")
+    if args.difflr and args.num == 1:
+        flags.error("argument --difflr: rates differ between networks: got --num 1, expected --num 2 or more")
     for name in ("method", "scion"):
         value = getattr(args, name)
         if value in ALONE and args.num > 1:

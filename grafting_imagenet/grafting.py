@@ -156,7 +156,7 @@ def first_epoch(
                 "not there: say with --resume PATH --resume auto where it is"
             )
         state, contents = read_checkpoint(args.start_from)
-        models.load_weights(model, state, args.start_from)
+        models.load_weights(model, state, args.start_from, contents.get("arch") or contents.get("model"), args.arch)
         if "optimizer" in contents:
             models.load_momentum(optimizer, contents["optimizer"])
         # Ours say which epoch they come after, those of PyTorch's example which is to come.
@@ -187,7 +187,7 @@ def evaluate_only(args: argparse.Namespace, signals: Signals) -> None:
         args.image_size = args.image_size or recorded or models.usual_size(args.arch)
         model = build_model(args, len(images.classes), notes)
         if args.start_from:
-            models.load_weights(model, state, args.start_from)
+            models.load_weights(model, state, args.start_from, contents.get("arch") or contents.get("model"), args.arch)
             notes.append(f"weights: {args.start_from}")
         model.to(device, memory_format=torch.channels_last)
         batches = make_batches(args, images.test, device, ranks)

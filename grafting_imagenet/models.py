@@ -10,7 +10,7 @@ import torch
 import torchvision.models as zoo
 from torch import Tensor, nn
 
-from filter_grafting.errors import GraftingError
+from filter_grafting.errors import GraftingError, MismatchError
 from filter_grafting.states import State, load_plain_state, plain_names
 from training.models import load_optimizer, own_model
 
@@ -65,13 +65,22 @@ def load_pretrained(model: nn.Module, arch: str) -> str:
     return f"{line}; for other classes: {', '.join(sorted(anew))} starts anew" if anew else line
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def load_weights(
+    model: nn.Module, state: Mapping[str, Tensor], path: Path, of: str | None = None, arch: str | None = None
+) -> None:
     """Loads the state dict of a checkpoint, whatever wrapped the model that it is from.
+
+    Args:
+        of: what model the checkpoint says that it is of; None if it does not.
+        arch: what model this is.
 
     Raises:
         MismatchError: naming the file, and the first entry that differs.
     """
-    load_plain_state(model, State(plain_names(state), str(path)))
+    try:
+        load_plain_state(model, State(plain_names(state), str(path)))
+    except MismatchError as error:
+        raise MismatchError(f"{path} is of a {of}, and -a says {arch}" if of not in (None, arch) else error) from error
 
 
 def load_momentum(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -22,6 +22,9 @@ from training.models import load_optimizer, restore, to_resume
 CEILINGS = {
     "resnet20": (222, 265),
     "resnet32": (333, 400),
+    "resnet44": (443, 535),
+    "resnet56": (553, 669),
+    "resnet110": (1049, 1275),
     "resnet32_leaky": (333, 400),
     "wrn28_10": (275, 340),
     "mobilenetv2": (492, 595),

@@ -149,12 +149,22 @@ def test_every_flag_has_a_name_that_torchrun_leaves_alone(script):
 
 
 def test_variables_that_another_job_has_left_do_not_count():
+    assert world({"RANK": "x", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "b"}) == (0, 1)
     assert world({"RANK": "1"}) == world({"WORLD_SIZE": ""}) == world({"RANK": "3", "WORLD_SIZE": "4"}) == (0, 1)
-    assert world({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "here", "MASTER_PORT": "1"}) == (1, 4)
+    assert world({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}) == (
+        1,
+        4,
+    )
 
 
 def test_ranks_are_for_the_imagenet_script(capsys, monkeypatch):
-    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "WORLD_SIZE": "3",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "here",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     assert "a CIFAR network trains in one process" in refused(cifar, capsys)
     assert "argument -b: got 256, expected a multiple of 3" in refused(imagenet, capsys)
@@ -164,7 +174,14 @@ def test_the_command_that_starts_another_network(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/grafting.py", "--i=1", "--num", "3", "--i", "2", "--lr", "0.1"])
     assert command()[1:] == sys.argv
     assert command(3)[1:] == ["/x/grafting.py", "--num", "3", "--lr", "0.1", "--i", "3", "--resume"]
-    variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
+    variables = {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "here",
+        "MASTER_PORT": "1",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "/x/grafting.py"]

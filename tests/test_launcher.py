@@ -40,7 +40,7 @@ def test_help_is_given_anywhere_and_nothing_is_touched(project):
         ("cifar", "demo --epochs 0", 2, "argument --epochs: got '0'"),
         ("cifar", "status .", 1, ". is not the save directory of a run"),
         ("cifar", "status nothing", 1, "nothing is not the save directory of a run"),
-        ("imagenet", "--gpu 1", 2, "argument --gpu: is for grafting.py"),
+        ("imagenet", "--gpu 1", 2, "CUDA_VISIBLE_DEVICES says which there are"),
         ("imagenet", "--gpus-per-network 0", 2, "argument --gpus-per-network: got '0'"),
     ],
 )

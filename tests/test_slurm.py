@@ -27,7 +27,7 @@ def cluster(project, tmp_path, monkeypatch):
 
 def start(project, i=1, flags=("--num", "2"), **more):
     """A task as slurmd would run it: a copy of the file, somewhere else, that knows where it was submitted."""
-    slurm = {"JOB_ID": 70 + i, "ARRAY_TASK_ID": i, "SUBMIT_DIR": project.root, **more}
+    slurm = {"JOB_ID": 70 + i, "ARRAY_TASK_ID": i, "ARRAY_TASK_MIN": 1, "SUBMIT_DIR": project.root, **more}
     environment = os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
     command = ["sh", "slurm_script", "--data", project.cwd, "--device", "cpu", "--s", "x", *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -54,11 +54,20 @@ def parse(folder: str, *words: str) -> argparse.Namespace:
 
     asked, words = parser.parse_known_args(words)
     names = {word.partition("=")[0] for word in words}
-    alone = {"--i", "--gpu", "-e", "--evaluate"}
+    if "--gpu" in names:
+        parser.error("argument --gpu: each network has a GPU of its own; CUDA_VISIBLE_DEVICES says which there are")
+    alone = {"--i", "-e", "--evaluate"}
     alone |= {"--s", "--save_dir", "--num", "--networks", "--resume"} if command == "demo" else set()
     for name in sorted(names & alone):
         parser.error(f"argument {name}: is for grafting.py; {command} says itself what each network does, and where")
     demo = [*DEMO, *(() if "--data" in names else DEMO_DATA)] if command == "demo" else []
     asked.words = [*demo, *words]
-    asked.args = import_module(f"{asked.folder}.flags").parse(asked.words)
+    flags = import_module(f"{asked.folder}.flags")
+    for word in sorted(names - flags.parser()._option_string_actions.keys()):
+        if word.startswith("--") and (hint := did_you_mean(word, parser._option_string_actions)):
+            parser.error(f"unrecognized argument {word}{hint}")
+    asked.args = flags.parse(asked.words)
+    source, default = asked.args.data, flags.parser().get_default("data")
+    if str(source) not in ("glyphs", str(default)) and not source.is_dir():
+        sys.exit(f"there is no folder {source} (--data)")
     return asked

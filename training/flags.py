@@ -24,6 +24,12 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized argument {name}{did_you_mean(name, self._option_string_actions)}")
         return args
 
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            hint = did_you_mean(str(value), map(str, action.choices)) or f", expected one of {known}"
+            raise argparse.ArgumentError(action, f"got {value!r}{hint}")
+
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
@@ -128,7 +134,8 @@ def world(variables: Mapping[str, str] = os.environ) -> tuple[int, int]:
 
     Variables that another job has left behind do not count unless all are there.
     """
-    if not all(variables.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    if not variables.get("MASTER_ADDR") or not all(variables.get(name, "").isdecimal() for name in names):
         return 0, 1
     return int(variables["RANK"]), int(variables["WORLD_SIZE"])
 

@@ -6,6 +6,7 @@ The script's own parser checks the flags, and network{i}.json says how a run goe
 """
 
 import argparse
+import fcntl
 import os
 import shlex
 import signal
@@ -24,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 from training.commands import ROOT, parse
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads this, as `head`, may have read enough
     ASKED = parse(*sys.argv[1:])  # ahead of torch, whose import takes seconds: --help and a wrong flag answer at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as does Ctrl-C, until something has been started
 
 import torch
 
-from filter_grafting.membership import ENDED, HOST, Status, networks_of, observe
+from filter_grafting.membership import ENDED, HOST, Status, is_held, networks_of, observe
 from training import view
 from training.view import Started
 
@@ -133,6 +135,8 @@ def spawn(job: Job, variables: dict[str, str], ranks: int = 1) -> Started:
     log = job.directory / f"{job.i}.{SUFFIXES[job.folder]}"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
+        with suppress(OSError):  # held until the last of its processes has gone, torchrun's among them
+            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
         size = output.tell()
         options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "start_new_session": True}
         process = subprocess.Popen(command, cwd=job.cwd, env=os.environ | variables, **options)
@@ -153,9 +157,9 @@ def runs() -> list[Path]:
 
 def find(name: str) -> Path:
     """The save directory of a run, by its path or the end of it, from whichever folder one is in."""
-    words = Path(name).parts
-    for path in (Path(name).resolve(), *(run for run in runs() if run.parts[-len(words) :] == words)):
-        if networks_of(path):
+    words = Path(name).expanduser().parts
+    for path in (Path(*words).resolve(), *(run for run in runs() if run.parts[-len(words) :] == words)):
+        if networks_of(path) or running(path):
             return path
     sys.exit(f"{name} is not the save directory of a run: nothing has started there")
 
@@ -183,19 +187,31 @@ def stop(asked: argparse.Namespace) -> int:
     return max([end(directory) for directory in directories], default=0)
 
 
+def running(directory: Path) -> set[int]:
+    """The networks of which a process that grafting.sh has started lives, though it may not have said so yet."""
+    logs = {path for suffix in SUFFIXES.values() for path in directory.glob(f"[0-9]*.{suffix}")}
+    return {int(log.stem) for log in logs if log.stem.isdecimal() and is_held(log)}
+
+
 def end(directory: Path) -> int:
-    """Sends SIGTERM to a run's networks on this host, and waits until they have ended; 1 if not all have."""
-    alive = [one for one in observe(directory) if one.alive]
-    here = [one for one in alive if one.host == HOST and one.state not in ENDED]
-    for one in here:
-        with suppress(ProcessLookupError):  # it has just ended by itself
-            os.kill(one.pid, signal.SIGTERM)
-        print(f"network {one.network} (process {one.pid}) is asked to stop", flush=True)
+    """Sends SIGTERM to a run's networks on this host, and waits until they have ended; 1 if not all have.
+
+    One that has only just started is asked as soon as it has said who it is.
+    """
+    asked: set[int] = set()
     deadline = time.monotonic() + STOP_SECONDS
-    while here and time.monotonic() < deadline:
+    while True:
+        alive = [one for one in observe(directory) if one.alive]
+        here = [one for one in alive if one.host == HOST]
+        for one in here:
+            if one.pid not in asked and one.state not in ENDED:
+                with suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(one.pid, signal.SIGTERM)
+                asked.add(one.pid)
+                print(f"network {one.network} (process {one.pid}) is asked to stop", flush=True)
+        if not (here or running(directory)) or time.monotonic() > deadline:
+            break
         time.sleep(0.1)
-        here = [one for one in observe(directory, [one.network for one in here]) if one.alive]
-    alive = [one for one in observe(directory) if one.alive]
     for one in alive:
         print(f"network {one.network} (process {one.pid} on {one.host}) is still alive")
     if not alive:
@@ -262,5 +278,4 @@ def demo(asked: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads this, as `head`, may have read enough
     sys.exit(main(ASKED))

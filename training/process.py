@@ -23,6 +23,16 @@ from filter_grafting.membership import printable
 from filter_grafting.rings import FileRing
 from training.flags import command, settings_of, world
 
+# What torch and Python report though the program is not at fault, and what to do.
+REPORTS = {
+    r"out of memory|can't allocate memory": "give a smaller batch or model, or another device",
+    r"busy or unavailable": "the GPU is taken by another process: choose one with CUDA_VISIBLE_DEVICES",
+    r"C\+\+ compiler|C compiler|working triton": "--compile needs a C++ compiler (and on CUDA, triton)",
+    r"Expected more than 1 value per channel": "a batch of one image has no statistics: choose another batch size",
+    r"deterministic implementation": "a layer of this model has no deterministic gradient: leave out --deterministic",
+    r"AF_UNIX path too long": "choose a shorter TMPDIR",
+    r"Too many open files": "raise `ulimit -n`, or give fewer --workers",
+}
 # What to do about an error of the library, in words of flags, of which the library knows none.
 HINTS = {
     AlreadyRunError: "--resume continues it, --s names another directory",
@@ -130,7 +140,9 @@ def ending(args: argparse.Namespace) -> Iterator[Signals]:
             sentence = f"network {args.i} stopped by {signals.received.name}; --resume continues it"
             status = 128 + signals.received
         else:
-            sentence, status = f"{type(error).__name__}: {error}", 1
+            sentence, status = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", 1
+            advice = [what for words, what in REPORTS.items() if re.search(words, sentence)]
+            sentence += f" ({advice[0]})" if advice else ""
             with suppress(OSError):
                 traceback.print_exc(file=sys.stdout)
                 sys.stdout.flush()
