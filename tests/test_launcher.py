@@ -198,6 +198,7 @@ def test_stop_says_what_it_could_not_end(project, monkeypatch):
 
 def test_resume_goes_on_with_the_flags_that_each_network_had(project, monkeypatch):
     words = ("--data", "images", "--device", "cpu", "--model", "resnet20", "--lr", "0.05", "--num", "4", "--s", "x")
+    (project.cwd / "images").mkdir()
     jobs, run = project.records(), project.cwd / "x"
     assert project(*words, "--epochs", "2")[0] == 0
     script = str(project.root / "grafting_cifar/grafting.py")
