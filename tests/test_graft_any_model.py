@@ -167,6 +167,34 @@ def test_tied_weights_are_blended_once_by_the_first_of_their_layers():
     torch.testing.assert_close(model[0].weight.data, share * own["0.weight"] + (1 - share) * neighbour["0.weight"])
 
 
+def test_weights_that_only_the_network_ties_are_refused():
+    model, neighbour = tied(1), tied(2).state_dict()
+    neighbour["2.weight"] = neighbour["2.weight"] + 1
+    with pytest.raises(MismatchError, match=r"^2\.weight: in the network it is 0\.weight, in its neighbour they"):
+        graft(model, neighbour)
+
+
+def overlapping(seed):
+    """A buffer that is a part of the last convolution's own row of memory, and one that repeats a number."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3))
+    model[0].register_buffer("part", torch.empty(0))
+    randomised(model, seed)
+    model[0].part = model[1].weight.data[0]
+    model[1].register_buffer("repeated", torch.full((1, 1), float(seed)).expand(3, 4))
+    model[seed - 1].weight.data **= 3
+    return model
+
+
+def test_of_entries_that_overlap_the_first_ones_share_counts_and_what_repeats_is_blended_once():
+    model, neighbour = overlapping(1), snapshot(overlapping(2))
+    own = snapshot(model)
+    first, last = (layer.coefficient for layer in graft(model, neighbour).values())
+    assert first != last
+    for key, rows, share in ("0.part", ..., first), ("1.weight", slice(1, 2), last), ("1.repeated", ..., last):
+        blended = share * own[key][rows] + (1 - share) * neighbour[key][rows]
+        torch.testing.assert_close(model.state_dict()[key][rows], blended)
+
+
 def test_what_a_parametrization_computes_from_is_blended():
     def make():
         return nn.Sequential(nn.Conv2d(2, 3, 3), parametrizations.weight_norm(nn.Conv2d(3, 3, 2)), nn.BatchNorm2d(3))
@@ -231,6 +259,9 @@ def test_what_cannot_be_blended_is_named_and_can_be_excluded(entry):
     assert torch.equal(model[0].weight, own["0.weight"])
     graft(model, {"odd": entry, **neighbour}, exclude=("odd",))
     assert not torch.equal(model[0].weight, own["0.weight"])
+    if entry.dtype == torch.float32 and entry.is_meta:  # so it is where the neighbour alone has such an entry
+        with pytest.raises(MismatchError, match=r"^0\.bias: in its neighbour it has no values yet"):
+            graft(pair(lambda: nn.Sequential(nn.Conv2d(2, 3, 3)))[0], {**neighbour, "0.bias": entry})
 
 
 def test_the_extra_state_of_modules_is_left_alone():

@@ -211,7 +211,10 @@ def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
     ("flags", "sentence"),
     [
         (["--resume", "nowhere.tar"], "/nowhere.tar, from which it starts, is not there"),
-        (["-a", "squeezenet1_1", "--resume", "{best}"], "best1.tar is of a shufflenet_v2_x0_5, and -a says squeezenet1_1"),
+        (
+            ["-a", "squeezenet1_1", "--resume", "{best}"],
+            "is of a shufflenet_v2_x0_5, and -a says squeezenet1_1",
+        ),
         (["--start-epoch", "5"], "nothing to train: the first epoch would be 5, and --epochs is 2"),
         (["--data", "nowhere"], "/nowhere does not exist"),
     ],

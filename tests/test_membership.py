@@ -1,6 +1,8 @@
 """Who is in a run: places, settings that all share, heartbeats, and starts that are refused and leave no trace."""
 
+import copy
 import os
+import pickle
 import shutil
 import socket
 import threading
@@ -296,3 +298,10 @@ def test_without_the_locks_of_the_platform_a_ring_says_what_is_missing(tmp_path,
     with pytest.raises(GraftingError, match="FileRing needs the file locks of Linux and macOS"):
         ring()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_ring_says_that_it_can_neither_be_pickled_nor_copied(ring):
+    first = ring()
+    for call in pickle.dumps, copy.deepcopy:
+        with pytest.raises(GraftingError, match="a FileRing cannot be pickled or copied: it holds the place of"):
+            call(first)
