@@ -185,6 +185,7 @@ class Terminal:
             return
         try:
             os.chdir(cwd)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has the tests ignore it
             fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
             sys.stdout = sys.stderr = os.fdopen(1, "w")
             os._exit(call())

@@ -71,7 +71,7 @@ def test_a_call_ends_before_its_time_and_refuses_a_step_that_is_not_there(tmp_pa
     assert gpu.main([*arguments, "--minutes", "0.1"]) == 1 and "the same command goes on" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         gpu.main([*arguments, "--only", "typo"])
-    assert "'typo' (choose from" in capsys.readouterr().err
+    assert "got 'typo', expected one of" in capsys.readouterr().err
 
 
 def test_a_step_that_outlasts_its_time_is_ended_with_its_children(tmp_path):

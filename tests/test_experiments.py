@@ -79,7 +79,7 @@ def test_the_results_at_hand_are_those_of_the_tables():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["mane"], "'mane' (choose from "),
+        (["mane"], "got 'mane'; did you mean main?"),
         (["main", "--data", "cifar7=."], "there is no folder cifar7=."),
         (["main", "--data", ".", "/"], "got two folders for the same images"),
         (["main", "--only", "cifar10_resnet32_num3"], "cifar10_resnet32_num3 is none of these tables' runs"),

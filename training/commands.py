@@ -67,7 +67,5 @@ def parse(folder: str, *words: str) -> argparse.Namespace:
         if word.startswith("--") and (hint := did_you_mean(word, parser._option_string_actions)):
             parser.error(f"unrecognized argument {word}{hint}")
     asked.args = flags.parse(asked.words)
-    source, default = asked.args.data, flags.parser().get_default("data")
-    if str(source) not in ("glyphs", str(default)) and not source.is_dir():
-        sys.exit(f"there is no folder {source} (--data)")
+    asked.default_data = flags.parser().get_default("data")
     return asked

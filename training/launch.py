@@ -65,6 +65,7 @@ class Job(NamedTuple):
 
 
 def start(asked: argparse.Namespace) -> int:
+    check_data(asked)
     folder, args = asked.folder, asked.args
     statuses = observe(args.s, range(1, args.num + 1))
     for one in [] if args.resume else statuses:
@@ -77,6 +78,13 @@ def start(asked: argparse.Namespace) -> int:
     pending = [one.network for one in statuses if may_start(one, args.epochs)]
     jobs = [Job(f"network {i}", folder, args.s, i, [*words, str(i)]) for i in pending]
     return launch(jobs, args, ranks, asked.verbose)
+
+
+def check_data(asked: argparse.Namespace) -> None:
+    """Ends the launcher if there are no images, rather than each network."""
+    data = asked.args.data
+    if str(data) not in ("glyphs", str(asked.default_data)) and not data.is_dir():
+        sys.exit(f"there is no folder {data} (--data)")
 
 
 def may_start(one: Status, epochs: int | None) -> bool:
@@ -247,6 +255,7 @@ def go_on(directory: Path, asked: argparse.Namespace) -> int:
 
 def demo(asked: argparse.Namespace) -> int:
     """Trains a baseline and two grafted networks on images that are drawn on the spot, and compares them."""
+    check_data(asked)
     names = ["demo", *(f"demo{k}" for k in range(2, 1000))]
     base = next(path for name in names if not (path := Path("checkpoint", name)).exists())
     jobs = []
