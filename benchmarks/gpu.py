@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from benchmarks import tools
-from training.flags import Parser
-from training.machine import ROOT, versions
+from training.flags import ROOT, Parser
+from training.machine import versions
 
 LEAST_SECONDS = 30  # a step is not begun with less time left
 TESTS = "information graft_layer_level graft_filter_level checkpoint cifar_data"

@@ -28,7 +28,7 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from benchmarks import tools
 from grafting_imagenet import data, models
-from training.launch import cores
+from training.flags import cores
 from training.loop import train_one_epoch
 from training.models import compiled
 from training.process import amp_dtype, deterministic

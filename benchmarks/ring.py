@@ -22,8 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from benchmarks import tools
 from grafting_cifar import data
-from training.flags import number
-from training.machine import ROOT
+from training.flags import ROOT, number
 
 
 def run(args: argparse.Namespace, folder: Path, kill: bool = False) -> float:

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 from benchmarks import plain, tools
 from benchmarks.graphs import GraphedTraining
 from grafting_cifar import data, models
-from training.launch import cores
+from training.flags import cores
 from training.loop import train_one_epoch
 from training.models import compiled
 from training.process import amp_dtype, deterministic

@@ -23,9 +23,8 @@ from experiments.results import Cell, Cells, Pair, cells_of, differ_in_precision
 from experiments.tables import PRESETS, REFERENCE, TABLES
 from filter_grafting.checkpoint import write_atomically
 from filter_grafting.membership import duration, printable
-from training.flags import Parser, path
+from training.flags import ROOT, Parser, path
 
-ROOT = Path(__file__).resolve().parent.parent
 LEGEND = """\
 Accuracies are in % of the test images: mean ± sample standard deviation over n seeds. **Last**: mean over a run's
 networks after the last epoch. **Best, by validation**: at the network and epoch with the highest accuracy on held-out

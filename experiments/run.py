@@ -10,7 +10,6 @@ which experiments/report.py makes the tables and plots.
 
 import argparse
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -30,11 +29,11 @@ from experiments.tables import PRESETS, SEEDS, TABLES, Run, runs
 from filter_grafting.checkpoint import write_atomically
 from filter_grafting.membership import observe
 from training import launch
-from training.flags import Parser, number, path
+from training.flags import ROOT, Parser, cores, number, path
 from training.machine import hardware, versions
 from training.process import Signals
+from training.view import last_words
 
-ROOT = Path(__file__).resolve().parent.parent
 NETWORKS_PER_GPU = 4  # on CIFAR; one on ImageNet
 POLL_SECONDS = 0.5
 SLURM = """\
@@ -171,17 +170,14 @@ class Job:
                 process.wait()
 
     def start(self, i: int, threads: int) -> subprocess.Popen:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        environment |= {"CUDA_VISIBLE_DEVICES": self.gpus[i - 1]} if self.gpus else {}
-        # In a session of its own: Ctrl-C is for the queue, which passes it on.
-        options = {"stdin": subprocess.DEVNULL, "env": environment, "start_new_session": True}
-        with open(self.save / f"{i}.log", "ab") as log:
-            return subprocess.Popen(self.command_of(i), stdout=log, stderr=log, **options)
+        variables = {"OMP_NUM_THREADS": str(threads)}
+        variables |= {"CUDA_VISIBLE_DEVICES": self.gpus[i - 1]} if self.gpus else {}
+        # Detached: Ctrl-C is for the queue, which passes it on.
+        return launch.detached(self.command_of(i), self.save / f"{i}.log", variables)
 
     def last_words(self, i: int, status: int) -> str:
         how = f"exit status {status}" if status > 0 else f"signal {-status}" + " (out of memory?)" * (status == -9)
-        lines = (self.save / f"{i}.log").read_text(errors="replace").strip().splitlines() or ["without a word"]
-        return f"network {i} ended with {how}: {lines[-1]}"
+        return f"network {i} ended with {how}: {last_words(self.save / f'{i}.log')}"
 
     def collect(self) -> None:
         """Leaves what a report needs in the folder of results; result.json last: it says that all is there."""
@@ -284,11 +280,11 @@ def main() -> int:
         print(slurm(args, [job for job in missing if not job.run.members]), end="")
         return 0
     gpus = launch.gpus(None)
-    slots = args.jobs or NETWORKS_PER_GPU * len(gpus) or launch.cores()
+    slots = args.jobs or NETWORKS_PER_GPU * len(gpus) or cores()
     print(f"{len(chosen)} runs, {len(chosen) - len(missing)} of them done; {slots} networks at once", flush=True)
     signals = Signals()
     signals.finish_batch()  # they end the networks, and these the queue; a second one ends it at once
-    work(missing, slots, max(1, launch.cores() // slots), gpus, signals)
+    work(missing, slots, max(1, cores() // slots), gpus, signals)
     if signals.received:
         print(f"stopped by {signal.Signals(signals.received).name}; the same command goes on", file=sys.stderr)
         return 128 + signals.received

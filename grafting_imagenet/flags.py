@@ -12,6 +12,7 @@ from training.flags import (
     add_recipe_flags,
     add_ring_flags,
     check_common,
+    cores,
     number,
     one_of,
     path,
@@ -92,8 +93,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = flags.parse_args(argv)
     check_common(flags, args)
     if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1) if world()[1] > 1 else 1))
+        args.workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1) if world()[1] > 1 else 1))
     args.s = Path("checkpoint", str(args.s or default_name(flags, args)).removeprefix("checkpoint/"))
     given = args.resume or []
     args.start_from = next((path(word) for word in reversed(given) if word != "auto"), None)

@@ -4,11 +4,9 @@ import argparse
 import shlex
 import sys
 from importlib import import_module
-from pathlib import Path
 
-from training.flags import Parser, did_you_mean, number
+from training.flags import ROOT, Parser, did_you_mean, number
 
-ROOT = Path(__file__).resolve().parent.parent
 USAGE = """\
 usage: grafting.sh [FLAG...]                   start the networks of a run; on a terminal, watch them
        grafting.sh status [DIR...]             how they are; without DIR: all runs below checkpoint/

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent  # of the checkout
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, that guesses what was meant, and whose help shows every default."""
@@ -127,6 +129,11 @@ def check_common(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(f"argument --i: got {args.i}, expected 1 to {args.num} (--num)")
     if args.warmup and args.warmup >= args.epochs:
         parser.error(f"argument --warmup: got {args.warmup:g}, expected less than {args.epochs} (--epochs)")
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def world(variables: Mapping[str, str] = os.environ) -> tuple[int, int]:

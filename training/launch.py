@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
-from training.commands import ROOT, parse
+from training.commands import parse
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads this, as `head`, may have read enough
@@ -33,6 +33,7 @@ import torch
 
 from filter_grafting.membership import ENDED, HOST, Status, is_held, networks_of, observe
 from training import view
+from training.flags import ROOT, cores
 from training.view import Started
 
 SUFFIXES = {"grafting_cifar": "log", "grafting_imagenet": "out"}  # of the logs of each script's networks
@@ -122,10 +123,6 @@ def environment(i: int, args: argparse.Namespace, ranks: int = 1) -> dict[str, s
     return {name: value for name, value in variables.items() if not os.environ.get(name)}
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def gpus(device: str | None) -> list[str]:
     """The GPUs to train on, as CUDA_VISIBLE_DEVICES names them; none: the CPU."""
     if device == "cpu" or not torch.cuda.is_available():
@@ -136,21 +133,27 @@ def gpus(device: str | None) -> list[str]:
 
 
 def spawn(job: Job, variables: dict[str, str], ranks: int = 1) -> Started:
-    """Starts a network as nohup does: in a session of its own, it hears neither Ctrl-C nor the terminal's end."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--"]
     script = str(ROOT / job.folder / "grafting.py")
     command = [sys.executable, *(torchrun if ranks > 1 else []), script, *job.words]
     log = job.directory / f"{job.i}.{SUFFIXES[job.folder]}"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as output:
-        with suppress(OSError):  # held until the last of its processes has gone, torchrun's among them
-            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        size = output.tell()
-        options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "start_new_session": True}
-        process = subprocess.Popen(command, cwd=job.cwd, env=os.environ | variables, **options)
+    size = log.stat().st_size if log.exists() else 0
+    process = detached(command, log, variables, job.cwd)
     values = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
     line = f"nohup {shlex.join(command)} >>{shlex.quote(str(log))} 2>&1 </dev/null &"
     return Started(job.name, process, log, size, " ".join([*values, line]))
+
+
+def detached(
+    command: Sequence[str], log: Path, variables: Mapping[str, str], cwd: str | None = None
+) -> subprocess.Popen:
+    """Starts a process as nohup does: in a session of its own, it hears neither Ctrl-C nor the terminal's end."""
+    with open(log, "ab") as output:
+        with suppress(OSError):  # held until the last of its processes has gone, torchrun's among them
+            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "start_new_session": True}
+        return subprocess.Popen(command, cwd=cwd, env={**os.environ, **variables}, **options)
 
 
 # Runs that have been started

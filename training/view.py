@@ -32,11 +32,15 @@ class Started(NamedTuple):
     line: str  # how a shell would start it
 
     def ending(self) -> str:
-        """How it has ended: what it said last, but for torchrun's report on it."""
-        with open(self.log, errors="replace") as log:
-            log.seek(self.size)
-            said = re.split(r"\n.*torch/distributed/elastic/", "\n" + log.read())[0].strip() or "it said nothing"
-        return f"{self.name} ended with status {self.process.returncode}: {printable(said.splitlines()[-1].strip())}"
+        return f"{self.name} ended with status {self.process.returncode}: {last_words(self.log, self.size)}"
+
+
+def last_words(path: Path, size: int = 0) -> str:
+    """What a network said last in its log, behind what stood there before, but for torchrun's report on it."""
+    with open(path, errors="replace") as log:
+        log.seek(size)
+        said = re.split(r"\n.*torch/distributed/elastic/", "\n" + log.read())[0].strip() or "it said nothing"
+    return printable(said.splitlines()[-1].strip())
 
 
 # Tables
