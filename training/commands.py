@@ -50,20 +50,24 @@ def parse(folder: str, *words: str) -> argparse.Namespace:
     if command in ("status", "stop", "resume"):
         return parser.parse_args(words)
 
-    asked, words = parser.parse_known_args(words)
+    return with_flags_of_script(parser, *parser.parse_known_args(words))
+
+
+def with_flags_of_script(parser: Parser, asked: argparse.Namespace, words: list[str]) -> argparse.Namespace:
+    """Adds what the words behind the launcher's own flags say: `words`, `args` and `default_data`, that of --data."""
     names = {word.partition("=")[0] for word in words}
     if "--gpu" in names:
         parser.error("argument --gpu: each network has a GPU of its own; CUDA_VISIBLE_DEVICES says which there are")
-    alone = {"--i", "-e", "--evaluate"}
-    alone |= {"--s", "--save_dir", "--num", "--networks", "--resume"} if command == "demo" else set()
+    is_demo, alone = asked.command == "demo", {"--i", "-e", "--evaluate"}
+    alone |= {"--s", "--save_dir", "--num", "--networks", "--resume"} if is_demo else set()
     for name in sorted(names & alone):
-        parser.error(f"argument {name}: is for grafting.py; {command} says itself what each network does, and where")
-    demo = [*DEMO, *(() if "--data" in names else DEMO_DATA)] if command == "demo" else []
-    asked.words = [*demo, *words]
-    flags = import_module(f"{asked.folder}.flags")
-    for word in sorted(names - flags.parser()._option_string_actions.keys()):
+        what = f"{asked.command} says itself what each network does, and where"
+        parser.error(f"argument {name}: is for grafting.py; {what}")
+    script = import_module(f"{asked.folder}.flags")
+    known = script.parser()
+    for word in sorted(names - known._option_string_actions.keys()):
         if word.startswith("--") and (hint := did_you_mean(word, parser._option_string_actions)):
             parser.error(f"unrecognized argument {word}{hint}")
-    asked.args = flags.parse(asked.words)
-    asked.default_data = flags.parser().get_default("data")
+    asked.words = [*(DEMO if is_demo else ()), *(DEMO_DATA if is_demo and "--data" not in names else ()), *words]
+    asked.args, asked.default_data = script.parse(asked.words), known.get_default("data")
     return asked

@@ -28,9 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
-            known = ", ".join(map(str, action.choices))
-            hint = did_you_mean(str(value), map(str, action.choices)) or f", expected one of {known}"
-            raise argparse.ArgumentError(action, f"got {value!r}{hint}")
+            raise argparse.ArgumentError(action, none_of(value, action.choices))
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -48,13 +46,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
+def none_of(value: Any, known: Iterable[Any]) -> str:
+    """What is said of a value that is none of those known."""
+    words = [str(word) for word in known]
+    return f"got {value!r}" + (did_you_mean(str(value), words) or f", expected one of {', '.join(words)}")
+
+
 def one_of(known: Iterable[str]) -> Callable[[str], str]:
     """A converter for argparse: one of some words, or package.module:function, for whoever takes it from there."""
 
     def convert(text: str) -> str:
         if text not in known and ":" not in text:
-            hint = did_you_mean(text, known) or f", expected one of {', '.join(known)}"
-            raise argparse.ArgumentTypeError(f"got {text!r}{hint}")
+            raise argparse.ArgumentTypeError(none_of(text, known))
         return text
 
     return convert
