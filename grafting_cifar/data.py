@@ -29,8 +29,10 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from filter_grafting.checkpoint import save
+from filter_grafting.errors import WriteError
 from grafting_cifar import glyphs
 from training.images import DataError, Images, checksum, class_folders, normalised, reading, rgb
+from training.records import say
 
 __all__ = ["Batches", "DataError", "Images", "Split", "checksum", "load", "select"]
 SIZE = 32  # pixels; every source is brought to it
@@ -167,21 +169,32 @@ def _cached(folder: Path, name: str, state: str, make: Callable[[], Images]) -> 
     """What make() returns, from a cache beside the images, or where that place cannot be written, the user's."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "filter_grafting")
     places = (folder / ".grafting_cache", user / hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest())
+    made = None
     for place in places:
         path = place / f"{name}-{state}.pt"
         if images := _read_cache(path):
             return images
-        with contextlib.suppress(OSError, NotImplementedError):  # read-only, full, without locks, or held for too long
+        try:
             place.mkdir(parents=True, exist_ok=True)
-            with _lock(place / f"{name}.lock"):  # if another process held it, that one has made the cache
-                return _read_cache(path) or _write_cache(path, name, make())
-    return make()._replace(notes=[f"the images are kept in memory: neither {places[0]} nor {places[1]} can be written"])
+            lock = _lock(place / f"{name}.lock")
+        except WriteError:  # of the log, which is to be heard of
+            raise
+        except (OSError, NotImplementedError):  # read-only, without locks, or held for too long
+            continue
+        with lock:  # if another process held it, that one has made the cache
+            if images := _read_cache(path):
+                return images
+            made = made or make()
+            with contextlib.suppress(OSError):  # full
+                return _write_cache(path, name, made)
+    note = f"the images are kept in memory: neither {places[0]} nor {places[1]} can be written"
+    return (made or make())._replace(notes=[note])
 
 
 def _lock(path: Path) -> contextlib.AbstractContextManager:
     with contextlib.suppress(Timeout):
         return FileLock(path).acquire(timeout=5)
-    print(f"Waiting for another process, which prepares the images in {path.parent} ...", flush=True)
+    say(f"Waiting for another process, which prepares the images in {path.parent} ...")
     return FileLock(path).acquire(timeout=LOCK_SECONDS)
 
 
@@ -205,7 +218,7 @@ def _write_cache(path: Path, name: str, images: Images) -> Images:
 
 
 def _draw_glyphs() -> Images:
-    print("Drawing the 12,000 images of glyphs, once ...", flush=True)
+    say("Drawing the 12,000 images of glyphs, once ...")
     train, test = (Split(*split) for split in glyphs.draw())
     return Images(train, None, test, glyphs.CLASSES, [])
 
@@ -223,7 +236,7 @@ def _load_class_folders(folder: Path) -> Images:
 def _decode(folder: Path, listed: Images) -> Images:
     files = [split for split in listed[:3] if split]
     paths = [path for split in files for path in split.paths]
-    print(f"Decoding the {len(paths):,} images of {folder}, once ...", flush=True)
+    say(f"Decoding the {len(paths):,} images of {folder}, once ...")
     # Threads, since Pillow decodes and resizes without the interpreter's lock. disable=None: no bar in a log.
     with ThreadPoolExecutor() as pool:
         images = list(tqdm(pool.map(read_image, paths), total=len(paths), unit="image", leave=False, disable=None))

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from training.images import DataError, Files, Images, checksum, class_folders, normalised, reading, rgb
+from training.records import say
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -182,7 +183,7 @@ class Batches:
                 raise DataError(f"{sentence}: replace or remove it, or leave out such files with --skip_bad")
             if sentence not in self.bad:
                 self.bad.append(sentence)
-                print(f"left out, {len(self.bad)} so far: {sentence}", flush=True)
+                say(f"left out, {len(self.bad)} so far: {sentence}")
         good = [row for row in range(count) if row not in errors]
         if len(self.bad) > max(10, self.samples // 10) or (self._train and not good):
             found = f"{len(self.bad)} of {self.samples} images cannot be read, too many to leave out"
