@@ -30,8 +30,8 @@ from filter_grafting.membership import Status, observe, printable
 from filter_grafting.membership import read_run as read_record
 from training.models import read_checkpoint
 from training.process import UsageError
+from training.records import THRESHOLDS
 
-THRESHOLDS = (0.1, 0.01)  # of the L1 norm, below which a filter is invalid
 SECONDS = ["train_seconds", "test_seconds", "wait_seconds", "graft_seconds"]
 METRICS = ["epoch", "test_accuracy", "best", *SECONDS]  # columns that every version has written
 COEFFICIENTS = ["epoch", "layer", "coefficient"]

@@ -29,6 +29,7 @@ METRICS = (
     *("train_seconds", "test_seconds", "wait_seconds", "graft_seconds"),
     *("val_accuracy", "invalid_0.1", "invalid_0.01", "test_top5", "information"),
 )
+THRESHOLDS = (0.1, 0.01)  # of the L1 norm, below which a filter is invalid
 COEFFICIENTS = ("epoch", "layer", "own_entropy", "neighbour_entropy", "coefficient")
 
 
@@ -108,7 +109,7 @@ class Records:
         row |= {"train_seconds": train.seconds, "test_seconds": test.seconds + (val.seconds if val else 0)}
         row |= {f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()}
         if layers := convolutions(model):
-            row |= {f"invalid_{threshold}": invalid_filters(model, threshold, False)[0] for threshold in (0.1, 0.01)}
+            row |= {f"invalid_{threshold}": invalid_filters(model, threshold, False)[0] for threshold in THRESHOLDS}
             row["information"] = sum(entropy(layer.weight) for layer in layers.values())
         if val:
             row["val_accuracy"] = val.accuracy
