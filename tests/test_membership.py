@@ -1,6 +1,7 @@
 """Who is in a run: places, settings that all share, heartbeats, and starts that are refused and leave no trace."""
 
 import copy
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -305,3 +306,13 @@ def test_a_ring_says_that_it_can_neither_be_pickled_nor_copied(ring):
     for call in pickle.dumps, copy.deepcopy:
         with pytest.raises(GraftingError, match="a FileRing cannot be pickled or copied: it holds the place of"):
             call(first)
+
+
+def test_after_a_fork_the_child_ends_nothing_of_its_parents(tmp_path, ring):
+    first = ring()
+    first.update("training")
+    child = multiprocessing.get_context("fork").Process(target=first.leave)
+    child.start()
+    child.join()
+    assert (child.exitcode, [(one.state, one.alive) for one in observe(tmp_path, [1])]) == (0, [("training", True)])
+    first.publish(0, STATE)
