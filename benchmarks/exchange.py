@@ -11,7 +11,6 @@ Second table: rings of N processes whose epochs are a sleep. What an epoch takes
 exchange, and should not grow with N. In the first epoch the processes start: it does not count.
 """
 
-import argparse
 import os
 import random
 import sys
@@ -47,19 +46,17 @@ def train(folder: str, i: int, ring: list[Network], epochs: int, device: torch.d
             latency = 0.0
             if len(ring) > 1:
                 found = exchange.wait(epoch)
-                state = {key: entry.to(device) for key, entry in found.items()}
+                _ = {key: entry.to(device) for key, entry in found.items()}
                 tools.wait_for(device)
                 latency = time.time() - os.stat(found.source).st_ctime  # a file's is that of its rename
-                del state
             results.append((time.monotonic(), latency))  # the same clock in all processes
     return results
 
 
-def run(ring: list[Network], epochs: int, args: argparse.Namespace) -> list[list[tuple[float, float]]]:
+def run(ring: list[Network], epochs: int, device: torch.device) -> list[list[tuple[float, float]]]:
     """What each network of a ring returns."""
-    pool = ProcessPoolExecutor(len(ring), tools.processes(args.device))
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder, pool:
-        networks = [pool.submit(train, folder, i, ring, epochs, args.device) for i in range(1, len(ring) + 1)]
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(len(ring), tools.processes()) as pool:
+        networks = [pool.submit(train, folder, i, ring, epochs, device) for i in range(1, len(ring) + 1)]
         return [network.result() for network in networks]
 
 
@@ -71,28 +68,27 @@ def main(arguments: list[str] | None = None) -> None:
     flag("--epochs", type=tools.count, default=10, help="of a ring")
     flag("--sleep", type=float, default=1.0, metavar="SECONDS", help="an epoch's training")
     flag("--rings", type=tools.count, default=3, help="of each N")
-    flag("--folder", metavar="DIR", help="where to write (default: the system's folder for temporary files)")
     args = tools.parse(parser, arguments)
 
     caption = f"From the rename of a neighbour's checkpoint to its weights on {args.device}, in another process."
     table = tools.Table("exchange, latency", caption, args)
     for size in args.sizes:
         # The second publishes when the first waits, at any moment between two of its looks.
-        reader, _ = run([Network((0, 0), 0.001), Network((0.05, 0.15), size)], args.repetitions + 1, args)
-        sample = [1000 * latency for _, latency in reader[1:]]
-        table.add(**{"checkpoint (MB)": size, "n": len(sample), "latency (ms)": sample})
+        reader, _ = run([Network((0, 0), 0.001), Network((0.05, 0.15), size)], args.repetitions + 1, args.device)
+        table.add(**{"checkpoint (MB)": size, "latency (ms)": [1000 * latency for _, latency in reader[1:]]})
 
-    how = f"{args.epochs} epochs, {args.rings} rings each"
-    caption = f"Rings of N processes that sleep {args.sleep:g} s an epoch; {how}."
+    caption = (
+        f"Rings of N processes that sleep {args.sleep:g} s an epoch; {args.epochs} epochs, {args.rings} rings each."
+    )
     table = tools.Table("exchange, rings", caption, args)
     for n in args.networks:
         sample = []
         for _ in range(args.rings):
-            results = run([Network((args.sleep, args.sleep), 0.1)] * n, args.epochs + 1, args)
+            results = run([Network((args.sleep, args.sleep), 0.1)] * n, args.epochs + 1, args.device)
             first, *_, last = (max(end for end, _ in epoch) for epoch in zip(*results, strict=True))
             sample.append((last - first) / args.epochs)
         beyond = [1000 * (seconds - args.sleep) for seconds in sample]
-        table.add(**{"N": n, "n": len(sample), "wall time per epoch (s)": sample, "beyond the sleep (ms)": beyond})
+        table.add(**{"N": n, "wall time per epoch (s)": sample, "beyond the sleep (ms)": beyond})
 
 
 if __name__ == "__main__":

@@ -21,82 +21,65 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from benchmarks import tools
-from training.flags import ROOT, Parser
+from training.flags import ROOT, cores
 from training.machine import versions
 
 LEAST_SECONDS = 30  # a step is not begun with less time left
-TESTS = "information graft_layer_level graft_filter_level checkpoint cifar_data"
+TESTS = "cuda graphs information graft_layer_level graft_filter_level checkpoint cifar_data"
 VARIANTS = "ours amp compile amp+compile graph amp+graph"
 TRAINING = "benchmarks/training.py --images 50000 --models resnet32"
 SMOKE = "benchmarks/ring.py --epochs 2 --images 2000 --model resnet20"
 EPOCHS = "benchmarks/ring.py --epochs 6 --model resnet32"
-LOADER = "benchmarks/imagenet_loader.py --repetitions 3 --images 12800"
-IMAGENET = f"{LOADER} --batch-size 256 --amp"
-PLAN = {  # each step and its command, in their order; of words that come twice, the second counts
-    "preflight": "benchmarks/preflight.py",
-    "tests": "-m pytest -q -p no:cacheprovider -n 0 tests/test_cuda.py tests/test_graphs.py "
-    + " ".join(f"tests/test_{name}.py" for name in TESTS.split()),
-    "smoke, plain": SMOKE,
-    "smoke, amp": f"{SMOKE} --flags=--amp",
-    "smoke, amp, compiled": f"{SMOKE} --flags='--amp --compile'",
-    "smoke, ema": f"{SMOKE} --networks 1 --flags='--method ema'",
-    "smoke, filter level": f"{SMOKE} --model vgg16 --flags='--level filter'",
-    "smoke, noise": f"{SMOKE} --networks 1 --flags='--scion noise'",
-    "smoke, internal": f"{SMOKE} --networks 1 --flags='--scion internal'",
-    "deterministic": f"{SMOKE} --epochs 3 --flags=--deterministic --same --killed",
-    "profile": f"{TRAINING} --images 2560 --variants {VARIANTS} --profile",
-    "training, resnet32": f"{TRAINING} --variants plain {VARIANTS}",
-    "training, mobilenetv2": f"{TRAINING} --models mobilenetv2 --variants plain {VARIANTS}",
-    "training, vgg16": f"{TRAINING} --models vgg16 --variants plain {VARIANTS}",
-    "training, resnet110": f"{TRAINING} --models resnet110 --variants plain {VARIANTS}",
-    "epochs, plain": EPOCHS,
-    "epochs, amp": f"{EPOCHS} --flags=--amp",
-    "epochs, amp, compiled": f"{EPOCHS} --flags='--amp --compile'",
-    "networks": f"{TRAINING} --variants amp --processes 1 2 4 8",
-    "networks with MPS": f"{TRAINING} --variants amp --processes 1 2 4 8",
-    "networks, amp+compile": f"{TRAINING} --variants amp+compile --processes 1 2 4 8",
-    "networks, amp+graph": f"{TRAINING} --variants amp+graph --processes 1 2 4 8",
-    "grafting": "benchmarks/grafting.py",
-    "exchange": "benchmarks/exchange.py --repetitions 30 --epochs 4",
-    "ImageNet loader": LOADER,
-    "ImageNet resnet18": f"{IMAGENET} --arch resnet18",
-    "ImageNet resnet18, compiled": f"{IMAGENET} --arch resnet18 --compile",
-    "ImageNet resnet50": f"{IMAGENET} --arch resnet50",
-    "ImageNet resnet50, compiled": f"{IMAGENET} --arch resnet50 --compile",
-    "tables": "experiments/run.py all",  # cheapest row first; one that is stopped goes on in the next call
-}
-TINY = "--repetitions 1 --models resnet20 --images 8 --batch_size 4 --threads 1"
-TINY_LOADER = "--repetitions 1 --images 4 --batch-size 2 --size 32 --workers 0"
-QUICK = {  # the steps of a dry run, and what makes them small
-    "preflight": "",
-    "tests": "-k 'cuda or information'",
-    "smoke, plain": "--images 8 --warm",
-    "smoke, amp": "--images 8 --warm",
-    "smoke, ema": "--images 8 --warm",
-    "smoke, filter level": "--images 8 --warm",
-    "smoke, noise": "--images 8 --warm",
-    "smoke, internal": "--images 8 --warm",
-    "deterministic": "--images 8 --warm",
-    "profile": f"{TINY} --variants graph",
-    "training, resnet32": f"{TINY} --variants plain amp graph",
-    "epochs, plain": "--model resnet20 --epochs 2 --images 8 --networks 1",
-    "networks": f"{TINY} --processes 1 2",
-    "networks with MPS": f"{TINY} --processes 1 2",
-    "grafting": "--repetitions 1 --models resnet20",
-    "exchange": "--repetitions 2 --sizes 0.1 --networks 2 --epochs 2 --rings 1 --sleep 0.1",
-    "ImageNet loader": TINY_LOADER,
-    "ImageNet resnet18": TINY_LOADER,
-    "tables": "--preset smoke --dry-run",
+IMAGENET = "--dataset imagenet --repetitions 3 --images 12800"
+TRAINING_IMAGENET = f"benchmarks/training.py {IMAGENET} --batch_size 256 --variants amp amp+compile"
+TINY = "--repetitions 1 --images 8 --batch_size 4 --threads 1 --models resnet20"
+TINY_IMAGENET = "--repetitions 1 --images 4 --batch_size 2 --size 32 --workers 0 --threads 1"
+# Each step in its order: its command, and what makes it small; a dry run leaves out those without. Of words that come
+# twice, the second counts.
+PLAN = {
+    "tests": ("-m pytest -q -n 0 " + " ".join(f"tests/test_{name}.py" for name in TESTS.split()), "-k information"),
+    "smoke, plain": (SMOKE, "--images 8"),
+    "smoke, amp": (f"{SMOKE} --flags=--amp", None),
+    "smoke, amp, compiled": (f"{SMOKE} --flags='--amp --compile'", None),
+    "smoke, ema": (f"{SMOKE} --networks 1 --flags='--method ema'", "--images 8"),
+    "smoke, filter level": (f"{SMOKE} --model vgg16 --flags='--level filter'", None),
+    "smoke, noise": (f"{SMOKE} --networks 1 --flags='--scion noise'", "--images 8"),
+    "smoke, internal": (f"{SMOKE} --networks 1 --flags='--scion internal'", None),
+    "deterministic": (f"{SMOKE} --epochs 3 --flags=--deterministic --same --killed", "--images 8"),
+    "profile": (f"{TRAINING} --images 2560 --variants {VARIANTS} --profile", f"{TINY} --variants graph"),
+    "training, resnet32": (f"{TRAINING} --variants plain {VARIANTS}", f"{TINY} --variants plain amp graph"),
+    "training, mobilenetv2": (f"{TRAINING} --models mobilenetv2 --variants plain {VARIANTS}", None),
+    "training, vgg16": (f"{TRAINING} --models vgg16 --variants plain {VARIANTS}", None),
+    "training, resnet110": (f"{TRAINING} --models resnet110 --variants plain {VARIANTS}", None),
+    "epochs, plain": (EPOCHS, None),
+    "epochs, amp": (f"{EPOCHS} --flags=--amp", "--model resnet20 --epochs 2 --images 8"),
+    "epochs, amp, compiled": (f"{EPOCHS} --flags='--amp --compile'", None),
+    "networks": (f"{TRAINING} --variants amp --processes 1 2 4 8", f"{TINY} --processes 1 2"),
+    "networks with MPS": (f"{TRAINING} --variants amp --processes 1 2 4 8", f"{TINY} --processes 1"),
+    "networks, amp+compile": (f"{TRAINING} --variants amp+compile --processes 1 2 4 8", None),
+    "networks, amp+graph": (f"{TRAINING} --variants amp+graph --processes 1 2 4 8", None),
+    "grafting": ("benchmarks/grafting.py", "--repetitions 1 --models resnet20"),
+    "exchange": (
+        "benchmarks/exchange.py --repetitions 30 --epochs 4",
+        "--repetitions 2 --sizes 0.1 --networks 2 --epochs 2 --rings 1 --sleep 0.1",
+    ),
+    "ImageNet loader": (f"benchmarks/data.py {IMAGENET} --batch_size 64", TINY_IMAGENET),
+    "ImageNet resnet18": (f"{TRAINING_IMAGENET} --models resnet18", f"{TINY_IMAGENET} --variants amp"),
+    "ImageNet resnet50": (f"{TRAINING_IMAGENET} --models resnet50", None),
+    "tables": ("experiments/run.py all", "--preset smoke --dry-run"),  # cheapest row first; goes on in the next call
 }
 
 
 def plan(args: argparse.Namespace) -> dict[str, list[str]]:
     """The steps in their order, each with the words of its command."""
-    steps = {name: shlex.split(line) for name, line in PLAN.items()}
     if args.quick:
-        steps = {name: steps[name] + shlex.split(words) for name, words in QUICK.items()}
+        steps = {name: shlex.split(f"{line} {small}") for name, (line, small) in PLAN.items() if small is not None}
+    else:
+        steps = {name: shlex.split(line) for name, (line, _) in PLAN.items()}
     folders = [f"cifar10={args.cifar}"] * bool(args.cifar) + [f"imagenet={args.imagenet}"] * bool(args.imagenet)
     steps["tables"] += ["--work", str(args.out / "work"), "--results", str(args.out / "tables")]
     steps["tables"] += ["--data", *folders] if folders else []
@@ -104,70 +87,81 @@ def plan(args: argparse.Namespace) -> dict[str, list[str]]:
         del steps["tables"]
     for words in steps.values():
         if words[0].startswith("benchmarks"):
-            words += ["--device", args.device, "--json", str(args.results)]
+            words += ["--device", args.device.type, "--json", str(args.json)]
         if words[0] == "benchmarks/ring.py" and args.cifar:
             words += ["--data", str(args.cifar)]
-        if words[0] == "benchmarks/imagenet_loader.py" and args.imagenet:
-            words += ["--data", str(args.imagenet / "train")]
+        if "imagenet" in words:
+            words += ["--data", str(args.imagenet / "train")] if args.imagenet else []
+            words += [] if args.quick else ["--workers", str(cores())]
         words[:] = [str(ROOT / word) if word.endswith(".py") else word for word in words]
     return steps
 
 
-def execute(words: list[str], log: Path, limit: float, warm: bool = False, **variables: str) -> int | str:
+def execute(words: list[str], log: Path, limit: float, **variables: str) -> int | str:
     """The exit status; "out of time" if it took longer than `limit` seconds, and was ended with all its children."""
-    process = tools.start(words, log, warm, **variables)
-
-    def has_ended(seconds: float) -> bool:  # not by join, which knows no time once another program has been loaded
-        end = time.monotonic() + seconds
-        while process.is_alive() and time.monotonic() < end:
-            time.sleep(0.05)
-        return not process.is_alive()
-
+    process = tools.start(words, log, **variables)
     try:
-        return process.exitcode if has_ended(limit) else "out of time"
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return "out of time"
     finally:
         for number, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
-                has_ended(patience)
+                process.wait(patience)
 
 
-def execute_with_mps(words: list[str], log: Path, limit: float, warm: bool = False) -> int | str:
+def execute_with_mps(words: list[str], log: Path, limit: float) -> int | str:
     """The same, with processes that share the GPU by CUDA's Multi-Process Service."""
     control = shutil.which("nvidia-cuda-mps-control")
     if not control or subprocess.run([control, "-d"], timeout=60).returncode:
         log.write_text("MPS cannot be started here.\n")
         return 0  # that is what there is to say
     try:
-        return execute(words, log, limit, warm, MPS="1")
+        return execute(words, log, limit, MPS="1")
     finally:
         subprocess.run([control], input="quit\n", text=True, timeout=60)
 
 
+def preflight(args: argparse.Namespace) -> None:
+    """What this machine has; where torch cannot use its GPU, the flags have been refused before."""
+    shared = Path("/dev/shm")
+    found = {
+        "cores": os.cpu_count(),
+        "compiler": shutil.which("cc") or shutil.which("gcc") or "none",
+        "/dev/shm free (GB)": shutil.disk_usage(shared).free / 1e9 if shared.is_dir() else 0.0,
+        "MPS": shutil.which("nvidia-cuda-mps-control") or "none",
+    }
+    if args.device.type == "cuda":
+        about = torch.cuda.get_device_properties(args.device)
+        found |= {"GPU": about.name, "capability": f"{about.major}.{about.minor}", "CUDA": torch.version.cuda}
+        found |= {"GPU memory (GB)": about.total_memory / 1e9, "cuDNN": torch.backends.cudnn.version()}
+        found["driver"] = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
+    tools.Table("preflight", "The machine.", args).add(**found)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    parser = Parser(description=__doc__)
+    parser = tools.parser(__doc__)
     flag = parser.add_argument
     flag("out", type=Path, metavar="OUT", help="folder of the results")
     flag("--minutes", type=float, default=9.0, help="of this call; what is left is for the next one")
     flag("--only", nargs="+", metavar="STEP", choices=PLAN, default=[], help="of the steps")
-    flag("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for a dry run")
     flag("--cifar", type=Path, metavar="DIR", help="CIFAR-10, as for grafting_cifar (default: glyphs)")
     flag("--imagenet", type=Path, metavar="DIR", help="a folder with train/ (default: made-up images)")
     flag("--quick", action="store_true", help="everything at its smallest, to see that it works")
-    args = parser.parse_args(arguments)
+    parser.set_defaults(device="cuda")
+    args = tools.parse(parser, arguments)
     args.out = args.out.resolve()
-    args.results = args.out / ("quick.jsonl" if args.quick else "results.jsonl")
+    args.json = args.json or args.out / ("quick.jsonl" if args.quick else "results.jsonl")
     return args
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    if args.quick:
-        import torchvision  # noqa: F401  # warm starts find it imported
     (args.out / "logs").mkdir(parents=True, exist_ok=True)
     steps, end, failed = plan(args), time.monotonic() + 60 * args.minutes, 0
-    tried = [one for one in tools.read(args.results) if one.get("device") == args.device and "step" in one]
+    preflight(args)
+    tried = [one for one in tools.read(args.json) if one.get("device") == str(args.device) and "step" in one]
     done = {one["step"] for one in tried if one["status"] == 0}
     tries = Counter(one["step"] for one in tried)
     wanted = sorted((name for name in steps if name in (args.only or steps)), key=tries.__getitem__)
@@ -179,13 +173,13 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         else:
             began, log = time.monotonic(), args.out / "logs" / f"{name.replace(' ', '_')}.log"
-            status = (execute_with_mps if "MPS" in name else execute)(steps[name], log, left - 25, args.quick)
+            status = (execute_with_mps if "MPS" in name else execute)(steps[name], log, left - 25)
             record = {"step": name, "status": status, "seconds": time.monotonic() - began, "command": steps[name]}
-            tools.append(args.results, record | {"device": args.device, "versions": versions()})
+            tools.append(args.json, record | {"device": str(args.device), "versions": versions()})
             outcome = "done" if status == 0 else status if isinstance(status, str) else f"failed ({status}), see {log}"
             print(f"{name}: {outcome}, {record['seconds']:.0f} s", flush=True)
             failed += status != 0
-    print(f"{len(wanted) - failed} steps done, {failed} not: {args.results}", flush=True)
+    print(f"{len(wanted) - failed} steps done, {failed} not: {args.json}", flush=True)
     return int(failed > 0)
 
 

@@ -20,14 +20,9 @@ WARM_UP = 3  # steps before the capture, in which cuDNN chooses its algorithms; 
 class GraphedTraining:
     """Trains as `loop.train_one_epoch` does, with the same numbers where the kernels are the same.
 
-    Forward, loss, backward, optimizer and totals are captured, with the learning rate as a tensor. An epoch's images
-    are augmented at once (1.5 GB of memory for 50,000 of 32x32). A last batch that is smaller is trained eagerly.
-    Weights may be changed in place between epochs, as grafting does. On the CPU the same steps run without a graph.
-
-    Args:
-        model: in training mode, not compiled.
-        batches: of `grafting_cifar.data`.
-        optimizer: fused, so that its step reads the rate on the device.
+    Forward, loss, backward, optimizer (a fused one, which reads the rate on the device) and totals are captured. An
+    epoch's images (of `grafting_cifar.data`) are augmented at once: 1.5 GB of memory for 50,000. A last batch that is
+    smaller is trained eagerly, on the CPU all are. Weights may be changed in place between epochs, as grafting does.
     """
 
     def __init__(

@@ -9,20 +9,21 @@ and momentum must be the same, bit for bit.
 """
 
 import argparse
-import csv
 import shlex
-import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from benchmarks import tools
 from grafting_cifar import data
 from training.flags import ROOT, number
+
+PHASES = ("train", "test", "wait", "graft")
 
 
 def run(args: argparse.Namespace, folder: Path, kill: bool = False) -> float:
@@ -35,28 +36,26 @@ def run(args: argparse.Namespace, folder: Path, kill: bool = False) -> float:
     folder.mkdir()
     try:
         for i in range(1, args.networks + 1):
-            networks[i] = tools.start([*words, "--i", str(i)], folder / f"{i}.log", args.warm)
+            networks[i] = tools.start([*words, "--i", str(i)], folder / f"{i}.log")
         if kill:
-            while networks[1].is_alive() and not (folder / f"ckpt{1 % args.networks}_0.t7").exists():
+            while networks[1].poll() is None and not (folder / f"ckpt{1 % args.networks}_0.t7").exists():
                 time.sleep(0.02)
             networks[1].kill()
-            networks[1].join()
-            networks[1] = tools.start([*words, "--i", "1", "--resume"], folder / "1.log", args.warm)
+            networks[1].wait()
+            networks[1] = tools.start([*words, "--i", "1", "--resume"], folder / "1.log")
         for i, network in networks.items():
-            network.join()
-            if network.exitcode:
+            if network.wait():
                 raise SystemExit((folder / f"{i}.log").read_text(errors="replace")[-2000:])
     finally:
         for network in networks.values():
             network.kill()
-            network.join()
     return max((folder / f"ckpt{i}_0.t7").stat().st_ctime for i in range(args.networks)) - began
 
 
-def median(folder: Path, phase: str) -> float:
-    """Seconds that a phase of an epoch takes, over all networks and epochs but the first."""
-    rows = [row for path in folder.glob("metrics*.csv") for row in csv.DictReader(path.open())]
-    return statistics.median([float(row[f"{phase}_seconds"] or 0) for row in rows if row["epoch"] != "0"])
+def phases(folder: Path) -> dict[str, float]:
+    """Median seconds that the phases of an epoch take, over all networks and epochs but the first."""
+    rows = pd.concat(map(pd.read_csv, folder.glob("metrics*.csv"))).query("epoch > 0")
+    return {f"{phase} (s)": float(rows[f"{phase}_seconds"].fillna(0).median()) for phase in PHASES}
 
 
 def outcome(args: argparse.Namespace, folder: Path) -> list[torch.Tensor]:
@@ -80,7 +79,6 @@ def main(arguments: list[str] | None = None) -> int:
     flag("--images", type=tools.count, metavar="N", help="to train and to test on (default: all)")
     flag("--same", action="store_true", help="run it twice: the outcome must be the same")
     flag("--killed", action="store_true", help="kill and resume network 1: the outcome must be the same")
-    flag("--warm", action="store_true", help="the networks have torch at their start: the first epoch's end says less")
     args = tools.parse(parser, arguments)
     images = args.images or len(data.load(args.data).train.labels)  # decodes them, which is not to be measured
     caption = f"Rings from the command line, {images:,} images, on {args.device}; {args.epochs} epochs."
@@ -89,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as made:
         once = Path(made, "once")
         row["s to the first epoch's end"] = run(args, once)
-        row |= {f"{phase} (s)": median(once, phase) for phase in ("train", "test", "wait", "graft")}
+        row |= phases(once)
         same = {}
         for name in ["same"] * args.same + ["killed"] * args.killed:
             run(args, Path(made, name), kill=name == "killed")

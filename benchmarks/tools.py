@@ -5,18 +5,16 @@ import json
 import multiprocessing
 import os
 import resource
-import runpy
 import signal
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
-from functools import partial
 from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -24,6 +22,7 @@ from training.flags import Parser, number
 from training.machine import hardware, versions
 from training.process import UsageError, pick_device
 
+Key = TypeVar("Key", bound=Hashable)
 count = number(int, 1)
 
 
@@ -53,26 +52,19 @@ class Sample(NamedTuple):
     processor: list[float]  # those of this process and its workers
 
 
-def in_turns(ways: Mapping[str, Callable[[int], object]], repetitions: int, device: torch.device) -> dict[str, Sample]:
+def in_turns(ways: Mapping[Key, Callable[[int], object]], repetitions: int, device: torch.device) -> dict[Key, Sample]:
     """Times every way by turns, given the number of the round; the first, in which workers start, does not count."""
-    samples = {name: Sample([], []) for name in ways}
+    samples = {key: Sample([], []) for key in ways}
     for turn in range(repetitions + 1):
-        for name, way in ways.items():
-            used = processor_seconds()
-            seconds = timed(partial(way, turn), device)
+        for key, way in ways.items():
+            wait_for(device)
+            used, began = processor_seconds(), time.perf_counter()
+            way(turn)
+            wait_for(device)
             if turn:
-                samples[name].wall.append(seconds)
-                samples[name].processor.append(processor_seconds() - used)
+                samples[key].wall.append(time.perf_counter() - began)
+                samples[key].processor.append(processor_seconds() - used)
     return samples
-
-
-def timed(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds that an action takes."""
-    wait_for(device)
-    began = time.perf_counter()
-    action()
-    wait_for(device)
-    return time.perf_counter() - began
 
 
 def wait_for(device: torch.device) -> None:
@@ -92,31 +84,18 @@ def processor_seconds() -> float:
     return total
 
 
-def processes(device: torch.device) -> BaseContext:
-    """For processes that compute on a device: one that has used a GPU cannot be forked."""
-    return multiprocessing.get_context("spawn" if device.type == "cuda" else "fork")
+def processes() -> BaseContext:
+    """For processes that compute: they find torch imported, and no GPU that is in use, as a fork of this one would."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision"])
+    return context
 
 
-def start(words: list[str], log: Path, warm: bool = False, **variables: str) -> BaseProcess:
-    """Starts `python words`, with its output at the end of a log; warm for dry runs, where it finds torch imported."""
-    process = multiprocessing.get_context("fork").Process(target=_become, args=(words, log, warm, variables))
-    process.start()
-    return process
-
-
-def _become(words: list[str], log: Path, warm: bool, variables: Mapping[str, str]) -> None:
-    os.setpgid(0, 0)  # whoever ends it ends its children as well
-    os.environ.update(variables)
+def start(words: list[str], log: Path, **variables: str) -> subprocess.Popen:
+    """Starts `python words`, with its output at the end of a log; whoever ends its process group ends its children."""
     with open(log, "ab") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    if not warm:
-        os.execv(sys.executable, [sys.executable, *words])
-    sys.argv = words[1:] if words[0] == "-m" else words
-    if words[0] == "-m":
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(words[0], run_name="__main__")
+        options = {"stdout": output, "stderr": output, "env": os.environ | variables, "start_new_session": True}
+        return subprocess.Popen([sys.executable, *words], **options)
 
 
 class Table:

@@ -5,8 +5,9 @@
     python benchmarks/training.py --models resnet32 --device cuda --images 50000 --variants plain amp amp+compile graph
     python benchmarks/training.py --models resnet32 --device cuda --images 50000 --variants amp --processes 1 2 4
     python benchmarks/training.py --models resnet32 --device cuda --images 2560 --variants ours amp graph --profile
+    python benchmarks/training.py --dataset imagenet --data imagenet/train --models resnet50 --variants amp --workers 16
 
-Ours is what grafting_cifar/grafting.py builds and runs, with the flags of the variant; "graph" is benchmarks/graphs.py.
+Ours is what the scripts build and run, with the flags of the variant; "graph" is benchmarks/graphs.py, for CIFAR.
 Every variant lives in a process of its own, so that its peak memory is its own; they take turns, and one repetition
 each is not counted, in which they compile, choose algorithms and start workers. With --processes N, N of them train at
 the same time on the same device, as the networks of a ring do; the figure is what they do together.
@@ -25,17 +26,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
-from benchmarks import plain, tools
+from benchmarks import data, plain, tools
 from benchmarks.graphs import GraphedTraining
-from grafting_cifar import data, models
 from training.flags import cores
 from training.loop import train_one_epoch
 from training.models import compiled
@@ -44,92 +44,69 @@ from training.process import amp_dtype, deterministic
 MODELS = ("resnet20", "resnet32", "resnet56", "resnet110", "mobilenetv2", "vgg16")
 VARIANTS = ("plain", "ours", "amp", "compile", "amp+compile", "graph", "amp+graph")
 RATE = 0.01  # low enough for random labels
-WORKERS = 2
-
-
-def images_of(args: argparse.Namespace) -> data.Split:
-    if args.data:
-        return data.select(data.load(args.data), args.images).train
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (args.images, data.SIZE, data.SIZE, 3), dtype=torch.uint8, generator=generator)
-    return data.Split(pixels, torch.randint(10, (args.images,), generator=generator))
 
 
 def prepare(args: argparse.Namespace, name: str, variant: str) -> Callable[[int], object]:
     """What trains for one epoch, given its seed."""
-    words, split, device = variant.split("+"), images_of(args), args.device
+    task, words, device = data.make_task(args), variant.split("+"), args.device
+    model, recipe = task.build(name).to(device).train(), {"lr": RATE, "momentum": 0.9, "weight_decay": 5e-4}
     if variant == "plain":
-        network, criterion, optimizer = plain.make_training(name, 10, device)
-        optimizer.param_groups[0]["lr"] = RATE
-        loader = plain.make_loader(split, args.batch_size, WORKERS)
-        return lambda seed: plain.train(network, loader, criterion, optimizer, device)
-    model = models.build(name, 10).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=5e-4, fused=True)
-    batches = data.Batches(split, args.batch_size, device, augment=True)
+        optimizer = torch.optim.SGD(model.parameters(), **recipe)
+        return lambda seed: plain.train(model, task.loader, optimizer, device)
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), **recipe, fused=True)
     amp, notes = amp_dtype("amp" in words, device)
     print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     if "graph" in words:
-        graphed = GraphedTraining(model, batches, optimizer, device=device, amp=amp)
+        graphed = GraphedTraining(model, task.ours, optimizer, device=device, amp=amp)
         return lambda seed: graphed.epoch(lambda progress: RATE, seed=seed)
     forward, options = compiled(model, device, "compile" in words), {"device": device, "amp": amp}
-    return lambda seed: train_one_epoch(forward, batches, optimizer, lambda progress: RATE, seed=seed, **options)
+    options["top5"] = args.dataset == "imagenet"
+    return lambda seed: train_one_epoch(forward, task.ours, optimizer, lambda progress: RATE, seed=seed, **options)
 
 
-def work(args: argparse.Namespace, name: str, variant: str, threads: int, line: Connection) -> None:
-    """One process: trains for an epoch whenever it is told a seed, and answers with the megabytes that it has used."""
-    multiprocessing.set_start_method(None, force=True)  # the platform's own again, for the loader of plain.py
+train: Callable[[int], object]  # of a process that trains
+
+
+def begin(args: argparse.Namespace, name: str, variant: str, threads: int) -> None:
+    global train
+    multiprocessing.set_start_method(None, force=True)  # the platform's own again, for the loaders
     torch.set_num_threads(threads)
     train = prepare(args, name, variant)
+
+
+def train_here(seed: int, device: torch.device) -> tuple[float, float]:
+    """The megabytes, and those of the GPU, that this process has used at most."""
     with deterministic(False):
-        while True:
-            train(line.recv())
-            tools.wait_for(args.device)
-            on_gpu = torch.cuda.max_memory_reserved() / 1e6 if args.device.type == "cuda" else 0.0
-            line.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, on_gpu))
-
-
-class Team:
-    """N processes of one variant that train at the same time."""
-
-    def __init__(self, args: argparse.Namespace, name: str, variant: str, size: int):
-        context, self.members, self.memory, self.is_well = tools.processes(args.device), [], [], True
-        for _ in range(size):
-            line, other_end = context.Pipe()
-            threads = max(1, args.threads // size)
-            process = context.Process(target=work, args=(args, name, variant, threads, other_end))
-            process.start()
-            other_end.close()  # so that the end of the process is the end of the line
-            self.members.append((process, line))
-
-    def train(self, seed: int) -> None:
-        """An epoch; nothing, once one of them has ended."""
-        try:
-            for _, line in self.members:
-                line.send(seed)
-            self.memory = [line.recv() for _, line in self.members]
-        except (EOFError, OSError):
-            self.is_well = False
-
-    def end(self) -> None:
-        for process, _ in self.members:
-            process.terminate()
-            process.join()
+        train(seed)
+        tools.wait_for(device)
+    on_gpu = torch.cuda.max_memory_reserved() / 1e6 if device.type == "cuda" else 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, on_gpu
 
 
 def measure(args: argparse.Namespace, name: str, table: tools.Table) -> bool:
     """Adds a row for each variant and number of processes that could be measured; whether all could."""
-    teams: dict[tuple[str, int], Team] = {}
-    try:
-        for key in itertools.product(args.variants, args.processes):
-            teams[key] = Team(args, name, *key)
-        samples = tools.in_turns({key: team.train for key, team in teams.items()}, args.repetitions, args.device)
-    finally:
-        for team in teams.values():
-            team.end()
+    memory, failed = {}, {}
+
+    def make_way(variant: str, size: int, stack: ExitStack) -> Callable[[int], None]:
+        options = {"initializer": begin, "initargs": (args, name, variant, max(1, args.threads // size))}
+        pools = [stack.enter_context(ProcessPoolExecutor(1, tools.processes(), **options)) for _ in range(size)]
+
+        def train_together(seed: int) -> None:
+            try:
+                parts = [pool.submit(train_here, seed, args.device) for pool in pools]
+                memory[variant, size] = [part.result() for part in parts]
+            except RuntimeError as error:  # that of the process, or for its end
+                failed[variant, size] = error
+
+        return train_together
+
+    with ExitStack() as stack:
+        keys = list(itertools.product(args.variants, args.processes))
+        ways = {key: make_way(*key, stack) for key in keys}
+        samples = tools.in_turns(ways, args.repetitions, args.device)
     rates = {
-        (variant, size): [size * args.images / seconds for seconds in samples[variant, size].wall]
-        for (variant, size), team in teams.items()
-        if team.is_well
+        key: [key[1] * args.images / seconds for seconds in samples[key].wall] for key in keys if key not in failed
     }
     for (variant, size), rate in rates.items():
         plains = rates.get(("plain", size)) or rates.get(("plain", 1))
@@ -138,21 +115,19 @@ def measure(args: argparse.Namespace, name: str, table: tools.Table) -> bool:
         row[": plain"] = tools.ratio(rate, plains) if plains else ""
         row[": 1 process"] = tools.ratio(rate, alone) if alone else ""
         row["s per 50,000 images"] = 50_000 / statistics.median(rate)
-        row["memory (MB)"], row["GPU memory (MB)"] = map(max, zip(*teams[variant, size].memory, strict=True))
+        row["memory (MB)"], row["GPU memory (MB)"] = map(max, zip(*memory[variant, size], strict=True))
         table.add(**row, MPS=bool(os.environ.get("MPS")))
-    for variant, size in teams.keys() - rates.keys():
-        print(f"{name}, {variant}, {size} at once: a process ended; its message is above", file=sys.stderr)
-    return len(rates) == len(teams)
+    for (variant, size), error in failed.items():
+        print(f"{name}, {variant}, {size} at once: {error}", file=sys.stderr)
+    return not failed
 
 
 def profile(args: argparse.Namespace, name: str, variant: str, table: tools.Table) -> None:
-    train, steps = prepare(args, name, variant), -(-args.images // args.batch_size)
-    for seed in range(2):
-        train(seed)
-    wall = tools.timed(partial(train, 2), args.device)  # without the profiler, which slows the host down
+    way, steps = prepare(args, name, variant), -(-args.images // args.batch_size)
+    wall = tools.in_turns({"": way}, 1, args.device)[""].wall[0]  # without the profiler, which slows the host down
     used = time.process_time()
     with torch.profiler.profile() as recorded:
-        train(3)
+        way(2)
         tools.wait_for(args.device)
     used = time.process_time() - used
 
@@ -175,24 +150,21 @@ def profile(args: argparse.Namespace, name: str, variant: str, table: tools.Tabl
 def main(arguments: list[str] | None = None) -> int:
     parser = tools.parser(__doc__, repetitions=3)
     flag = parser.add_argument
-    flag("--models", nargs="+", choices=models.NAMES, default=MODELS, metavar="NAME", help=f"of {' '.join(MODELS)}")
+    flag("--models", nargs="+", default=MODELS, metavar="NAME", help=f"such as {' '.join(MODELS)}")
     known = f"plain.py, or ours: {' '.join(VARIANTS)}"
     flag("--variants", nargs="+", choices=VARIANTS, default=["plain", "ours", "amp"], metavar="NAME", help=known)
     flag("--processes", nargs="+", type=tools.count, default=[1], metavar="N", help="at the same time")
-    flag("--images", type=tools.count, default=256, metavar="N", help="of an epoch")
-    flag("--data", metavar="DIR", help="as for grafting_cifar/grafting.py (default: images of noise)")
-    flag("--batch_size", type=tools.count, default=128, metavar="B", help="images per step")
-    flag("--threads", type=tools.count, default=cores(), metavar="N", help="of the CPU")
     flag("--profile", action="store_true", help="a step of each variant instead")
-    args = tools.parse(parser, arguments)
+    data.add_flags(parser, images=256, threads=cores())
+    args = data.parse(parser, arguments)
     what = f"{args.images:,} images, batches of {args.batch_size}, on {args.device} with {args.threads} threads"
-    turns = f"(plain: and {WORKERS} workers); n = {args.repetitions} each, in turns; medians (lowest to highest)."
     if args.profile:
         table = tools.Table("profile", f"A step, mean of an epoch on {what}.", args)
         with deterministic(False):
             for name, variant in itertools.product(args.models, args.variants):
                 profile(args, name, variant, table)
         return 0
+    turns = f"and {args.workers} workers; n = {args.repetitions} each, in turns; medians (lowest to highest)."
     table = tools.Table("training", f"Training on {what} {turns}", args)
     whole = [measure(args, name, table) for name in args.models]
     return int(not all(whole))

@@ -49,7 +49,8 @@ def test_a_line_names_a_program_that_exists_and_flags_that_it_knows(page, folder
     elif script in SCRIPTS:
         SCRIPTS[script].parse(arguments)
     elif path.suffix == ".py":
-        text = path.read_text() + (ROOT / "benchmarks" / "tools.py").read_text()
+        shared = [ROOT / "benchmarks" / name for name in ("tools.py", "data.py")]
+        text = "".join(one.read_text() for one in [path, *shared])
         for flag in arguments:
             assert not flag.startswith("--") or f'"{flag}"' in text, f"{page}: {program} {flag}"
 
