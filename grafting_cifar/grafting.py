@@ -26,13 +26,13 @@ from torch import nn
 from filter_grafting.grafting import graft
 from filter_grafting.rings import FileRing
 from filter_grafting.scions import internal, noise
-from filter_grafting.states import plain_state
+from filter_grafting.states import State, plain_state
 from grafting_cifar import data, models
 from training import loop
 from training.loop import add_to_mean, evaluate, stream_seed, train_one_epoch
-from training.models import compiled, own_model, restore, to_resume
+from training.models import compiled, restore, to_resume
 from training.process import Signals, amp_dtype, computer, deterministic, ending, join_ring, pick_device
-from training.records import Progress, Records, layer_rows
+from training.records import Records, follow, layer_rows
 
 EMA_SHARE = 0.05  # of all steps: the time constant of the moving average
 SWA_START, SWA_RATE = 0.75, 0.5  # of the epochs, of the first learning rate: as its authors trained their ResNets
@@ -41,53 +41,47 @@ SWA_START, SWA_RATE = 0.75, 0.5  # of the epochs, of the first learning rate: as
 def main(args: argparse.Namespace, signals: Signals) -> None:
     device = pick_device(args.device)
     amp, notes = amp_dtype(args.amp, device)
-    may_raise = () if args.cos or args.method in ("ema", "swa") else ("epochs",)  # these shape the run from its start
-    with join_ring(args, signals, SHARED, may_raise) as ring, deterministic(args.deterministic):
+    with join_ring(args, signals, SHARED, may_raise(args)) as ring, deterministic(args.deterministic):
         images = data.select(data.load(args.data, args.cifar), args.images, args.val, args.test_images)
         facts = facts_of(images)
         ring.agree(facts)
         train_batches, test_batches, val_batches = make_batches(args, images, device)
 
         torch.manual_seed(stream_seed(args.seed, args.i, "weights"))
-        model = build_model(args.model, len(images.classes)).to(device, memory_format=torch.channels_last)
-        optimizer = make_optimizer(args, model)
-        rate, loss = schedule(args), partial(loop.cross_entropy, smoothing=args.label_smoothing)
+        model = models.build(args.model, len(images.classes)).to(device, memory_format=torch.channels_last)
+        optimizer, rate = make_optimizer(args, model), schedule(args)
+        loss = partial(loop.cross_entropy, smoothing=args.label_smoothing)
         published, trained = averaged(args, model, optimizer, len(train_batches))
         forward, forward_tested = (compiled(each, device, args.compile) for each in (model, published))
 
         settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train.labels), "amp": bool(amp)}
+        checkpoint = ring.newest()
+        first = restore(checkpoint, published, optimizer, settings, trained) if checkpoint else 0
         records = make_records(args, ring, model, settings, images, [computer(device), *notes])
-        first = 0
-        if checkpoint := ring.newest():
-            first = checkpoint.round + 1
-            records.resume(*restore(checkpoint, published, optimizer, settings, trained), checkpoint.state)
-        watch = partial(Progress, ring, signals.check, epochs=args.epochs, every=args.print_frequence)
-        where = {"device": device, "amp": amp}
+        records.resume(checkpoint)
+        options = {"device": device, "amp": amp, "progress": partial(follow, ring, signals.check, args.print_frequence)}
         signals.finish_batch()
-
         for epoch in range(first, args.epochs):
-            layers, seed = [], stream_seed(args.seed, args.i, epoch)
+            layers, options["epoch"] = [], epoch
             if epoch > 0 and args.num > 1:
-                with records.timing("wait"):
-                    neighbour = ring.wait(epoch - 1)
-                with records.timing("graft"):
-                    layers = layer_rows(epoch - 1, graft_neighbour(args, model, neighbour, rate, epoch, train_batches))
+                neighbour = records.timed("wait", ring.wait, epoch - 1)
+                layers = records.timed("graft", graft_neighbour, args, model, neighbour, rate, epoch, train_batches)
             elif epoch > 0:
-                with records.timing("graft"):
-                    graft_scion(args, model, epoch - 1)
-            bar = watch(epoch, train_batches, rate(epoch))
-            train = train_one_epoch(
-                forward, train_batches, optimizer, rate, loss, epoch=epoch, seed=seed, progress=bar, **where
-            )
+                records.timed("graft", graft_scion, args, model, epoch - 1)
+            seed = stream_seed(args.seed, args.i, epoch)
+            train = train_one_epoch(forward, train_batches, optimizer, rate, loss, seed=seed, **options)
             if args.method == "swa":
                 add_to_mean(published, model, epoch - int(SWA_START * args.epochs), train_batches.epoch(seed))
-            test, val = (
-                batches and evaluate(forward_tested, batches, progress=watch(epoch, batches), **where)
-                for batches in (test_batches, val_batches)
-            )
+            test = evaluate(forward_tested, test_batches, **options)
+            val = evaluate(forward_tested, val_batches, **options) if val_batches else None
             row, state = records.row(epoch, rate(epoch), train, test, val, published), plain_state(published)
             ring.publish(epoch, state, to_resume(optimizer, row, layers, settings, trained))
             records.epoch(row, layers, state)
+
+
+def may_raise(args: argparse.Namespace) -> tuple[str, ...]:
+    """The number of epochs, where it does not shape the run from its start."""
+    return () if args.cos or args.method in ("ema", "swa") else ("epochs",)
 
 
 def facts_of(images: data.Images) -> dict[str, Any]:
@@ -103,10 +97,6 @@ def make_batches(
     size = data.TEST_BATCH[device.type]
     test, val = (split and data.Batches(split, size, device, augment=False) for split in (images.test, images.val))
     return data.Batches(images.train, args.batch_size, device, augment=True), test, val
-
-
-def build_model(name: str, num_classes: int) -> nn.Module:
-    return own_model(name, num_classes, data.SIZE) if ":" in name else models.build(name, num_classes)
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -143,13 +133,14 @@ def averaged(
 
 
 def graft_neighbour(
-    args, model: nn.Module, neighbour: dict, rate: Callable[[float], float], epoch: int, batches: data.Batches
-) -> dict[str, Any]:
+    args, model: nn.Module, neighbour: State, rate: Callable[[float], float], epoch: int, batches: data.Batches
+) -> list[list]:
     """Grafts the neighbour's weights onto the model, or does what --method says; returns what came of each layer."""
     if args.method == "papa":
         loop.pull(model, neighbour, rate(epoch) / rate(args.warmup), exchanges=len(batches) / 10)
-        return {}
-    return graft(model, neighbour, args.a, args.c, args.level, criterion=loop.CRITERIA[args.criterion])
+        return []
+    layers = graft(model, neighbour, args.a, args.c, args.level, criterion=loop.CRITERIA[args.criterion])
+    return layer_rows(epoch - 1, layers)
 
 
 def graft_scion(args: argparse.Namespace, model: nn.Module, epoch: int) -> None:

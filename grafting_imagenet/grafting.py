@@ -26,14 +26,14 @@ from filter_grafting.errors import GraftingError
 from filter_grafting.grafting import graft
 from filter_grafting.membership import read_status
 from filter_grafting.rings import Checkpoint, FileRing
-from filter_grafting.states import plain_state
+from filter_grafting.states import State, plain_state
 from grafting_imagenet import data, models
 from training import loop
 from training.loop import evaluate, stream_seed, train_one_epoch
 from training.models import compiled, read_checkpoint, restore, to_resume
 from training.process import Signals, amp_dtype, computer, deterministic, ending, join_ring, pick_device
 from training.ranks import Ranks
-from training.records import Progress, Records, layer_rows, say
+from training.records import Records, follow, layer_rows, say
 
 # The flags that all networks of a ring have in common, and those that else change what comes out of a network.
 SHARED = ("arch", "num", "epochs", "a", "c", "criterion")
@@ -46,82 +46,65 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
     device = pick_device(args.device, args.gpu)
     amp, notes = amp_dtype(args.amp, device)
     args.image_size = args.image_size or models.usual_size(args.arch)
-    args.start_from = start_of(args)
     with Ranks(device) as ranks, join(args, signals, ranks) as ring, deterministic(args.deterministic):
         images = data.load(args.data)
-        train_batches = make_batches(args, images.train, device, ranks, train=True)
-        test_batches = make_batches(args, images.test, device, ranks)
-        val_batches = make_batches(args, images.val, device, ranks) if images.val else None
-
+        train_batches, test_batches, val_batches = make_batches(args, images, device, ranks)
         torch.manual_seed(stream_seed(args.seed, args.i, "weights"))
         model = build_model(args, len(images.classes), notes).to(device, memory_format=torch.channels_last)
-        optimizer, rate = make_optimizer(args, model), schedule(args)
-        aux = models.AUXILIARY_WEIGHT.get(args.arch, 0)
-        loss = partial(loop.cross_entropy, smoothing=args.label_smoothing, aux=aux)
-
+        optimizer, rate, loss = make_optimizer(args, model), schedule(args), loss_function(args)
         checkpoint = ranks.tell(ring and ring.newest())
         start = first_epoch(args, checkpoint, model, optimizer, notes)
         facts = {"classes": len(images.classes), "start_epoch": start, "data": data.checksum(images.train.labels)}
         settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train), "amp": bool(amp)}
+        first = restore(checkpoint, model, optimizer, settings) if checkpoint else start
         if ring:
             ring.agree(facts)
             records = make_records(args, ring, model, settings, images, [computer(device, ranks.size), *notes])
-        first = start
-        if checkpoint:
-            first = checkpoint.round + 1
-            recorded = restore(checkpoint, model, optimizer, settings)
-            if ring:
-                records.resume(*recorded, checkpoint.state)
+            records.resume(checkpoint)
         forward = compiled(ranks.wrap(model), device, args.compile)
-        watch = partial(Progress, ring, signals.check, epochs=args.epochs, every=args.print_freq)
-        where, rank = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}, ranks.rank
+        options = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}
+        options["progress"] = partial(follow, ring, signals.check, args.print_freq)
         signals.finish_batch()
 
         for epoch in range(first, args.epochs):
-            layers, seed = [], stream_seed(args.seed, args.i, epoch)
+            layers, options["epoch"], seed = [], epoch, stream_seed(args.seed, args.i, epoch)
             if ring and epoch > start and args.num > 1:
-                with records.timing("wait"):
-                    neighbour = ring.wait(epoch - 1)
-                with records.timing("graft"):
-                    grafted = graft(model, neighbour, args.a, args.c, criterion=loop.CRITERIA[args.criterion])
-                    layers = layer_rows(epoch - 1, grafted)
+                neighbour = records.timed("wait", ring.wait, epoch - 1)
+                layers = records.timed("graft", graft_neighbour, args, model, neighbour, epoch)
             ranks.broadcast(model)  # what rank 0 has grafted
-            bar = watch(epoch, train_batches, rate(epoch))
             train = train_one_epoch(
-                forward, train_batches, optimizer, rate, loss, epoch=epoch, seed=seed, rank=rank, progress=bar, **where
+                forward, train_batches, optimizer, rate, loss, seed=seed, rank=ranks.rank, **options
             )
             ranks.broadcast(model)  # each rank has batch-norm statistics of its own images
-            test = evaluate(forward, test_batches, progress=watch(epoch, test_batches), **where)
-            val = None
-            if val_batches is not None:  # though it may hold no images for this rank
-                val = evaluate(forward, val_batches, progress=watch(epoch, val_batches), **where)
+            test = evaluate(forward, test_batches, **options)
+            val = None if val_batches is None else evaluate(forward, val_batches, **options)  # of no images, perhaps
             if ring:
                 row, state = records.row(epoch, rate(epoch), train, test, val, model), plain_state(model)
                 ring.publish(epoch, state, to_resume(optimizer, row, layers, settings))
                 records.epoch(row, layers, state)
 
 
-def start_of(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that this network starts from: --resume PATH, or that of the start which --resume continues."""
-    path = args.start_from or (read_status(args.s, args.i).get("start_from") if args.resume else None)
-    return Path(path).absolute() if path else None
-
-
 def join(args: argparse.Namespace, signals: Signals, ranks: Ranks) -> AbstractContextManager[FileRing | None]:
     """The network's place in the ring: the directory, the log and the grafting are rank 0's, the others have none."""
+    if args.resume and not args.start_from:  # then it counts where an earlier start began
+        args.start_from = read_status(args.s, args.i).get("start_from")
+    args.start_from = args.start_from and Path(args.start_from).absolute()
     if not ranks.first:
         return nullcontext()
-    files = {"name": "pth{index}_{round}.tar", "key": "state_dict"}
     details = {"start_from": args.start_from and str(args.start_from)}
+    files = {"name": "pth{index}_{round}.tar", "key": "state_dict"}
     return join_ring(args, signals, SHARED, ("epochs",) if args.steplr else (), details=details, **files)
 
 
 def make_batches(
-    args: argparse.Namespace, files: data.Files, device: torch.device, ranks: Ranks, train: bool = False
-) -> data.Batches:
+    args: argparse.Namespace, images: data.Images, device: torch.device, ranks: Ranks
+) -> tuple[data.Batches, data.Batches, data.Batches | None]:
+    """Of the images to train on, to test on, and to choose the best epoch on, if there are any."""
     options = {"image_size": args.image_size, "workers": args.workers, "skip_bad": args.skip_bad}
-    share = {"rank": ranks.rank, "world_size": ranks.size}
-    return data.Batches(files, args.batch_size, device, train=train, **options, **share)
+    options |= {"rank": ranks.rank, "world_size": ranks.size}
+    make = partial(data.Batches, batch_size=args.batch_size, device=device, **options)
+    test, val = (files and make(files, train=False) for files in (images.test, images.val))
+    return make(images.train, train=True), test, val
 
 
 def build_model(args: argparse.Namespace, num_classes: int, notes: list[str]) -> nn.Module:
@@ -142,6 +125,10 @@ def schedule(args: argparse.Namespace) -> Callable[[float], float]:
     return partial(loop.learning_rate, args.lr, **options)
 
 
+def loss_function(args: argparse.Namespace) -> Callable[..., torch.Tensor]:
+    return partial(loop.cross_entropy, smoothing=args.label_smoothing, aux=models.AUXILIARY_WEIGHT.get(args.arch, 0))
+
+
 def first_epoch(
     args: argparse.Namespace, own: Checkpoint | None, model: nn.Module, optimizer: torch.optim.Optimizer, notes: list
 ) -> int:
@@ -156,7 +143,7 @@ def first_epoch(
                 "not there: say with --resume PATH --resume auto where it is"
             )
         state, contents = read_checkpoint(args.start_from)
-        models.load_weights(model, state, args.start_from, contents.get("arch") or contents.get("model"), args.arch)
+        models.load_weights(model, state, args.start_from, contents, args.arch)
         if "optimizer" in contents:
             models.load_momentum(optimizer, contents["optimizer"])
         # Ours say which epoch they come after, those of PyTorch's example which is to come.
@@ -176,6 +163,11 @@ def make_records(args, ring: FileRing, model: nn.Module, settings: dict, images:
     return Records(ring, model, settings, about, [*notes, *images.notes], args.tensorboard)
 
 
+def graft_neighbour(args: argparse.Namespace, model: nn.Module, neighbour: State, epoch: int) -> list[list]:
+    """Grafts the neighbour's weights onto the model; returns what came of each layer."""
+    return layer_rows(epoch - 1, graft(model, neighbour, args.a, args.c, criterion=loop.CRITERIA[args.criterion]))
+
+
 def evaluate_only(args: argparse.Namespace, signals: Signals) -> None:
     """Prints the accuracy of a checkpoint, or of torchvision's weights, on the images to test on."""
     device = pick_device(args.device, args.gpu)
@@ -187,19 +179,17 @@ def evaluate_only(args: argparse.Namespace, signals: Signals) -> None:
         args.image_size = args.image_size or recorded or models.usual_size(args.arch)
         model = build_model(args, len(images.classes), notes)
         if args.start_from:
-            models.load_weights(model, state, args.start_from, contents.get("arch") or contents.get("model"), args.arch)
+            models.load_weights(model, state, args.start_from, contents, args.arch)
             notes.append(f"weights: {args.start_from}")
         model.to(device, memory_format=torch.channels_last)
-        batches = make_batches(args, images.test, device, ranks)
-        forward, progress = compiled(model, device, args.compile), Progress(None, signals.check, 0, batches)
+        _, batches, _ = make_batches(args, images, device, ranks)
         options = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}
-        test = evaluate(forward, batches, progress=progress, **options)
+        test = evaluate(compiled(model, device, args.compile), batches, **options)
         left_out = int(ranks.sum(torch.tensor(len(batches.bad), device=device)))
-        if ranks.first:
-            for line in [*notes, *images.notes]:
-                say(line)
-            count = len(images.test) - left_out
-            say(f"* Acc@1 {test.accuracy:.3f}    Acc@5 {test.top5:.3f}    Loss {test.loss:.4f}    Images {count}")
+        count = len(images.test) - left_out
+        found = f"* Acc@1 {test.accuracy:.3f}    Acc@5 {test.top5:.3f}    Loss {test.loss:.4f}    Images {count}"
+        for line in [*notes, *images.notes, found] if ranks.first else []:
+            say(line)
 
 
 if __name__ == "__main__":

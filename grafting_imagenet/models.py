@@ -66,20 +66,17 @@ def load_pretrained(model: nn.Module, arch: str) -> str:
 
 
 def load_weights(
-    model: nn.Module, state: Mapping[str, Tensor], path: Path, of: str | None = None, arch: str | None = None
+    model: nn.Module, state: Mapping[str, Tensor], path: Path, contents: Mapping[str, Any] | None = None, arch: str = ""
 ) -> None:
     """Loads the state dict of a checkpoint, whatever wrapped the model that it is from.
 
-    Args:
-        of: what model the checkpoint says that it is of; None if it does not.
-        arch: what model this is.
-
     Raises:
-        MismatchError: naming the file, and the first entry that differs.
+        MismatchError: naming the file, and the first entry that differs, or that its contents say it is no arch.
     """
     try:
         load_plain_state(model, State(plain_names(state), str(path)))
     except MismatchError as error:
+        of = (contents or {}).get("arch") or (contents or {}).get("model")
         raise MismatchError(f"{path} is of a {of}, and -a says {arch}" if of not in (None, arch) else error) from error
 
 

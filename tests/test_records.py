@@ -11,9 +11,11 @@ from torch import nn
 
 from filter_grafting.checkpoint import load
 from filter_grafting.grafting import Layer
+from filter_grafting.rings import Checkpoint
+from filter_grafting.states import State
 from training.flags import command
 from training.loop import Diverged, Result
-from training.records import Progress, Records, layer_rows, write_rows
+from training.records import Records, follow, layer_rows, write_rows
 
 
 def rows_of(path):
@@ -66,8 +68,7 @@ def tell(told, epoch, accuracy, val=None, layers=(), loss=1.0):
 
 def test_the_line_of_an_epoch(make_records, capsys):
     told = make_records()
-    with told.timing("wait"):
-        pass
+    assert told.timed("wait", divmod, 7, 2) == (3, 1)
     tell(told, 0, 55.05)
     *head, line = capsys.readouterr().out.splitlines()
     assert line == (
@@ -109,7 +110,7 @@ def test_a_resumed_network_tells_the_same_again_and_goes_on(make_records, tmp_pa
     lines = capsys.readouterr().out.splitlines()
     (tmp_path / "best1.t7").unlink()
     again = make_records()
-    again.resume(row, layers, {"0.weight": torch.zeros(1)})
+    again.resume(Checkpoint(1, State({"0.weight": torch.zeros(1)}), {"row": row, "layers": layers}, tmp_path))
     assert (tmp_path / "best1.t7").exists()
     assert [row[0] for row in rows_of(tmp_path / "metrics1.csv")] == ["0", "1"]
     assert rows_of(tmp_path / "coefficients1.csv") == [["0", "conv", "1.500000", "1.250000", "0.7"]]
@@ -144,10 +145,10 @@ def test_curves_and_coefficients_for_tensorboard(make_records, tmp_path):
 # Lines and bars
 
 
-def follow(progress):
+def run(ring, lr=0.1, every=0, check=lambda: None):
     """Three batches, each of four images with a mean loss of 1 and one that is right."""
     totals, batch = torch.zeros(3, dtype=torch.float64), torch.tensor([4.0, 4.0, 1.0])
-    for _ in progress([None] * 3, totals):
+    for _ in follow(ring, check, every, [None] * 3, totals, 3, 4, lr):
         totals += batch
 
 
@@ -157,20 +158,18 @@ def ring_of(progress=lambda step: None):
 
 def test_lines_of_progress_every_few_batches(capsys):
     steps, checks = [], []
-    follow(Progress(ring_of(steps.append), lambda: checks.append(0), 4, [None] * 3, 0.1, every=2))
-    lines = capsys.readouterr().out.splitlines()
-    times = r"Time +[\d.]+ \( *[\d.]+\)    Data +[\d.]+ \( *[\d.]+\)"
-    for line, step in zip(lines, (0, 2), strict=True):
-        loss = r"Loss 1.0000e\+00 \(1.0000e\+00\)    Acc@1  25\.00 \( 25\.00\)"
-        assert re.fullmatch(rf"Epoch: \[4\]\[{step}/3\]    {times}    {loss}", line)
+    run(ring_of(steps.append), every=2, check=lambda: checks.append(0))
+    for line, step in zip(capsys.readouterr().out.splitlines(), (0, 2), strict=True):
+        figures = r"Time +[\d.]+    Data +[\d.]+    Loss 1.0000e\+00    Acc@1  25\.00"
+        assert re.fullmatch(rf"Epoch: \[4\]\[{step}/3\]    {figures}", line)
     assert steps == [0, 1, 2] and len(checks) == 3
 
 
 @pytest.mark.parametrize(("lr", "label"), [(0.1, "epoch 4:"), (None, "epoch 4 test:")])
 def test_a_bar_on_a_terminal(capsys, monkeypatch, lr, label):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    follow(Progress(ring_of(), lambda: None, 4, [None] * 3, lr))
+    run(ring_of(), lr)
     out = capsys.readouterr().out
     assert label in out and "loss 1.0000, accuracy 25.00" in out and "Epoch:" not in out
-    follow(Progress(None, lambda: None, 4, [None] * 3, lr))  # another process speaks for this network
+    run(None, lr)  # another process speaks for this network
     assert capsys.readouterr().out == ""

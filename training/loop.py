@@ -4,7 +4,8 @@ What `train_one_epoch` and `evaluate` have in common:
     batches: with `len`, and `epoch(seed)`, which yields (images (b, c, h, w), labels (b,)) on the device.
     amp: the type for autocast; None computes in that of the weights.
     top5: whether to count the labels that are among the five highest scores, too.
-    progress: follows the batches and the totals, as a `records.Progress` does.
+    progress: called with the batches of an epoch, the totals, the number of batches, the epoch and the learning rate
+        (None when testing); yields the batches. See `records.follow`.
     reduce: sums the totals over all processes that train this network.
 """
 
@@ -83,16 +84,6 @@ def cross_entropy(outputs: Tensor | tuple[Tensor, ...], labels: Tensor, smoothin
     return loss + aux * sum(F.cross_entropy(other.float(), labels, label_smoothing=smoothing) for other in others)
 
 
-def unwatched(batches: Iterable[Any], totals: Tensor) -> Iterable[Any]:
-    """The default of `progress`."""
-    return batches
-
-
-def of_one_process(totals: Tensor) -> Tensor:
-    """The default of `reduce`."""
-    return totals
-
-
 def train_one_epoch(
     model: nn.Module,
     batches: Any,
@@ -105,8 +96,8 @@ def train_one_epoch(
     epoch: int = 0,
     amp: torch.dtype | None = None,
     top5: bool = False,
-    progress: Callable[[Iterable[Any], Tensor], Iterable[Any]] = unwatched,
-    reduce: Callable[[Tensor], Tensor] = of_one_process,
+    progress: Callable[..., Iterable[Any]] = lambda batches, *_: batches,
+    reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
     rank: int = 0,
 ) -> Result:
     """Trains for one epoch, in which the host never waits for the device. Raises Diverged if the loss was not finite.
@@ -119,7 +110,7 @@ def train_one_epoch(
     torch.manual_seed(seed + rank)
     model.train()
     totals = torch.zeros(3 + top5, dtype=torch.float64, device=device)
-    for step, (images, labels) in enumerate(progress(batches.epoch(seed), totals)):
+    for step, (images, labels) in enumerate(progress(batches.epoch(seed), totals, steps, epoch, rate(epoch))):
         for group in optimizer.param_groups:
             group["lr"] = rate(epoch + step / steps)
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -148,16 +139,17 @@ def evaluate(
     batches: Any,
     *,
     device: torch.device,
+    epoch: int = 0,
     amp: torch.dtype | None = None,
     top5: bool = False,
-    progress: Callable[[Iterable[Any], Tensor], Iterable[Any]] = unwatched,
-    reduce: Callable[[Tensor], Tensor] = of_one_process,
+    progress: Callable[..., Iterable[Any]] = lambda batches, *_: batches,
+    reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
 ) -> Result:
     """Loss and accuracy of a model, which is left in evaluation mode."""
     began = time.perf_counter()
     model.eval()
     totals = torch.zeros(3 + top5, dtype=torch.float64, device=device)
-    for images, labels in progress(batches.epoch(0), totals):
+    for images, labels in progress(batches.epoch(0), totals, len(batches), epoch, None):
         with torch.autocast(device.type, amp, enabled=amp is not None):
             scores = model(images)
         totals += _totals(F.cross_entropy(scores.float(), labels, reduction="sum"), scores, labels, top5)

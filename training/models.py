@@ -99,8 +99,8 @@ def restore(
     optimizer: torch.optim.Optimizer,
     settings: Mapping[str, Any],
     trained: nn.Module | None = None,
-) -> tuple[dict[str, Any], list[list[Any]]]:
-    """Puts a network's own checkpoint back in place; returns the row and the layers of its epoch.
+) -> int:
+    """Puts a network's own checkpoint back in place; returns the epoch to go on with.
 
     Args:
         model: the one that was published.
@@ -123,4 +123,4 @@ def restore(
     if trained is not None:
         load_plain_state(trained, extra["trained"])
     load_optimizer(optimizer, extra["optimizer"])
-    return extra["row"], extra["layers"]
+    return found.round + 1

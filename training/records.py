@@ -6,8 +6,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from filter_grafting.checkpoint import save, write_atomically
 from filter_grafting.errors import GraftingError, WriteError
 from filter_grafting.grafting import Layer
 from filter_grafting.information import convolutions, entropy, invalid_filters
-from filter_grafting.rings import FileRing
-from training import loop
+from filter_grafting.rings import Checkpoint, FileRing
 from training.flags import command
-from training.loop import Result, check_finite
+from training.loop import Result, check_finite, means
 
 METRICS = (
     *("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "best"),
@@ -31,14 +29,14 @@ METRICS = (
 )
 THRESHOLDS = (0.1, 0.01)  # of the L1 norm, below which a filter is invalid
 COEFFICIENTS = ("epoch", "layer", "own_entropy", "neighbour_entropy", "coefficient")
+BAR = {
+    "bar_format": "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
+    **{"leave": False, "dynamic_ncols": True, "mininterval": 1},
+}
 
 
 def say(line: str) -> None:
-    """Writes one line to the log, which is standard output.
-
-    Raises:
-        WriteError: if it cannot.
-    """
+    """Writes one line to the log, which is standard output; raises WriteError if it cannot."""
     try:
         print(line, flush=True)
     except OSError as error:
@@ -48,7 +46,7 @@ def say(line: str) -> None:
 
 
 class Records:
-    """Of one network: rank 0's, where several processes train it.
+    """Of one network.
 
     Args:
         ring: whose directory holds the files.
@@ -70,26 +68,20 @@ class Records:
         self.ring, self.about = ring, {"settings": dict(settings), **about, "command": command()}
         self.best_score = self.best = -1.0
         self.seconds = {"wait": 0.0, "graft": 0.0}  # since the last epoch
-        self.board = None
-        if tensorboard:
-            if importlib.util.find_spec("tensorboard") is None:
-                raise GraftingError("--tensorboard: the package is missing: pip install tensorboard, or leave it out")
-            from torch.utils.tensorboard import SummaryWriter  # here, as it is slow to import and need not be there
-
-            self.board = SummaryWriter(ring.directory / "tensorboard" / f"network{ring.network}")
+        self.board = make_board(ring.directory / "tensorboard" / f"network{ring.network}") if tensorboard else None
+        ring.update("starting", epochs=settings["epochs"])
         parameters = sum(parameter.numel() for parameter in model.parameters())
+        values = (f"{key}={f'{value:g}' if isinstance(value, float) else value}" for key, value in settings.items())
         say(f"Network {ring.network} of {ring.networks} in {ring.directory}: {parameters:,} parameters")
-        values = {key: f"{value:g}" if isinstance(value, float) else value for key, value in settings.items()}
-        say(f"settings: {' '.join(f'{key}={value}' for key, value in values.items())}")
-        for note in notes:
-            say(note)
+        for line in (f"settings: {' '.join(values)}", *notes):
+            say(line)
 
-    @contextmanager
-    def timing(self, phase: str) -> Iterator[None]:
-        """Counts the seconds within it as those of "wait" or "graft"."""
+    def timed(self, phase: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Calls a function; its seconds are those of "wait" or "graft"."""
         began = time.perf_counter()
-        yield
+        value = function(*arguments, **options)
         self.seconds[phase] += time.perf_counter() - began
+        return value
 
     def row(
         self, epoch: int, lr: float, train: Result, test: Result, val: Result | None, model: nn.Module
@@ -102,12 +94,15 @@ class Records:
         check_finite(test.loss, "test", lr)  # the last step's doing, whose loss nobody has seen
         score = (val or test).accuracy
         improved = score > self.best_score
-        row = {"epoch": epoch, "lr": lr, "train_loss": train.loss, "train_accuracy": train.accuracy}
-        row |= {"test_loss": test.loss, "test_accuracy": test.accuracy}
-        row |= {"best": test.accuracy if improved else self.best, "improved": improved}
-        row |= {"best_score": score if improved else self.best_score}
-        row |= {"train_seconds": train.seconds, "test_seconds": test.seconds + (val.seconds if val else 0)}
-        row |= {f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()}
+        row = {
+            **{"epoch": epoch, "lr": lr, "train_loss": train.loss, "train_accuracy": train.accuracy},
+            **{"test_loss": test.loss, "test_accuracy": test.accuracy, "improved": improved},
+            "best": test.accuracy if improved else self.best,
+            "best_score": score if improved else self.best_score,
+            "train_seconds": train.seconds,
+            "test_seconds": test.seconds + (val.seconds if val else 0),
+            **{f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()},
+        }
         if layers := convolutions(model):
             row |= {f"invalid_{threshold}": invalid_filters(model, threshold, False)[0] for threshold in THRESHOLDS}
             row["information"] = sum(entropy(layer.weight) for layer in layers.values())
@@ -134,16 +129,17 @@ class Records:
         figures = [f"{row[column]:.6g}" if column in row else "" for column in METRICS]
         write_rows(self.ring.directory / f"metrics{network}.csv", METRICS, epoch, [figures])
         if self.board:
-            self._draw(row, layers, grafts)
+            self.draw(row, layers, grafts)
         say(f"Network:{network}    epoch:{epoch}    {log_fields(row)}")
         self.ring.update("training", accuracy=row["test_accuracy"], best=row["best"])
         if epoch + 1 == self.about["settings"]["epochs"]:
             self.save("final", row, state)
 
-    def resume(self, row: dict[str, Any], layers: Sequence[Sequence[Any]], state: Mapping[str, Tensor]) -> None:
-        """Goes on after an epoch of an earlier process, which may have been killed before it had recorded it."""
-        say(f"continuing after epoch {row['epoch']}")
-        self.epoch(row, layers, state)
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Goes on after that of an earlier process, which may have been killed before it had recorded its epoch."""
+        if checkpoint:
+            say(f"continuing after epoch {checkpoint.round}")
+            self.epoch(checkpoint.extra["row"], checkpoint.extra["layers"], checkpoint.state)
 
     def save(self, kind: str, row: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
         """Writes best or final: tensors on the CPU, and what whoever uses the network needs to know."""
@@ -151,17 +147,25 @@ class Records:
         figures = {"epoch": row["epoch"], "accuracy": row["test_accuracy"], "best": row["best"]}
         save(self.ring.file(kind), {self.ring.key: on_cpu, **figures, **self.about})
 
-    def _draw(self, row: Mapping[str, Any], layers: Sequence[Sequence[Any]], grafts: Sequence[Sequence[Any]]) -> None:
+    def draw(self, row: Mapping[str, Any], layers: Sequence[Sequence[Any]], grafts: Sequence[Sequence[Any]]) -> None:
         epoch = row["epoch"]
         for column in METRICS[1:]:
             if column in row:
                 self.board.add_scalar(column, row[column], epoch)
         if layers:
-            self.board.add_histogram("coefficients", torch.tensor([float(one[-1]) for one in layers]), epoch - 1)
             shares = torch.tensor([float(one[-1]) for one in grafts]).view(-1, len(layers))
+            self.board.add_histogram("coefficients", shares[-1], epoch - 1)
             # One row a layer, one column an epoch; black is 0, white is 1.
             self.board.add_image("coefficients of each layer by epoch", shares.T[None], epoch - 1)
         self.board.flush()
+
+
+def make_board(folder: Path) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        raise GraftingError("--tensorboard: the package is missing: pip install tensorboard, or leave it out")
+    from torch.utils.tensorboard import SummaryWriter  # here, as it is slow to import and need not be there
+
+    return SummaryWriter(folder)
 
 
 def layer_rows(epoch: int, layers: Mapping[str, Layer]) -> list[list[Any]]:
@@ -196,78 +200,50 @@ def write_rows(path: Path, columns: Sequence[str], epoch: int, rows: Iterable[Se
     return kept
 
 
-class Progress:
-    """Follows one epoch: tells the ring, hears signals, shows a bar on a terminal, or prints a line every few batches.
+def follow(
+    ring: FileRing | None,
+    check: Callable[[], None],
+    every: int,
+    batches: Iterable[Any],
+    totals: Tensor,
+    steps: int,
+    epoch: int,
+    lr: float | None,
+) -> Iterator[Any]:
+    """Yields an epoch's batches: tells the ring, shows a bar on a terminal, or prints a line every so many batches.
 
     Args:
         ring: None where another process speaks for this network.
         check: called after each batch; raises to end the run.
-        lr: the learning rate at the beginning; None for testing, which has a bar of its own, and no lines.
-        epochs: how many there will be.
-        every: print a line every so many batches; 0 for none, and a bar on a terminal.
+        totals: to which each batch is added before the next is asked for (see `loop.means`).
+        lr: the learning rate at the beginning; None for testing.
     """
+    if ring:
+        ring.update("testing") if lr is None else ring.update("training", epoch=epoch, steps=steps, lr=lr)
+    every = every if ring and lr is not None else 0
+    hidden = ring is None or every > 0 or not sys.stdout.isatty()
+    began = ended = time.perf_counter()
+    data_seconds = 0.0
+    label = f"epoch {epoch}" + (" test" if lr is None else "")
+    with tqdm(total=steps, desc=label, disable=hidden, file=sys.stdout, **BAR) as bar:
+        for step, batch in enumerate(batches):
+            data_seconds += time.perf_counter() - ended
+            yield batch
+            ended = time.perf_counter()
+            # The host waits for the device to print a line, or to show the bar once a second, and in no other step.
+            if every and step % every == 0:
+                seconds = [total / (step + 1) for total in (ended - began, data_seconds)]
+                say(progress_line(f"[{epoch}][{step:{len(str(steps))}d}/{steps}]", *seconds, means(totals)))
+            elif (bar.update() or step == 0) and not hidden:
+                so_far = means(totals)
+                bar.set_postfix_str(f"loss {so_far.loss:.4f}, accuracy {so_far.accuracy:.2f}")
+            if ring:
+                ring.progress(step)
+            check()
 
-    def __init__(
-        self,
-        ring: FileRing | None,
-        check: Callable[[], None],
-        epoch: int,
-        batches: Sized,
-        lr: float | None = None,
-        *,
-        epochs: int | None = None,
-        every: int = 0,
-    ):
-        self.ring, self.check, self.epoch, self.steps = ring, check, epoch, len(batches)
-        self.every = every if ring and lr is not None else 0
-        self.label = f"epoch {epoch}" + (" test" if lr is None else "")
-        if ring and lr is None:
-            ring.update("testing")
-        elif ring:
-            ring.update("training", epoch=epoch, epochs=epochs, steps=self.steps, lr=lr)
 
-    def __call__(self, batches: Iterable[Any], totals: Tensor) -> Iterator[Any]:
-        """Yields the batches, each of which is added to the totals (see `loop.means`) before the next is asked for."""
-        hidden = self.ring is None or self.every > 0 or not sys.stdout.isatty()
-        options = {"leave": False, "dynamic_ncols": True, "mininterval": 1, "file": sys.stdout}
-        options["bar_format"] = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
-        began = last = time.perf_counter()
-        data_total = 0.0
-        with tqdm(total=self.steps, desc=self.label, disable=hidden, **options) as bar:
-            for step, batch in enumerate(batches):
-                data = time.perf_counter() - last
-                data_total += data
-                prints = self.every > 0 and step % self.every == 0
-                before = totals.clone() if prints else None
-                yield batch
-                # The host waits for the device to print a line, or to show the bar once a second, and in no other step.
-                if prints:
-                    figures = loop.means(totals - before), loop.means(totals)
-                    now = time.perf_counter()
-                    say(
-                        self._line(
-                            step, now - last, (now - began) / (step + 1), data, data_total / (step + 1), *figures
-                        )
-                    )
-                elif (bar.update() or step == 0) and not hidden:
-                    so_far = loop.means(totals)
-                    bar.set_postfix_str(f"loss {so_far.loss:.4f}, accuracy {so_far.accuracy:.2f}")
-                last = time.perf_counter()
-                if self.ring:
-                    self.ring.progress(step)
-                self.check()
-
-    def _line(
-        self, step: int, seconds: float, mean_seconds: float, data: float, mean_data: float, batch: Result, mean: Result
-    ) -> str:
-        """A line as the PyTorch ImageNet example prints it: each figure of the last batch, then its mean so far."""
-        fields = [
-            f"Epoch: [{self.epoch}][{step:{len(str(self.steps))}d}/{self.steps}]",
-            f"Time {seconds:6.3f} ({mean_seconds:6.3f})",
-            f"Data {data:6.3f} ({mean_data:6.3f})",
-            f"Loss {batch.loss:.4e} ({mean.loss:.4e})",
-            f"Acc@1 {batch.accuracy:6.2f} ({mean.accuracy:6.2f})",
-        ]
-        if mean.top5 is not None:
-            fields.append(f"Acc@5 {batch.top5:6.2f} ({mean.top5:6.2f})")
-        return "    ".join(fields)
+def progress_line(where: str, seconds: float, data_seconds: float, so_far: Result) -> str:
+    """Means of the epoch so far, in the words of PyTorch's ImageNet example: seconds are those of a batch."""
+    fields = [f"Epoch: {where}", f"Time {seconds:6.3f}", f"Data {data_seconds:6.3f}", f"Loss {so_far.loss:.4e}"]
+    fields.append(f"Acc@1 {so_far.accuracy:6.2f}")
+    return "    ".join(fields if so_far.top5 is None else [*fields, f"Acc@5 {so_far.top5:6.2f}"])
