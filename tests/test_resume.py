@@ -134,7 +134,7 @@ def test_a_signal_ends_a_start_which_leaves_no_trace(make_run):
 def test_a_second_signal_ends_it_at_once(make_run):
     run = make_run(1, 3)
     process = run.start(1, plan=[["at", "before train", 2, "sleep", 600]])
-    run.reaches(1, "training", 1)
+    until((run.directory / "metrics1.csv").exists)
     process.signal(signal.SIGTERM)
     time.sleep(0.3)
     assert process.poll() is None  # the batch is not at its end
