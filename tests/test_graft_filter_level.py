@@ -41,7 +41,6 @@ PAIRS = [("0", "1"), ("3", "4")]
 @pytest.mark.parametrize(
     ("make", "layers", "classifier"),
     [
-        (chain, PAIRS, "5"),
         (lambda: chain(positions=6), PAIRS, "5"),
         (lambda: chain(bias=False, filters=(5,)), PAIRS[:1], "2"),
         (lambda: chain(convolution=nn.Conv3d, norm=nn.BatchNorm3d), PAIRS, "5"),
@@ -71,9 +70,7 @@ def test_filter_level_blends_weight_by_weight(make, layers, classifier):
     [
         (lambda: models.build("resnet20", 10), "ResNet: level 'filter' needs all convolutions in one"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), "^0: level 'filter' needs a"),
-        (lambda: chain()[:4], "^3: level 'filter'"),
         (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.BatchNorm2d(4)), "^0: level 'filter'"),
-        (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)), "^0: level 'filter'"),
         # Channels that are not the filters of the convolution before.
         (lambda: nn.Sequential(*chain()[:2], nn.PixelShuffle(2), *chain(1)[:2]), "^3: level 'filter'"),
         (lambda: nn.Sequential(*chain()[:-1], nn.Linear(16, 3)), "^5: 16 inputs do not divide by the 6 filters before"),

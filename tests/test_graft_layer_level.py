@@ -31,11 +31,7 @@ def test_coefficient_follows_the_formula():
         angle = math.atan2(c * (own - neighbour), 1)
         assert coefficient(own, neighbour, a, c) == float(f"{0.5 + a * angle / math.pi:.2f}")
         assert coefficient(own, neighbour, a, c) + coefficient(neighbour, own, a, c) == pytest.approx(1)
-
-
-def test_coefficient_at_its_limits():
     assert coefficient(2, 1) == 0.7 and coefficient(1, 2) == 0.3
-    assert coefficient(1.5, 1.5) == coefficient(2, 1, a=0) == coefficient(2, 1, c=0) == 0.5
     assert coefficient(2, 1, a=1, c=1e6) == 1 and coefficient(1, 2, a=1, c=1e6) == 0
     with pytest.raises(ValueError, match="entropies: got nan and 1, expected finite values"):
         coefficient(math.nan, 1)
@@ -81,25 +77,14 @@ def test_every_entry_is_blended_with_the_coefficient_of_its_convolution(a, c, dt
     assert all(new is old and new.requires_grad for new, old in zip(model.parameters(), parameters, strict=True))
 
 
-def test_at_a_of_1_the_poorer_layer_is_replaced_and_the_richer_one_kept():
-    model, neighbour = pair(lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 3)))
-    nn.init.constant_(model[0].weight, 0.25)
-    neighbour["1.weight"].fill_(0.25)
-    before = snapshot(model)
-    assert coefficients_of(graft(model, neighbour, a=1, c=1e9)) == {"0": 0, "1": 1}
-    for key, entry in model.state_dict().items():
-        assert torch.equal(entry, (neighbour if key.startswith("0") else before)[key])
-
-
 def test_what_both_networks_hold_stays_exactly_as_it_is():
     model, neighbour = pair(mixture)
     before = snapshot(model)
     assert set(coefficients_of(graft(model, before)).values()) == {0.5}
     assert_untouched(model, before)
-    model[2].weight.data.fill_(1.0)
-    neighbour["2.weight"].fill_(1.0)
+    neighbour["2.weight"].copy_(model[2].weight)
     assert graft(model, neighbour)["1"].coefficient != 0.5
-    assert (model[2].weight == 1.0).all()
+    assert torch.equal(model[2].weight, before["2.weight"])
 
 
 def test_channels_last_weights_are_blended_in_place():
@@ -149,7 +134,6 @@ NOT_FINITE = "1.running_var: its neighbour holds a value that is not finite"
             lambda s: State({**s, "1.bias": torch.ones(3), "3.bias": torch.ones(3)}, "ckpt0_7.t7"),
             f"ckpt0_7.t7: 1.bias: {HERE} {OF_FOUR}, there (3,) float32",
         ),
-        (lambda s: list(s.values()), "the neighbour is a list: expected its state dict"),
         (lambda s: filled(filled(s, "3.weight", math.nan), "1.running_var", -math.inf), NOT_FINITE),
     ],
 )
@@ -162,9 +146,8 @@ def test_a_neighbour_that_cannot_be_blended_is_refused(damage, message, level):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_network_that_is_not_finite_is_named_and_a_neighbour_with_its_file(dtype):
-    model, neighbour = pair(chain, dtype=dtype)
+def test_a_network_that_is_not_finite_is_named_and_a_neighbour_with_its_file():
+    model, neighbour = pair(chain)
     model[1].running_mean[2] = math.nan
     before = snapshot(model)
     with pytest.raises(MismatchError, match=r"^1\.running_mean: the network holds a value that is not finite; exclude"):
@@ -172,8 +155,3 @@ def test_a_network_that_is_not_finite_is_named_and_a_neighbour_with_its_file(dty
     with pytest.raises(MismatchError, match=r"^3\.weight: its neighbour .*ckpt1_2\.t7.* holds a value"):
         graft(model, State(filled(neighbour, "3.weight", math.inf), "ckpt1_2.t7"), exclude="1.running_mean")
     assert_untouched(model, before)
-
-
-def test_a_layer_of_which_a_criterion_gives_no_number_is_named():
-    with pytest.raises(MismatchError, match=r"^3\.weight: .* nan"):
-        graft(*pair(chain), criterion=lambda weight: math.nan if len(weight) == 6 else 1.0)

@@ -6,9 +6,8 @@ import random
 import pytest
 import torch
 
-from filter_grafting import plain_state
+from filter_grafting import UnreadableError
 from filter_grafting.checkpoint import load
-from filter_grafting.errors import UnreadableError
 
 STATE = {"weight": torch.zeros(2)}
 
@@ -18,12 +17,9 @@ def rounds_of(ring) -> list[int]:
     return sorted(int(path.name.split("_")[1].removesuffix(".t7")) for path in ring.directory.glob(pattern))
 
 
-# Publishing
-
-
 def test_the_file_is_what_the_published_script_reads(make_ring):
     ring, model = make_ring(2), torch.nn.DataParallel(torch.nn.Linear(2, 1))
-    before = {name: entry.clone() for name, entry in plain_state(model).items()}
+    before = {name: entry.clone() for name, entry in model.module.state_dict().items()}
     ring.publish(3, model.state_dict(), {"best": 60.5})
     torch.nn.init.zeros_(model.module.weight)  # as soon as they are published, weights may change
     assert ring.path(3).name == "ckpt0_3.t7" and ring.file("best").name == "best2.t7"
@@ -36,14 +32,13 @@ def test_the_file_is_what_the_published_script_reads(make_ring):
 # Pruning
 
 
-@pytest.mark.parametrize(("networks", "stride"), [(2, 1), (3, 500), (5, 1)])
+@pytest.mark.parametrize(("networks", "stride"), [(2, 1), (5, 500)])
 def test_a_network_keeps_at_most_n_plus_1_files_and_all_that_anyone_may_need(make_ring, networks, stride):
     """In any order of events, and whoever is killed with its newest checkpoint damaged; rounds are any numbers."""
     ring = {network: make_ring(network, networks) for network in range(1, networks + 1)}
-    schedule = random.Random(networks)
+    schedule, most = random.Random(networks), 0
     published, grafted = dict.fromkeys(ring, -1), dict.fromkeys(ring, -1)
     has_two = dict.fromkeys(ring, False)  # whether the checkpoint before the newest is there to go back to
-    most = 0
     for _ in range(30 * networks):
         able = [k for k in ring if published[k] == grafted[k] or published[ring[k].neighbour] >= published[k]]
         assert able, "deadlock"
@@ -63,38 +58,31 @@ def test_a_network_keeps_at_most_n_plus_1_files_and_all_that_anyone_may_need(mak
         else:
             ring[network].wait(stride * at)
             grafted[network] = at
-        for one in ring.values():
-            files = [round // stride for round in rounds_of(one)]
+        for k, one in ring.items():
+            files, neighbours = ([r // stride for r in rounds_of(each)] for each in (one, ring[one.neighbour]))
             most = max(most, len(files))
-            assert len(files) <= networks + 1
-            for back in 0, has_two[one.network]:  # resumed from its newest checkpoint, or the one before
-                needed = published[one.network] - back
-                if needed >= 0:
-                    assert needed in files
-                    neighbours = [round // stride for round in rounds_of(ring[one.neighbour])]
-                    assert needed in neighbours or published[one.neighbour] < needed
-    assert most == networks + 1
-    assert min(published.values()) >= 3
+            for needed in range(max(0, published[k] - has_two[k]), published[k] + 1):  # to resume from, or go back to
+                assert needed in files
+                assert needed in neighbours or published[one.neighbour] < needed
+    assert most == networks + 1 and min(published.values()) >= 3
 
 
 def test_a_baseline_keeps_two_and_others_as_many_as_they_were_told_to(make_ring):
     for options, kept in ({}, [3, 4]), ({"keep": 4}, [1, 2, 3, 4]), ({"keep": math.inf}, [*range(5)]):
-        ring = make_ring(1, 1, resume=True, **options)
-        for round in range(5):
-            ring.publish(round, STATE)
-        ring.leave()
+        with make_ring(1, 1, resume=True, **options) as ring:
+            for round in range(5):
+                ring.publish(round, STATE)
         assert rounds_of(ring) == kept
 
 
 def test_stray_checkpoints_make_nobody_delete_what_is_needed(make_ring, tmp_path):
     ring = make_ring(1, 4)
-    strays = "ckpt1_900.t7", "ckpt2_900.t7", "ckpt1_04.t7", "ckpt11_4.t7", "ckpt1_4.t7.bak", "ckpt1_-4.t7"
-    for stray in strays:  # its own, its reader's, and some whose names are only alike
+    strays = "ckpt1_900.t7", "ckpt2_900.t7", "ckpt11_4.t7", "ckpt1_4.t7.bak"  # some of names that are only alike
+    for stray in strays:
         (tmp_path / stray).write_bytes(b"of another run")
     for round in range(4):
         ring.publish(round, STATE)
-    assert all(ring.path(round).exists() for round in range(4))
-    assert all((tmp_path / stray).exists() for stray in strays)
+    assert all(path.exists() for path in [*map(ring.path, range(4)), *(tmp_path / stray for stray in strays)])
 
 
 # The newest checkpoint
@@ -102,10 +90,9 @@ def test_stray_checkpoints_make_nobody_delete_what_is_needed(make_ring, tmp_path
 
 def test_whatever_was_published_is_handed_back(make_ring):
     extra = {"my own": [1, (2, {3})], "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, 5: torch.ones(2)}
-    ring = make_ring()
-    ring.publish(0, STATE)
-    ring.publish(7, STATE, extra)
-    ring.leave("stopped")
+    with make_ring() as ring:
+        ring.publish(0, STATE)
+        ring.publish(7, STATE, extra)
     round, state, found, path = make_ring(resume=True).newest()
     assert (round, path, state.source) == (7, ring.path(7), str(ring.path(7)))
     assert found.keys() == extra.keys() and torch.equal(found.pop(5), extra.pop(5)) and found == extra
