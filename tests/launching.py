@@ -118,13 +118,12 @@ class Project:
     def records(self) -> list:
         """From now on, nothing is started: (job, variables, ranks) of the networks that would be, instead."""
         jobs = []
-        ended = Namespace(poll=lambda: 0)
 
-        def spawn(*job):
-            jobs.append(job)
-            return view.Started(job[0].name, ended, self.cwd / "log", 0, "")
+        def start(network, variables, ranks):
+            jobs.append((network, variables, ranks))
+            network.process, network.log = Namespace(poll=lambda: 0), self.cwd / "log"
 
-        self.patch.setattr(launch, "spawn", spawn)
+        self.patch.setattr(launch.Network, "start", start)
         self.patch.setattr(view, "watch", lambda *run: 0)
         return jobs
 

@@ -60,8 +60,7 @@ def gpus(request, monkeypatch):
     """The number of GPUs; `current` is the one that torch was told to use."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    monkeypatch.setattr(torch, "ones", lambda *size, device: None)
     monkeypatch.setattr(process, "glob", lambda pattern: [])
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(process, "current", device))
     monkeypatch.setattr(process, "current", None, raising=False)
@@ -70,6 +69,8 @@ def gpus(request, monkeypatch):
 
 def test_the_device_is_the_gpu_that_was_asked_for_or_the_first_or_the_cpu(gpus, monkeypatch):
     assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UsageError, match=rf"GPU 2 is asked for, and torch can use {gpus} .*--device cpu trains on the"):
+        pick_device("cuda", 2)
     if gpus == 0:
         assert pick_device(None) == torch.device("cpu")
     else:
@@ -81,27 +82,18 @@ def test_the_device_is_the_gpu_that_was_asked_for_or_the_first_or_the_cpu(gpus, 
         assert pick_device(None) == process.current == torch.device("cuda:1")
 
 
-def test_a_gpu_that_is_not_there_is_a_sentence(gpus):
-    with pytest.raises(UsageError, match=rf"GPU 2 is asked for, and torch can use {gpus} .*--device cpu trains on the"):
-        pick_device("cuda", 2)
-
-
 def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(gpus, monkeypatch):
+    def ones(*size, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with")
+
     monkeypatch.setattr(process, "glob", lambda pattern: ["/dev/nvidia0"])  # so it is where the driver is too old
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "compute_100"])
+    monkeypatch.setattr(torch, "ones", ones)
     with pytest.raises(UsageError, match="--device cpu trains on the CPU"):
         pick_device(None)
     assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user's wish
     if gpus == 0:
         assert pick_device(None) == torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    ("kind", "works"), [("sm_80", True), ("sm_90a", False), ("sm_70", False), ("compute_70", True), ("sm_86", True)]
-)
-def test_a_gpu_runs_what_was_built_for_its_generation(kind, works):
-    assert process.runs(kind, (8, 6)) == works
 
 
 @pytest.mark.parametrize("has", [True, False])

@@ -16,10 +16,10 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from os.path import relpath
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from training.commands import parse
@@ -34,7 +34,6 @@ import torch
 from filter_grafting.membership import ENDED, HOST, Status, is_held, networks_of, observe
 from training import view
 from training.flags import ROOT, cores
-from training.view import Started
 
 SUFFIXES = {"grafting_cifar": "log", "grafting_imagenet": "out"}  # of the logs of each script's networks
 STOP_SECONDS = 120.0  # within which a network finishes its batch
@@ -54,8 +53,9 @@ def main(asked: argparse.Namespace) -> int:
 # Starting
 
 
-class Job(NamedTuple):
-    """A network that is to be started."""
+@dataclass
+class Network:
+    """One network, before it is started and after."""
 
     name: str
     folder: str  # of its script
@@ -63,6 +63,21 @@ class Job(NamedTuple):
     i: int
     words: Sequence[str]  # its flags
     cwd: str | None = None
+
+    def start(self, variables: dict[str, str], ranks: int = 1) -> str:
+        """Starts it, in so many processes; returns the line with which a shell would."""
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--"]
+        script = str(ROOT / self.folder / "grafting.py")
+        command = [sys.executable, *(torchrun if ranks > 1 else []), script, *self.words]
+        self.log = self.directory / f"{self.i}.{SUFFIXES[self.folder]}"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.size = self.log.stat().st_size if self.log.exists() else 0
+        self.process = detached(command, self.log, variables, self.cwd)
+        values = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
+        return " ".join([*values, f"nohup {shlex.join(command)} >>{shlex.quote(str(self.log))} 2>&1 </dev/null &"])
+
+    def ending(self) -> str:
+        return f"{self.name} ended with status {self.process.returncode}: {view.last_words(self.log, self.size)}"
 
 
 def start(asked: argparse.Namespace) -> int:
@@ -77,8 +92,8 @@ def start(asked: argparse.Namespace) -> int:
     if folder == "grafting_imagenet":  # ahead of the user's own, which counts if it is given
         words = ["--workers", str(max(1, cores() // (args.num * ranks))), *words]
     pending = [one.network for one in statuses if may_start(one, args.epochs)]
-    jobs = [Job(f"network {i}", folder, args.s, i, [*words, str(i)]) for i in pending]
-    return launch(jobs, args, ranks, asked.verbose)
+    networks = [Network(f"network {i}", folder, args.s, i, [*words, str(i)]) for i in pending]
+    return launch(networks, args, ranks, asked.verbose)
 
 
 def check_data(asked: argparse.Namespace) -> None:
@@ -93,21 +108,21 @@ def may_start(one: Status, epochs: int | None) -> bool:
     return not one.alive and (one.state != "done" or (epochs or 0) > (one.epochs or 0))
 
 
-def launch(jobs: Sequence[Job], args: argparse.Namespace, ranks: int, verbose: bool) -> int:
+def launch(networks: Sequence[Network], args: argparse.Namespace, ranks: int, verbose: bool) -> int:
     """Starts networks of one run, each in so many processes, and shows how they are; 1 if one fails meanwhile."""
-    if not jobs:
+    if not networks:
         print("nothing to start: all networks are alive or done")
         return 0
-    started = {job.i: spawn(job, environment(job.i, args, ranks), ranks) for job in jobs}
-    for one in started.values():
-        print(one.line if verbose else f"{one.name}: {relpath(one.log)}")
-    directory = jobs[0].directory
+    for one in networks:
+        line = one.start(environment(one.i, args, ranks), ranks)
+        print(line if verbose else f"{one.name}: {relpath(one.log)}")
+    directory = networks[0].directory
     try:
-        failed = view.watch(directory, args.num, started)
+        failed = view.watch(directory, args.num, networks)
     except KeyboardInterrupt:
         print("\nno longer watching; the training goes on")
         failed = 130
-    if any(one.process.poll() is None for one in started.values()):
+    if any(one.process.poll() is None for one in networks):
         print(f"grafting.sh status, stop or resume {shlex.quote(relpath(directory))}")
     return failed
 
@@ -132,19 +147,6 @@ def gpus(device: str | None) -> list[str]:
     return [name.strip() for name in visible.split(",")][: len(names)] if visible else names
 
 
-def spawn(job: Job, variables: dict[str, str], ranks: int = 1) -> Started:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--"]
-    script = str(ROOT / job.folder / "grafting.py")
-    command = [sys.executable, *(torchrun if ranks > 1 else []), script, *job.words]
-    log = job.directory / f"{job.i}.{SUFFIXES[job.folder]}"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    size = log.stat().st_size if log.exists() else 0
-    process = detached(command, log, variables, job.cwd)
-    values = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
-    line = f"nohup {shlex.join(command)} >>{shlex.quote(str(log))} 2>&1 </dev/null &"
-    return Started(job.name, process, log, size, " ".join([*values, line]))
-
-
 def detached(
     command: Sequence[str], log: Path, variables: Mapping[str, str], cwd: str | None = None
 ) -> subprocess.Popen:
@@ -159,20 +161,29 @@ def detached(
 # Runs that have been started
 
 
+def folders() -> list[Path]:
+    """Where runs are looked for: below checkpoint/ here, and in the scripts' folders."""
+    return [Path.cwd(), ROOT, *(ROOT / folder for folder in SUFFIXES)]
+
+
 def runs() -> list[Path]:
-    """The runs below checkpoint/, here and in the scripts' folders."""
-    folders = [Path.cwd(), ROOT, *(ROOT / folder for folder in SUFFIXES)]
-    found = {path.resolve().parent for folder in folders for path in (folder / "checkpoint").rglob("run.json")}
+    found = {path.resolve().parent for folder in folders() for path in (folder / "checkpoint").rglob("run.json")}
     return sorted(found)
 
 
 def find(name: str) -> Path:
-    """The save directory of a run, by its path or the end of it, from whichever folder one is in."""
-    words = Path(name).expanduser().parts
-    for path in (Path(*words).resolve(), *(run for run in runs() if run.parts[-len(words) :] == words)):
-        if networks_of(path) or running(path):
-            return path
+    """The save directory of a run, by its path, or by that below checkpoint/, from whichever folder one is in."""
+    for folder in folders():
+        for path in (folder / Path(name).expanduser(), folder / "checkpoint" / name):
+            if networks_of(path) or running(path):
+                return path.resolve()
     sys.exit(f"{name} is not the save directory of a run: nothing has started there")
+
+
+def running(directory: Path) -> set[int]:
+    """The networks of which a process that grafting.sh has started lives, though it may not have said so yet."""
+    logs = [path for suffix in SUFFIXES.values() for path in directory.glob(f"[0-9]*.{suffix}")]
+    return {int(log.stem) for log in logs if log.stem.isdecimal() and is_held(log)}
 
 
 def status(asked: argparse.Namespace) -> int:
@@ -180,9 +191,8 @@ def status(asked: argparse.Namespace) -> int:
     if not directories:
         print("there is no run below checkpoint/")
     with ThreadPoolExecutor(16) as pool:  # a network on another machine takes seconds to tell
-        observed = list(pool.map(observe, directories))
-    for directory, statuses in zip(directories, observed, strict=True):
-        print(f"{relpath(directory)}:", view.table(directory, statuses), sep="\n")
+        for directory, statuses in zip(directories, pool.map(observe, directories), strict=True):
+            print(f"{relpath(directory)}:", view.table(directory, statuses), sep="\n")
     return 0
 
 
@@ -196,12 +206,6 @@ def stop(asked: argparse.Namespace) -> int:
         if not directories:
             print("no run below checkpoint/ is alive")
     return max([end(directory) for directory in directories], default=0)
-
-
-def running(directory: Path) -> set[int]:
-    """The networks of which a process that grafting.sh has started lives, though it may not have said so yet."""
-    logs = {path for suffix in SUFFIXES.values() for path in directory.glob(f"[0-9]*.{suffix}")}
-    return {int(log.stem) for log in logs if log.stem.isdecimal() and is_held(log)}
 
 
 def end(directory: Path) -> int:
@@ -237,7 +241,7 @@ def resume(asked: argparse.Namespace) -> int:
 def go_on(directory: Path, asked: argparse.Namespace) -> int:
     """Continues networks of a run, as far as `may_start` has it, with the flags that network{i}.json holds."""
     changes = [*(["--epochs", str(asked.epochs)] if asked.epochs else []), "--s", str(directory), "--resume"]
-    jobs, args, ranks = [], None, 1
+    networks, args, ranks = [], None, 1
     for one in observe(directory):
         if not may_start(one, asked.epochs):
             continue
@@ -249,8 +253,8 @@ def go_on(directory: Path, asked: argparse.Namespace) -> int:
         words += changes if words[-len(changes) :] != changes else []
         args = import_module(f"{folder}.flags").parse(words)
         ranks = asked.gpus_per_network or max([int(word) for word in torchrun if word.isdecimal()], default=1)
-        jobs.append(Job(f"network {one.network}", folder, directory, one.network, words, one.cwd))
-    return launch(jobs, args, ranks, asked.verbose)
+        networks.append(Network(f"network {one.network}", folder, directory, one.network, words, one.cwd))
+    return launch(networks, args, ranks, asked.verbose)
 
 
 # The demo
@@ -261,18 +265,19 @@ def demo(asked: argparse.Namespace) -> int:
     check_data(asked)
     names = ["demo", *(f"demo{k}" for k in range(2, 1000))]
     base = next(path for name in names if not (path := Path("checkpoint", name)).exists())
-    jobs = []
+    networks = []
     for name, num, i in (("baseline", 1, 1), ("grafted 1", 2, 1), ("grafted 2", 2, 2)):
         directory = base / name.split()[0]
         words = [*asked.words, "--s", str(directory), "--num", str(num), "--i", str(i)]
-        jobs.append(Job(name, asked.folder, directory, i, words))
+        networks.append(Network(name, asked.folder, directory, i, words))
     for kind in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, lambda number, frame: sys.exit(128 + number))
-    asked.args.num, started = len(jobs), []  # which share the cores
+    asked.args.num, started = len(networks), []  # which share the cores
     try:
-        for job in jobs:
-            started.append(spawn(job, environment(job.i, asked.args)))
-            print(started[-1].line if asked.verbose else f"{job.name}: {started[-1].log}", flush=True)
+        for one in networks:
+            line = one.start(environment(one.i, asked.args))
+            started.append(one)
+            print(line if asked.verbose else f"{one.name}: {one.log}", flush=True)
         failed = view.follow(started, asked.args.epochs)
     except KeyboardInterrupt:
         print("stopped")

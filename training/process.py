@@ -99,20 +99,11 @@ def join_ring(
     # What the library has to say, as whom it waits for, belongs into the log.
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     logging.getLogger("filter_grafting").setLevel(logging.INFO)
-    with FileRing(
-        args.s,
-        args.i,
-        args.num,
-        settings=settings_of(args, shared),
-        resume=args.resume,
-        may_raise=may_raise,
-        timeout=60 * args.timeout,
-        keep=math.inf if args.keep_all else 0,
-        start_command=lambda network: shlex.join(command(network)),
-        details={"command": command(), "cwd": os.getcwd(), **options.pop("details", {})},
-        check=signals.check,
-        **options,
-    ) as ring:
+    options |= {"settings": settings_of(args, shared), "resume": args.resume, "may_raise": may_raise}
+    options |= {"timeout": 60 * args.timeout, "keep": math.inf if args.keep_all else 0, "check": signals.check}
+    options["details"] = {"command": command(), "cwd": os.getcwd(), **options.get("details", {})}
+    options["start_command"] = lambda network: shlex.join(command(network))
+    with FileRing(args.s, args.i, args.num, **options) as ring:
         try:
             yield ring
         except Exception as error:
@@ -133,20 +124,19 @@ def ending(args: argparse.Namespace) -> Iterator[Signals]:
         yield signals
     except (Stopped, Exception) as error:
         if isinstance(error, GraftingError):
-            hints = [hint for kind, hint in HINTS.items() if isinstance(error, kind)]
-            sentence = f"{error} ({hints[0]})" if hints else str(error)
+            hint = next((hint for kind, hint in HINTS.items() if isinstance(error, kind)), "")
+            sentence = str(error)
             status = 2 if isinstance(error, UsageError) else 3 if isinstance(error, NeighbourTimeout) else 1
         elif signals.received is not None:  # what fails after a signal, as a lost connection, follows from it
-            sentence = f"network {args.i} stopped by {signals.received.name}; --resume continues it"
+            sentence, hint = f"network {args.i} stopped by {signals.received.name}; --resume continues it", ""
             status = 128 + signals.received
         else:
             sentence, status = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", 1
-            advice = [what for words, what in REPORTS.items() if re.search(words, sentence)]
-            sentence += f" ({advice[0]})" if advice else ""
+            hint = next((hint for words, hint in REPORTS.items() if re.search(words, sentence)), "")
             with suppress(OSError):
                 traceback.print_exc(file=sys.stdout)
                 sys.stdout.flush()
-        print(printable(sentence, 2000), file=sys.stderr, flush=True)
+        print(printable(f"{sentence} ({hint})" if hint else sentence, 2000), file=sys.stderr, flush=True)
         raise SystemExit(status) from None
 
 
@@ -163,7 +153,10 @@ def pick_device(name: str | None, gpu: int | None = None) -> torch.device:
     Raises:
         UsageError: if there is no such GPU, or one that this torch cannot use.
     """
-    if name == "cpu" or (name is None and gpu is None and not torch.cuda.is_available() and not sees_gpu()):
+    # A GPU that the user has not hidden is there though its driver may be too old for this torch.
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    sees_gpu = torch.cuda.is_available() or (glob("/dev/nvidia[0-9]*") and not hidden)
+    if name == "cpu" or (name is None and gpu is None and not sees_gpu):
         return torch.device("cpu")
     if gpu is None:
         gpu = int(os.environ["LOCAL_RANK"]) if world()[1] > 1 else 0
@@ -173,23 +166,12 @@ def pick_device(name: str | None, gpu: int | None = None) -> torch.device:
         raise UsageError(f"GPU {gpu} is asked for, and {found}; --device cpu trains on the CPU")
     device = torch.device("cuda", gpu)
     torch.cuda.set_device(device)  # first of all: else memory, streams and messages would be of GPU 0
-    capability, kinds = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
-    if kinds and not any(runs(kind, capability) for kind in kinds):
-        needs = f"GPU {gpu} needs sm_{capability[0]}{capability[1]}, and this torch has {' '.join(kinds)}"
-        raise UsageError(f"{needs}: install another torch; --device cpu trains on the CPU")
+    try:
+        torch.ones(1, device=device)  # the first kernel, which a torch that was built for other GPUs lacks
+    except RuntimeError as error:
+        problem = f"this torch cannot use GPU {gpu} ({str(error).splitlines()[0]})"
+        raise UsageError(f"{problem}: choose another, or another torch; --device cpu trains on the CPU") from error
     return device
-
-
-def sees_gpu() -> bool:
-    """Whether there is an NVIDIA GPU that the user has not hidden, as where its driver is too old for this torch."""
-    return bool(glob("/dev/nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
-
-
-def runs(kind: str, capability: tuple[int, int]) -> bool:
-    """Whether a GPU runs what was built for a kind: sm_80 is for capabilities 8.0 to 8.9, compute_80 for 8.0 and up."""
-    prefix, _, digits = kind.partition("_")
-    built = divmod(int(re.sub(r"\D", "", digits)), 10)
-    return built <= capability and (prefix == "compute" or built[0] == capability[0])
 
 
 def amp_dtype(amp: bool, device: torch.device) -> tuple[torch.dtype | None, list[str]]:
@@ -199,13 +181,10 @@ def amp_dtype(amp: bool, device: torch.device) -> tuple[torch.dtype | None, list
     """
     if not amp:
         return None, []
-    if device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bfloat16 = cpu_has_bfloat16()
-    if has_bfloat16:
+    is_cuda = device.type == "cuda"
+    if torch.cuda.is_bf16_supported(including_emulation=False) if is_cuda else cpu_has_bfloat16():
         return torch.bfloat16, []
-    which = "GPU" if device.type == "cuda" else "processor"
+    which = "GPU" if is_cuda else "processor"
     return None, [f"--amp: computing in float32, not in bfloat16: this {which} has none"]
 
 

@@ -5,34 +5,22 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from subprocess import Popen
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import tabulate
 from tqdm import tqdm
 
 from filter_grafting.membership import ENDED, Status, duration, observe, printable
 
+if TYPE_CHECKING:
+    from training.launch import Network
+
 tabulate.MIN_PADDING = 0  # columns no wider than need be: a line of 80 has room for whom a network waits for
 SECONDS = ("train_seconds", "test_seconds", "wait_seconds", "graft_seconds")  # of metrics{i}.csv: an epoch's time
 LOOK_SECONDS = 0.5  # between two looks at the networks
 START_SECONDS = 60.0  # after which a network that is still starting is left to itself
-
-
-class Started(NamedTuple):
-    """A process that trains a network, or torchrun with those that do."""
-
-    name: str
-    process: Popen
-    log: Path
-    size: int  # of the log before
-    line: str  # how a shell would start it
-
-    def ending(self) -> str:
-        return f"{self.name} ended with status {self.process.returncode}: {last_words(self.log, self.size)}"
 
 
 def last_words(path: Path, size: int = 0) -> str:
@@ -43,41 +31,23 @@ def last_words(path: Path, size: int = 0) -> str:
     return printable(said.splitlines()[-1].strip())
 
 
-# Tables
-
-
-def progress(directory: Path, status: Status) -> tuple[int, float]:
-    """(epochs that are done, seconds that the others take if they take as long as the last ten), by metrics{i}.csv."""
-    path = directory / f"metrics{status.network}.csv"
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    if not rows:
-        return 0, 0.0
-    done, last = int(rows[-1]["epoch"]) + 1, rows[-10:]
-    seconds = sum(float(row[part] or 0) for row in last for part in SECONDS) / len(last)
-    return done, max(0, (status.epochs or 0) - done) * seconds
-
-
-def epochs_of(done: int, epochs: int | None) -> str:
-    """As a number and a bar."""
-    return f"{f'{done}/{epochs}':>8} {'#' * round(4 * min(done / epochs, 1)):.<4}" if epochs else ""
-
-
 def table(directory: Path, statuses: Iterable[Status]) -> str:
-    """A line for each network below a heading."""
-    rows = []
+    """A line for each network below a heading; what is left takes as long as the last ten epochs did."""
+    lines = []
     for one in statuses:
-        done, left = progress(directory, one)
-        time_left = duration(left) if left and one.alive else ""
-        rows.append([one.network, epochs_of(done, one.epochs), one.accuracy, one.best, one.lr, time_left, str(one)])
+        path = directory / f"metrics{one.network}.csv"
+        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+        done, epochs = int(rows[-1]["epoch"]) + 1 if rows else 0, one.epochs or 0
+        seconds = [sum(float(row[part] or 0) for part in SECONDS) for row in rows[-10:]]
+        left = duration((epochs - done) * sum(seconds) / len(seconds)) if rows and done < epochs and one.alive else ""
+        bar = f"{f'{done}/{epochs}':>8} {'#' * round(4 * min(done / epochs, 1)):.<4}" if epochs else ""
+        lines.append([one.network, bar, one.accuracy, one.best, one.lr, left, str(one)])
     head = ["network", "epoch", "accuracy", "best", "rate", "left", "state"]
     form = ("", "", ".3f", ".3f", ".3g", "", "")
-    return tabulate.tabulate(rows, head, tablefmt="plain", floatfmt=form, disable_numparse=[1, 5, 6])
+    return tabulate.tabulate(lines, head, tablefmt="plain", floatfmt=form, disable_numparse=[1, 5, 6])
 
 
-# Watching
-
-
-def watch(directory: Path, num: int, started: Mapping[int, Started]) -> int:
+def watch(directory: Path, num: int, started: Sequence["Network"]) -> int:
     """Shows how the networks are until all have ended; where there is no terminal, until they have begun to train.
 
     Returns:
@@ -85,12 +55,11 @@ def watch(directory: Path, num: int, started: Mapping[int, Started]) -> int:
     """
     failed, drawn, deadline = set(), 0, time.monotonic() + START_SECONDS
     while True:
-        running = {i for i, one in started.items() if one.process.poll() is None}
+        running = {one.i for one in started if one.process.poll() is None}
         statuses = observe(directory, range(1, num + 1))
         at_work = {one.network for one in statuses if one.alive and one.state not in ("starting", *ENDED)}
-        new = {i for i, one in started.items() if one.process.returncode} - failed
-        failed |= new
-        lines = [started[i].ending() for i in new]
+        lines = [one.ending() for one in started if one.process.returncode and one.i not in failed]
+        failed |= {one.i for one in started if one.process.returncode}
         if sys.stdout.isatty():
             width, height = shutil.get_terminal_size()
             shown = [line[: width - 1] for line in table(directory, statuses).splitlines()][: height - 1]
@@ -103,7 +72,7 @@ def watch(directory: Path, num: int, started: Mapping[int, Started]) -> int:
         time.sleep(LOOK_SECONDS)
 
 
-def follow(started: Sequence[Started], epochs: int) -> Started | None:
+def follow(started: Sequence["Network"], epochs: int) -> "Network | None":
     """Shows one bar over all epochs of all networks, and the lines of their logs, until all have ended or one failed.
 
     Returns:
@@ -111,17 +80,16 @@ def follow(started: Sequence[Started], epochs: int) -> Started | None:
     """
     form = "{bar:40} {percentage:3.0f}%  {remaining} left"
     options = {"bar_format": form, "leave": False, "disable": None, "smoothing": 0, "file": sys.stdout}
-    with tqdm(total=epochs * len(started), **options) as bar, ExitStack() as stack:
-        ended = 0
-        logs = [stack.enter_context(open(one.log, errors="replace")) for one in started]
+    shown = [0] * len(started)  # of the lines of each log
+    with tqdm(total=epochs * len(started), **options) as bar:
         while True:
             running = [one for one in started if one.process.poll() is None]
-            for one, log in zip(started, logs, strict=True):
-                for line in log.readlines():
-                    if line.startswith("Network:"):  # of which the first four fields fit a line of 80
-                        bar.write(f"{one.name:11}{'    '.join(line.split('    ')[:4])}", file=sys.stdout)
-                        ended += 1
-            bar.update(ended - bar.n)
+            for k, one in enumerate(started):
+                lines = [line for line in one.log.read_text(errors="replace").splitlines() if "Network:" in line]
+                for line in lines[shown[k] :]:  # of which the first four fields fit a line of 80
+                    bar.write(f"{one.name:11}{'    '.join(line.split('    ')[:4])}", file=sys.stdout)
+                    bar.update()
+                shown[k] = len(lines)
             sys.stdout.flush()
             failed = next((one for one in started if one.process.returncode), None)
             if failed or not running:
