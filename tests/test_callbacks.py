@@ -150,8 +150,7 @@ def by_transformers(folder, exchange, options, save=(), epochs=6, rate=0.05, kil
         def on_step_begin(self, args, state, control, **kwargs):
             self.done(state.global_step)
 
-        def on_epoch_begin(self, *arguments, **kwargs):
-            self.on_step_begin(*arguments)
+        on_epoch_begin = on_step_begin
 
     model, output, callback = Network(), folder / "trainer", GraftingCallback(exchange, **options)
     settings = {"num_train_epochs": epochs, "per_device_train_batch_size": 8, "learning_rate": rate}
@@ -180,9 +179,6 @@ def train(package):
     return by_lightning if package == "lightning" else by_transformers
 
 
-of_transformers = pytest.mark.parametrize("package", ["transformers"], indirect=True)
-
-
 def test_a_network_is_tested_and_saved_before_it_grafts_and_its_last_epoch_is_followed_by_no_graft(
     train, package, tmp_path
 ):
@@ -198,29 +194,8 @@ def test_a_network_is_tested_and_saved_before_it_grafts_and_its_last_epoch_is_fo
     for _ in range(2):
         graft(expected, neighbour.network.state_dict(), **options)
     assert all(map(torch.equal, network.parameters(), expected.parameters()))
-
-
-def test_what_cannot_be_grafted_is_said_before_it_trains(train, tmp_path):
-    for options, error, message in (
-        ({"every_n_epochs": 0}, ValueError, "every: got 0"),
-        ({"layers": nn.LSTM}, MismatchError, "has no layer that layers= selects"),
-    ):
-        with pytest.raises(error, match=message):
-            train(tmp_path, Neighbour(), options)
-
-
-@of_transformers
-@pytest.mark.parametrize(
-    ("arguments", "options", "rounds"),
-    [
-        ({}, {"every_n_steps": 4}, [3]),  # of 8 steps: after the last one, too, nothing is grafted
-        ({"gradient_accumulation_steps": 2}, {"every_n_steps": 2, "warmup": 3}, [3, 5]),  # steps of the optimizer
-    ],
-)
-def test_transformers_grafts_every_so_many_steps(train, tmp_path, arguments, options, rounds):
-    neighbour = Neighbour()
-    train(tmp_path, neighbour, options, {"save_strategy": "no", "max_steps": 8, **arguments})
-    assert neighbour.happened == [("graft", round) for round in rounds]
+    with pytest.raises(MismatchError, match="has no layer that layers= selects"):  # before it trains
+        train(tmp_path / "refused", Neighbour(), {"layers": nn.LSTM})
 
 
 class Endless(IterableDataset):
@@ -229,11 +204,21 @@ class Endless(IterableDataset):
             yield {"x": torch.randn(1, 4, 4), "labels": 0}
 
 
-@of_transformers
-def test_data_without_a_length_have_steps_but_no_epochs(train, tmp_path):
-    neighbour, arguments = Neighbour(), {"save_strategy": "no", "max_steps": 5}
-    train(tmp_path, neighbour, {"every_n_steps": 2}, arguments, images=Endless())
-    assert neighbour.happened == [("graft", 1), ("graft", 3)]
+@pytest.mark.parametrize("package", ["transformers"], indirect=True)
+@pytest.mark.parametrize(
+    ("images", "accumulated", "options", "rounds"),
+    [
+        (None, 2, {"every_n_steps": 2, "warmup": 3}, [3, 5]),  # steps of the optimizer; after the last of 8, none
+        (Endless(), 1, {"every_n_steps": 3}, [2, 5]),
+    ],
+)
+def test_transformers_grafts_every_so_many_steps_but_knows_no_epochs_of_data_without_a_length(
+    train, tmp_path, images, accumulated, options, rounds
+):
+    neighbour = Neighbour()
+    arguments = {"save_strategy": "no", "max_steps": 8, "gradient_accumulation_steps": accumulated}
+    train(tmp_path, neighbour, options, arguments, images=images)
+    assert neighbour.happened == [("graft", round) for round in rounds]
     with pytest.raises(ValueError, match="every_n_epochs: the data have no length"):
         train(tmp_path, neighbour, {}, arguments, images=Endless())
     with pytest.raises(ValueError, match="every_n_epochs and every_n_steps: got both"):
@@ -245,7 +230,6 @@ KILLS = [
     ("lightning", {}, {"every_n_train_steps": 2}, 11),  # within an epoch
     ("lightning", {}, {}, 12),  # after an epoch: the checkpoint is there, the graft is not
     ("lightning", {"every_n_epochs": 2}, {"every_n_epochs": 3}, 23),  # saved rarely: grafts are repeated
-    ("transformers", {}, {"save_steps": 2}, 11),
     ("transformers", {}, {"save_strategy": "epoch"}, 12),
     ("transformers", {"every_n_steps": 2}, {"save_steps": 6}, 19),
 ]
