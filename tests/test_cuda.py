@@ -16,17 +16,6 @@ from training.process import amp_dtype, deterministic, pick_device
 pytestmark = pytest.mark.cuda
 
 
-def pair(name, device):
-    torch.manual_seed(2)
-    first, second = models.build(name, 10), models.build(name, 10)
-    with torch.no_grad():
-        for model in (first, second):
-            for entry in model.state_dict().values():
-                if entry.is_floating_point() and entry.dim() == 1:
-                    entry.uniform_(0.5, 1.5)
-    return (model.to(device, memory_format=torch.channels_last) for model in (first, second))
-
-
 def on_cpu(state):
     return {key: entry.cpu() for key, entry in state.items()}
 
@@ -36,21 +25,11 @@ def test_the_gpu_can_be_used():
     assert amp_dtype(True, CUDA)[0] in (torch.bfloat16, None)
 
 
-@pytest.mark.parametrize(("name", "level"), [("resnet20", "layer"), ("mobilenetv2", "layer"), ("vgg16", "filter")])
-def test_a_graft_is_the_cpus(name, level):
-    results = []
-    for device in (CPU, CUDA):
-        model, neighbour = pair(name, device)
-        layers = graft(model, neighbour.state_dict(), level=level)
-        shares = {key: torch.as_tensor(layer.coefficient).cpu() for key, layer in layers.items()}
-        results.append((shares, on_cpu(model.state_dict())))
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
-
-
 def test_scions_are_the_cpus():
     results = []
     for device in (CPU, CUDA):
-        model, _ = pair("resnet20", device)
+        torch.manual_seed(2)
+        model = models.build("resnet20", 10).to(device, memory_format=torch.channels_last)
         with torch.no_grad():
             model.conv1.weight[:8] *= 1e-4  # invalid filters
         noise(model, 0.5, generator=torch.Generator().manual_seed(3))
@@ -60,7 +39,7 @@ def test_scions_are_the_cpus():
 
 
 def test_what_is_published_from_the_gpu_is_loaded_there_without_a_map_location(tmp_path):
-    model, neighbour = pair("resnet20", CUDA)
+    model, neighbour = make_training(CUDA)[0], make_training(CUDA)[0]
     with FileRing(tmp_path, 1, 2) as ring, FileRing(tmp_path, 2, 2) as other:
         ring.publish(0, plain_state(model))
         loaded = torch.load(io.BytesIO(ring.path(0).read_bytes()))["net"]

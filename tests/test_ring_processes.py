@@ -1,6 +1,5 @@
 """Rings of real processes: typed by hand, started late, killed, foreign, and refused."""
 
-import csv
 import fcntl
 import os
 import pty
@@ -88,15 +87,6 @@ def test_a_neighbour_that_dies_is_waited_for_until_the_timeout(make_run, undistu
     assert_same_runs(run, undisturbed(2, 3))
 
 
-def test_a_neighbour_that_hangs_in_a_batch_ends_the_wait_though_its_heart_beats(make_run):
-    run = make_run(2, 3)
-    run.start(2, plan=[["quicken"], ["at", "before train", 2, "sleep", 600]])
-    first = run.start(1, "--timeout", "0.03", plan=[["quicken"]])
-    assert first.wait() == 3
-    words = r"network 2 is training at epoch 1.* \(heartbeat [01] s ago, progress [23] s ago\)"
-    assert re.search(words, first.sentence())
-
-
 def test_a_neighbour_that_does_not_fit_ends_the_network_in_one_sentence(make_run):
     run = make_run(2, 3)
     run.directory.mkdir()
@@ -123,17 +113,6 @@ def test_a_refused_start_leaves_no_trace(undisturbed):
     assert {path: path.read_bytes() for path in run.directory.iterdir()} == before
 
 
-def test_a_baseline_touches_nobody_whatever_variables_another_job_has_left(make_run):
-    run, variables = make_run(1, 3), {"RANK": "1", "WORLD_SIZE": "", "LOCAL_RANK": "3"}
-    assert run.start(1, plan=[["set_environment", variables]]).wait() == 0
-    names = {path.name for path in run.directory.iterdir()}
-    checkpoints = {"best1.t7", "ckpt0_1.t7", "ckpt0_2.t7", "final1.t7"}
-    assert names == checkpoints | {"metrics1.csv", "network1.json", "network1.lock", "run.json", "run.lock"}
-    final, last = load(run.directory / "final1.t7"), load(run.checkpoint(1, 2))
-    assert_same(final["net"], last["net"])
-    assert "wait:0.00s    graft:0.00s" in run.log(1)
-
-
 @pytest.mark.parametrize(("networks", "foreign"), [(3, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_a_process_that_knows_only_the_wire_format_sits_in_the_ring(make_run, networks, foreign):
     run = make_run(networks, 4, "--model", "resnet20")
@@ -144,19 +123,23 @@ def test_a_process_that_knows_only_the_wire_format_sits_in_the_ring(make_run, ne
     for process in [*ours, stand_in]:
         assert process.wait() == 0, process.output()
     reader = foreign % networks + 1
-    with open(run.directory / f"coefficients{reader}.csv") as file:
-        assert len(list(csv.DictReader(file))) == 3 * 19
+    assert len(read_table(run.directory / f"coefficients{reader}.csv")) == 3 * 19
 
 
-def test_a_terminal_shows_bars_and_the_lines(make_run):
-    run, (primary, secondary) = make_run(1, 1), pty.openpty()
+def test_a_baseline_at_a_terminal_shows_bars_and_lines_whatever_variables_another_job_has_left(make_run):
+    run, variables = make_run(1, 3), {"RANK": "1", "WORLD_SIZE": "", "LOCAL_RANK": "3"}
+    primary, secondary = pty.openpty()
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    process = run.start(1, output=os.ttyname(secondary))
+    process = run.start(1, output=os.ttyname(secondary), plan=[["set_environment", variables]])
     assert process.wait() == 0, process.sentence()
     text = b""
     while select.select([primary], [], [], 0)[0]:
         text += os.read(primary, 1 << 16)
     os.close(primary)
     os.close(secondary)
-    for words in (b"epoch 0:", b"loss ", b"epoch 0 test:", b"Network:1    epoch:0    accuracy:"):
+    for words in (b"epoch 0:", b"loss ", b"epoch 0 test:", b"Network:1    epoch:0    accuracy:", b"wait:0.00s"):
         assert words in text
+    names = {path.name for path in run.directory.iterdir()}
+    checkpoints = {"best1.t7", "ckpt0_1.t7", "ckpt0_2.t7", "final1.t7"}
+    assert names == checkpoints | {"metrics1.csv", "network1.json", "network1.lock", "run.json", "run.lock"}
+    assert_same(load(run.directory / "final1.t7")["net"], load(run.checkpoint(1, 2))["net"])
