@@ -86,13 +86,13 @@ def rename(old, new):
 
 
 MISTAKES = {
-    "missing": (remove("."), ["does not exist: give a folder with train/<class>/ and test/<class>/"]),
+    "missing": (remove("."), ["does not exist: the images of each class belong into train/<class>/"]),
     "no train": (rename("train", "training"), ["lacks class folders in train/", "belong into train/<class>/"]),
     "no test": (remove("test"), ["lacks class folders in train/, or in test/ and val/"]),
     "class of texts": (lambda f: [path.rename(f"{path}.txt") for path in f.glob("test/bee/*")], ["the classes bee"]),
-    "class only in train": (remove("test/bee"), ["only train/ has bee: add or remove"]),
-    "classes that differ": (rename("train/ant", "train/emu"), ["only train/ has emu and only test/ has ant"]),
-    "val differs": (lambda f: write(f / "val/ant/0.jpg"), ["train/ and val/", "only train/ has bee, cat"]),
+    "class only in train": (remove("test/bee"), ["but one of them alone has bee"]),
+    "classes that differ": (rename("train/ant", "train/emu"), ["one of them alone has ant, emu"]),
+    "val differs": (lambda f: write(f / "val/ant/0.jpg"), ["train/ and val/", "alone has bee, cat"]),
 }
 
 

@@ -63,18 +63,15 @@ def one_of(known: Iterable[str]) -> Callable[[str], str]:
     return convert
 
 
-def number(kind: type, low: float, high: float = math.inf, low_open: bool = False, high_open: bool = False):
-    """A converter for argparse: a finite number within [low, high], without the ends that are open."""
-    what = "an integer" if kind is int else "a number"
-    bounds = f"{'above' if low_open else 'at least'} {low}"
-    bounds += f" and {'below' if high_open else 'at most'} {high}" if high < math.inf else ""
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """A converter for argparse: a finite number from low to high."""
+    bounds = f"at least {low}" + (f" and at most {high}" if high < math.inf else "")
 
-    def convert(text: str):
+    def convert(text: str) -> Any:
         with suppress(ValueError):
-            value = kind(text)
-            is_inside = low <= value <= high and math.isfinite(value)
-            if is_inside and not (low_open and value == low) and not (high_open and value == high):
+            if low <= (value := kind(text)) <= high and math.isfinite(value):
                 return value
+        what = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"got {text!r}, expected {what} {bounds}")
 
     return convert
@@ -87,7 +84,7 @@ def path(text: str) -> Path:
 
 def add_recipe_flags(group: argparse._ArgumentGroup) -> None:
     """Momentum, and what the paper's recipe does without and others use."""
-    flag, share = group.add_argument, number(float, 0, 1, high_open=True)
+    flag, share = group.add_argument, number(float, 0, 1)
     flag("--momentum", metavar="M", type=share, default=0.9, help="of SGD")
     flag("--nesterov", action="store_true", help="Nesterov's momentum")
     flag("--label_smoothing", metavar="S", type=share, default=0.0, help="share of a label spread over all classes")

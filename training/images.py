@@ -59,15 +59,16 @@ def class_folders(folder: str | Path) -> Images:
         DataError: if the folder is laid out in another way, cannot be read, or its splits have other classes.
     """
     folder, left_out = Path(os.path.abspath(os.path.expanduser(folder))), []
-    if not folder.is_dir():
-        raise DataError(f"{folder} does not exist: give a folder with train/<class>/ and test/<class>/ or val/<class>/")
     try:
         classes = {split: names for split in ("train", "val", "test") if (names := _classes(folder / split))}
         if "train" not in classes or len(classes) == 1:
+            problem = "lacks class folders in train/, or in test/ and val/" if folder.is_dir() else "does not exist"
             layout = "the images of each class belong into train/<class>/, and others of it into test/ or val/<class>/"
-            raise DataError(f"{folder} lacks class folders in train/, or in test/ and val/: {layout}")
+            raise DataError(f"{folder} {problem}: {layout}")
         for split, names in classes.items():
-            _check_same(folder, split, set(classes["train"]), set(names))
+            if differing := sorted({*names} ^ {*classes["train"]}):
+                rule = f"train/ and {split}/ of {folder} must have the same class folders"
+                raise DataError(f"{rule}, but one of them alone has {', '.join(differing)[:100]}")
         files = {split: _list(folder / split, names, left_out) for split, names in classes.items()}
     except OSError as error:
         raise DataError(f"{error.filename or folder}: {error.strerror or error}") from error
@@ -82,14 +83,6 @@ def class_folders(folder: str | Path) -> Images:
 def _classes(place: Path) -> list[str]:
     names = sorted(os.listdir(place)) if place.is_dir() else []
     return [name for name in names if not _is_hidden(name) and (place / name).is_dir()]
-
-
-def _check_same(folder: Path, split: str, train: set[str], other: set[str]) -> None:
-    only = {"train": sorted(train - other), split: sorted(other - train)}
-    differences = [f"only {one}/ has {', '.join(names)[:60]}" for one, names in only.items() if names]
-    if differences:
-        rule = f"train/ and {split}/ of {folder} must have the same class folders"
-        raise DataError(f"{rule}, but {' and '.join(differences)}: add or remove what differs")
 
 
 def _list(place: Path, classes: list[str], left_out: list[str]) -> Files:

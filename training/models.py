@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def to_resume(
-    optimizer: torch.optim.Optimizer,
-    row: Mapping[str, Any],
-    layers: Sequence[Sequence[Any]],
-    settings: Mapping[str, Any],
-    trained: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer, row: Mapping, layers: list, settings: Mapping, trained: nn.Module | None = None
 ) -> dict[str, Any]:
     """What a checkpoint holds beside the published weights, so that `restore` can go on exactly from there."""
     extra = {"optimizer": optimizer.state_dict(), "row": dict(row), "layers": layers, "settings": dict(settings)}
@@ -94,11 +90,7 @@ def to_resume(
 
 
 def restore(
-    found: Checkpoint,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    settings: Mapping[str, Any],
-    trained: nn.Module | None = None,
+    found: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping, trained: Any = None
 ) -> int:
     """Puts a network's own checkpoint back in place; returns the epoch to go on with.
 
