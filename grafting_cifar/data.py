@@ -29,8 +29,6 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from filter_grafting.checkpoint import save
-from filter_grafting.errors import WriteError
-from grafting_cifar import glyphs
 from training.images import DataError, Images, checksum, class_folders, normalised, reading, rgb
 from training.records import say
 
@@ -60,13 +58,11 @@ def load(source: str | Path, cifar: int = 10) -> Images:
 
     The first start decodes, and leaves a cache beside the images (in the user's cache folder where that place cannot
     be written, in memory where nothing can). Of processes that start together one decodes and the others wait for it.
-
-    Raises:
-        DataError: where the user has to act.
+    Raises DataError where the user has to act.
     """
     folder = Path(os.path.abspath(os.path.expanduser(source)))
     if str(source) == "glyphs":
-        images = _cached(DEFAULT_FOLDER, "glyphs", glyphs.VERSION, _draw_glyphs)
+        images = _load_glyphs()
     elif (folder / "train").is_dir():
         images = _load_class_folders(folder)
     else:
@@ -104,10 +100,7 @@ def _shuffled(split: Split, start: int, end: int) -> Split:
 
 
 class Batches:
-    """A split as batches on a device, to which it is copied once; the images stay uint8 until they are used.
-
-    The last batch may be smaller.
-    """
+    """A split as batches on a device, to which it is copied once, as uint8; the last batch may be smaller."""
 
     def __init__(self, split: Split, batch_size: int, device: str | torch.device, augment: bool) -> None:
         self.images, self.labels = split.images.to(device), split.labels.to(device)
@@ -174,19 +167,16 @@ def _cached(folder: Path, name: str, state: str, make: Callable[[], Images]) -> 
         path = place / f"{name}-{state}.pt"
         if images := _read_cache(path):
             return images
-        try:
+        with contextlib.suppress(OSError, NotImplementedError):  # read-only, full, without locks, or held for too long
             place.mkdir(parents=True, exist_ok=True)
-            lock = _lock(place / f"{name}.lock")
-        except WriteError:  # of the log, which is to be heard of
-            raise
-        except (OSError, NotImplementedError):  # read-only, without locks, or held for too long
-            continue
-        with lock:  # if another process held it, that one has made the cache
-            if images := _read_cache(path):
-                return images
-            made = made or make()
-            with contextlib.suppress(OSError):  # full
-                return _write_cache(path, name, made)
+            with _lock(place / f"{name}.lock"):  # if another process held it, that one has made the cache
+                if images := _read_cache(path):
+                    return images
+                made = made or make()
+                for old in place.glob(f"*{name}-*"):  # of an earlier state, or left by a killed process
+                    old.unlink()
+                save(path, {"splits": [split and tuple(split) for split in made[:3]], "classes": made.classes})
+                return _read_cache(path) or made
     note = f"the images are kept in memory: neither {places[0]} nor {places[1]} can be written"
     return (made or make())._replace(notes=[note])
 
@@ -207,20 +197,18 @@ def _read_cache(path: Path) -> Images | None:
     return None
 
 
-def _write_cache(path: Path, name: str, images: Images) -> Images:
-    for old in path.parent.glob(f"*{name}-*"):  # of an earlier state, or left by a killed process: the lock is ours
-        old.unlink()
-    save(path, {"splits": [split and tuple(split) for split in images[:3]], "classes": images.classes})
-    return _read_cache(path)
-
-
 # ---- The sources
 
 
-def _draw_glyphs() -> Images:
-    say("Drawing the 12,000 images of glyphs, once ...")
-    train, test = (Split(*split) for split in glyphs.draw())
-    return Images(train, None, test, glyphs.CLASSES, [])
+def _load_glyphs() -> Images:
+    from grafting_cifar import glyphs  # which other sources do not need
+
+    def draw() -> Images:
+        say("Drawing the 12,000 images of glyphs, once ...")
+        train, test = (Split(*split) for split in glyphs.draw())
+        return Images(train, None, test, glyphs.CLASSES, [])
+
+    return _cached(DEFAULT_FOLDER, "glyphs", glyphs.VERSION, draw)
 
 
 def _load_class_folders(folder: Path) -> Images:

@@ -89,7 +89,7 @@ def join(args: argparse.Namespace, signals: Signals, ranks: Ranks) -> AbstractCo
     if args.resume and not args.start_from:  # then it counts where an earlier start began
         args.start_from = read_status(args.s, args.i).get("start_from")
     args.start_from = args.start_from and Path(args.start_from).absolute()
-    if not ranks.first:
+    if ranks.rank > 0:
         return nullcontext()
     details = {"start_from": args.start_from and str(args.start_from)}
     files = {"name": "pth{index}_{round}.tar", "key": "state_dict"}
@@ -188,7 +188,7 @@ def evaluate_only(args: argparse.Namespace, signals: Signals) -> None:
         left_out = int(ranks.sum(torch.tensor(len(batches.bad), device=device)))
         count = len(images.test) - left_out
         found = f"* Acc@1 {test.accuracy:.3f}    Acc@5 {test.top5:.3f}    Loss {test.loss:.4f}    Images {count}"
-        for line in [*notes, *images.notes, found] if ranks.first else []:
+        for line in [*notes, *images.notes, found] if ranks.rank == 0 else []:
             say(line)
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import datasets
 
-from grafting_cifar import data
+from grafting_cifar import data, glyphs
 from grafting_cifar.data import Batches, DataError, Images, Split, crop_and_flip, load, select
 
 
@@ -355,7 +355,7 @@ def test_glyphs_are_drawn_once(tmp_path, monkeypatch):
         return [(torch.zeros((n, 32, 32, 3), dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (3, 2)]
 
     monkeypatch.setattr(data, "DEFAULT_FOLDER", tmp_path)
-    monkeypatch.setattr(data.glyphs, "draw", draw)
+    monkeypatch.setattr(glyphs, "draw", draw)
     assert [len(split.labels) for split in (load("glyphs").train, load("glyphs").test)] == [3, 2]
     assert load("glyphs").classes == list("0123456789") and len(caches(tmp_path)) == 1
     with pytest.raises(DataError, match="glyphs has 10 classes, not 100: leave out --cifar 100"):

@@ -152,7 +152,7 @@ def test_a_model_by_the_name_of_its_function_is_looked_for_from_here(tmp_path, m
     [
         ("no_such_module:f", "No module named 'no_such_module'; expected package.module:function"),
         ("test_methods:nothing", "has no attribute 'nothing'"),
-        ("test_methods:pair", "expected a torch.nn.Module that gives"),
+        ("test_methods:pair", "returns a torch.nn.Module that gives"),
         ("test_methods:flat", r"its scores of 2 images have the shape \(2, 3072\), not \(2, 7\)"),
     ],
 )

@@ -60,12 +60,9 @@ def initial_rate(lr: float, i: int, num: int, difflr: bool) -> float:
 def learning_rate(
     initial: float, progress: float, epochs: int, cosine: bool, step_epochs: int, warmup: float = 0
 ) -> float:
-    """Learning rate at a moment of training.
+    """The rate after `progress` epochs: half a cosine from `initial` to 0, or times 0.1 every `step_epochs` epochs.
 
-    Args:
-        progress: epochs trained so far, with the fraction of the current one.
-        cosine: half a cosine from `initial` to 0 over all epochs; otherwise times 0.1 every `step_epochs` epochs.
-        warmup: epochs in which it first rises in a line from 0 to `initial`; the cosine begins after them.
+    In the first `warmup` epochs it rises in a line from 0 to `initial`; the cosine begins after them.
     """
     if progress < warmup:
         return initial * progress / warmup
@@ -102,9 +99,8 @@ def train_one_epoch(
 ) -> Result:
     """Trains for one epoch, in which the host never waits for the device. Raises Diverged if the loss was not finite.
 
-    Args:
-        rate: learning rate as a function of the epochs that are done, with the fraction of this one.
-        seed: of the order, the augmentation and dropout, of which each rank has its own.
+    `rate` is a function of the epochs that are done, with the fraction of this one. The seed is that of the order, the
+    augmentation and dropout, of which each rank has its own.
     """
     began, steps = time.perf_counter(), len(batches)
     torch.manual_seed(seed + rank)
@@ -128,9 +124,8 @@ def train_one_epoch(
 def check_finite(loss: float, which: str, lr: float) -> None:
     """Raises Diverged, before anything of an epoch is published whose loss is no number."""
     if not math.isfinite(loss):
-        raise Diverged(
-            f"the {which} loss became {loss} at a learning rate of {lr:.4g}: training has diverged; try a lower rate"
-        )
+        found = f"the {which} loss became {loss} at a learning rate of {lr:.4g}"
+        raise Diverged(f"{found}: training has diverged; try a lower rate")
 
 
 @torch.inference_mode()
@@ -168,8 +163,8 @@ def _totals(loss: Tensor, outputs: Tensor | tuple[Tensor, ...], labels: Tensor, 
 
 def means(totals: Tensor, seconds: float = 0) -> Result:
     loss, images, *correct = totals.tolist()
-    shares = [100 * count / images for count in correct]
-    return Result(loss / images, shares[0], shares[1] if len(shares) > 1 else None, seconds)
+    accuracy, *top5 = (100 * count / images for count in correct)
+    return Result(loss / images, accuracy, top5[0] if top5 else None, seconds)
 
 
 # Rivals of grafting: averages of weights
@@ -183,13 +178,13 @@ def moving_average(model: nn.Module, optimizer: torch.optim.Optimizer, decay: fl
     average = copy.deepcopy(model).requires_grad_(False)
     pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
     means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-    integers = [pair for pair in pairs if not pair[0].is_floating_point()]
     update = get_ema_multi_avg_fn(decay)
 
     def follow(*_: object) -> None:
         update(means, values, None)
-        for own, other in integers:
-            own.copy_(other)
+        for own, other in pairs:
+            if not own.is_floating_point():
+                own.copy_(other)
 
     optimizer.register_step_post_hook(follow)
     return average
@@ -199,10 +194,8 @@ def moving_average(model: nn.Module, optimizer: torch.optim.Optimizer, decay: fl
 def add_to_mean(average: nn.Module, model: nn.Module, count: int, batches: Iterable) -> None:
     """Makes `average` the running mean of the weights at the ends of epochs (SWA, Izmailov et al. 2018, section 3.2).
 
-    Args:
-        average: a copy of the model.
-        count: of how many epoch ends it is the mean already; at 0, or below, it becomes the model itself.
-        batches: training images, on which the mean's batch-norm statistics are computed anew.
+    It is the mean of `count` epoch ends already; at 0, or below, it becomes the model itself. On the batches, images
+    to train on, the mean's batch-norm statistics are computed anew.
     """
     get_swa_multi_avg_fn()(list(average.parameters()), list(model.parameters()), max(0, count))
     for own, other in zip(average.buffers(), model.buffers(), strict=True):
@@ -217,9 +210,7 @@ def pull(model: nn.Module, neighbour: Mapping[str, Tensor], rate: float, exchang
 
     PAPA pulls every network towards the mean of all by `beta = 0.01 * lr_t / lr_0` every 10 steps, `exchanges` times an
     epoch: so much of it in one exchange is `W <- (1 - beta)^exchanges * W + (1 - (1 - beta)^exchanges) * W_neighbour`.
-
-    Args:
-        rate: lr_t / lr_0.
+    `rate` is lr_t / lr_0.
     """
     share = 1 - (1 - 0.01 * rate) ** exchanges
     for key, entry in model.state_dict().items():

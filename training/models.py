@@ -1,4 +1,4 @@
-"""A model and its optimizer: built from a name, compiled, and loaded from what a checkpoint holds."""
+"""A model and its optimizer: anyone's own, compiled, and loaded from what a checkpoint holds."""
 
 import importlib
 import os
@@ -21,25 +21,20 @@ from training.process import UsageError
 def own_model(name: str, num_classes: int, image_size: int) -> nn.Module:
     """Anyone's model by `package.module:function`, which is called with num_classes; looked for from here, too.
 
-    Raises:
-        UsageError: if there is no such function, or what it returns does not turn images into scores (b, num_classes).
+    Raises UsageError if there is none, or if what it returns does not turn images into scores (b, num_classes).
     """
     place, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        build = getattr(importlib.import_module(place), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"{name}: {error}; expected package.module:function") from error
-    try:
-        model = build(num_classes=num_classes)
+        model = getattr(importlib.import_module(place), function)(num_classes=num_classes)
         with torch.no_grad():
             scores = model.eval()(torch.zeros(2, 3, image_size, image_size))
         if scores.shape != (2, num_classes):
             raise ValueError(f"its scores of 2 images have the shape {tuple(scores.shape)}, not {(2, num_classes)}")
     except Exception as error:  # it is anyone's code
-        problem = f"{name}(num_classes={num_classes}): {type(error).__name__}: {error}"
-        raise UsageError(f"{problem}; expected a torch.nn.Module that gives (images, classes)") from error
+        wanted = "expected package.module:function, which returns a torch.nn.Module that gives (images, num_classes)"
+        raise UsageError(f"{name}: {type(error).__name__}: {error}; {wanted}") from error
     return model.train()
 
 
@@ -94,14 +89,8 @@ def restore(
 ) -> int:
     """Puts a network's own checkpoint back in place; returns the epoch to go on with.
 
-    Args:
-        model: the one that was published.
-        settings: must be those of the checkpoint, but for the number of epochs.
-        trained: the model that the optimizer trains, if that is another one.
-
-    Raises:
-        CheckpointError: if another program has left it.
-        RefusedError: if the settings differ.
+    `model` is the one that was published, `trained` that which the optimizer trains, if it is another. Raises
+    CheckpointError if another program has left the file, and RefusedError if its settings, but for epochs, differ.
     """
     extra = found.extra
     if not isinstance(extra, Mapping) or "optimizer" not in extra:

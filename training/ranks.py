@@ -25,10 +25,6 @@ class Ranks:
             # where a collective operation that takes minutes counts as hung.
             self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
     def tell(self, value: Any = None) -> Any:
         """Rank 0's value, on every rank, however long it takes to come by it."""
         values = [value]
@@ -49,8 +45,7 @@ class Ranks:
             for entry in model.state_dict().values():
                 dense = entry.contiguous()  # weights in channels_last format are not, as NCCL and Gloo see it
                 dist.broadcast(dense, 0)
-                if dense is not entry:
-                    entry.copy_(dense)
+                entry.copy_(dense)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, such that every backward pass averages the gradients over the ranks."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from filter_grafting.checkpoint import save, write_atomically
-from filter_grafting.errors import GraftingError, WriteError
+from filter_grafting.errors import GraftingError
 from filter_grafting.grafting import Layer
 from filter_grafting.information import convolutions, entropy, invalid_filters
 from filter_grafting.rings import Checkpoint, FileRing
@@ -36,34 +36,20 @@ BAR = {
 
 
 def say(line: str) -> None:
-    """Writes one line to the log, which is standard output; raises WriteError if it cannot."""
+    """Writes one line to the log, which is standard output; raises GraftingError if it cannot."""
     try:
         print(line, flush=True)
     except OSError as error:
         # What is left in the buffer would be tried again, and fail again, when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise WriteError(f"cannot write the log to standard output: {error.strerror or error}") from error
+        raise GraftingError(f"cannot write the log to standard output: {error.strerror or error}") from error
 
 
 class Records:
-    """Of one network.
-
-    Args:
-        ring: whose directory holds the files.
-        settings: of this network, by flag.
-        about: what else best and final are to say: the model's name, its classes and the like.
-        notes: further lines for the head of the log.
-        tensorboard: whether to write for TensorBoard as well.
-    """
+    """Of one network: its settings by flag, what else best and final are to say about it, notes for its log's head."""
 
     def __init__(
-        self,
-        ring: FileRing,
-        model: nn.Module,
-        settings: Mapping[str, Any],
-        about: Mapping[str, Any],
-        notes: Iterable[str],
-        tensorboard: bool = False,
+        self, ring: FileRing, model: nn.Module, settings: dict, about: dict, notes: list[str], tensorboard: bool = False
     ):
         self.ring, self.about = ring, {"settings": dict(settings), **about, "command": command()}
         self.best_score = self.best = -1.0
@@ -86,11 +72,7 @@ class Records:
     def row(
         self, epoch: int, lr: float, train: Result, test: Result, val: Result | None, model: nn.Module
     ) -> dict[str, Any]:
-        """The epoch's figures, by column; with val the best epoch is chosen on that, without it on test.
-
-        Raises:
-            Diverged: if the test loss is not finite.
-        """
+        """The epoch's figures, by column; with val the best epoch is chosen on that, without it on test."""
         check_finite(test.loss, "test", lr)  # the last step's doing, whose loss nobody has seen
         score = (val or test).accuracy
         improved = score > self.best_score
@@ -115,10 +97,7 @@ class Records:
     def epoch(self, row: dict[str, Any], layers: Sequence[Sequence[Any]], state: Mapping[str, Tensor]) -> None:
         """Records an epoch that was published, and leaves nothing of it or of later ones twice; the last is `final`.
 
-        Args:
-            row: see `row`.
-            layers: the rows that `layer_rows` made of the grafting before this epoch, if there was one.
-            state: the state dict that was published.
+        `layers` are the rows that `layer_rows` made of the grafting before this epoch, if there was one.
         """
         epoch, network = row["epoch"], self.ring.network
         self.best_score, self.best = row["best_score"], row["best"]
@@ -143,9 +122,9 @@ class Records:
 
     def save(self, kind: str, row: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
         """Writes best or final: tensors on the CPU, and what whoever uses the network needs to know."""
-        on_cpu = {key: entry.cpu() for key, entry in state.items()}
-        figures = {"epoch": row["epoch"], "accuracy": row["test_accuracy"], "best": row["best"]}
-        save(self.ring.file(kind), {self.ring.key: on_cpu, **figures, **self.about})
+        contents = {self.ring.key: {key: entry.cpu() for key, entry in state.items()}, **self.about}
+        contents |= {"epoch": row["epoch"], "accuracy": row["test_accuracy"], "best": row["best"]}
+        save(self.ring.file(kind), contents)
 
     def draw(self, row: Mapping[str, Any], layers: Sequence[Sequence[Any]], grafts: Sequence[Sequence[Any]]) -> None:
         epoch = row["epoch"]
@@ -177,10 +156,8 @@ def layer_rows(epoch: int, layers: Mapping[str, Layer]) -> list[list[Any]]:
 
 
 def log_fields(row: Mapping[str, Any]) -> str:
-    fields = [f"accuracy:{row['test_accuracy']:.3f}", f"best:{row['best']:.3f}"]
-    for name, key in ("val", "val_accuracy"), ("accuracy@5", "test_top5"):
-        if key in row:
-            fields.append(f"{name}:{row[key]:.3f}")
+    shares = {"accuracy": "test_accuracy", "best": "best", "val": "val_accuracy", "accuracy@5": "test_top5"}
+    fields = [f"{name}:{row[column]:.3f}" for name, column in shares.items() if column in row]
     fields += [f"loss:{row['train_loss']:.4f}", f"lr:{row['lr']:.5g}"]
     fields += [f"{phase}:{row[f'{phase}_seconds']:.2f}s" for phase in ("train", "test", "wait", "graft")]
     return "    ".join(fields)
@@ -212,11 +189,8 @@ def follow(
 ) -> Iterator[Any]:
     """Yields an epoch's batches: tells the ring, shows a bar on a terminal, or prints a line every so many batches.
 
-    Args:
-        ring: None where another process speaks for this network.
-        check: called after each batch; raises to end the run.
-        totals: to which each batch is added before the next is asked for (see `loop.means`).
-        lr: the learning rate at the beginning; None for testing.
+    Without a ring, another process speaks for this network. After each batch, which is added to the totals before the
+    next is asked for, `check` may raise. lr is None for testing.
     """
     if ring:
         ring.update("testing") if lr is None else ring.update("training", epoch=epoch, steps=steps, lr=lr)
