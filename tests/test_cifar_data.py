@@ -1,19 +1,15 @@
 """CIFAR's images: every source, the cache that processes share, and the augmentation."""
 
 import contextlib
-import hashlib
 import itertools
 import multiprocessing
 import os
-import pickle
 import shutil
-import signal
 import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pytest
 import torch
@@ -123,28 +119,15 @@ def test_every_image_comes_once_in_batches_that_are_whole_but_the_last(split, au
 # ---- Which of them
 
 
-@pytest.fixture
-def images(split):
-    return Images(split, None, split, [str(k) for k in range(50)], [])
-
-
-def test_selected_images_are_the_same_for_everyone(images):
+def test_selected_images_are_the_same_for_everyone(split):
+    images = Images(split, None, split, [str(k) for k in range(50)], [])
     chosen = select(images, 5, 3, 4)
     assert [part.labels.tolist() for part in chosen[:3]] == [[13, 25, 26, 37, 41], [3, 8, 32], [13, 25, 26, 37]]
-    for part in chosen[:3]:
-        assert torch.equal(part.images, images.train.images[part.labels])
-    assert select(images) == images
+    assert all(torch.equal(part.images, split.images[part.labels]) for part in chosen[:3])
     held_out = select(images, val=20)
     assert sorted(held_out.train.labels.tolist() + held_out.val.labels.tolist()) == list(range(50))
-
-
-def test_too_many_images_are_refused(images, split):
-    for options, words in (
-        ((40, 11), "51 training images are asked for, and there are 50"),
-        ((None, 0, 51), "51 test images are asked for, and there are 50"),
-    ):
-        with pytest.raises(DataError, match=words):
-            select(images, *options)
+    with pytest.raises(DataError, match="51 training images are asked for, and there are 50"):
+        select(images, 40, 11)
     with pytest.raises(DataError, match=r"got --val 5, but these images have a val/ .*: leave out --val"):
         select(images._replace(val=split), val=5)
 
@@ -206,30 +189,25 @@ def test_the_second_start_decodes_nothing_and_maps_the_cache(folder, decoded, ca
     assert load(folder).train.images.any(), "writing to the images changes no file"
 
 
-def test_a_changed_folder_is_decoded_again(folder, decoded):
+def test_a_changed_folder_and_a_damaged_cache_are_decoded_again(folder, decoded):
     load(folder)
     for change in (
-        lambda: save(picture(99), folder / "train/cat/9.png"),
         lambda: (folder / "train/cat/1.png").rename(folder / "train/dog/9.png"),
         lambda: os.utime(folder / "train/cat/2.png", ns=(1, 1)),
+        lambda: damage(caches(folder)[0]),
     ):
         decoded.clear()
         change()
         images = load(folder)
-        assert len(decoded) == len(images.train.images) + len(images.test.images)
-        assert len(caches(folder)) == 1, "the old cache is gone"
+        assert len(decoded) == 10 and len(caches(folder)) == 1, "the old cache is gone"
         expected = [data.read_image(path) for path in sorted((folder / "train/cat").iterdir())]
         assert np.array_equal(images.train.images[: len(expected)], expected)
 
 
-def test_a_damaged_cache_is_made_again(folder, decoded):
-    expected, (cache,) = load(folder).train.images.clone(), caches(folder)
-    content = bytearray(cache.read_bytes())
+def damage(path):
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    cache.write_bytes(content)
-    assert torch.equal(load(folder).train.images, expected) and len(decoded) == 20
-    load(folder)
-    assert len(decoded) == 20
+    path.write_bytes(content)
 
 
 def test_where_the_folder_cannot_be_written_the_cache_is_the_users_or_in_memory(folder, user_cache, decoded):
@@ -244,110 +222,54 @@ def test_where_the_folder_cannot_be_written_the_cache_is_the_users_or_in_memory(
     assert "the images are kept in memory: neither" in images.notes[0]
 
 
-def test_of_processes_that_start_together_one_decodes_and_of_one_that_is_killed_nothing_is_read(folder):
-    fork = multiprocessing.get_context("fork")
-
-    def start():
-        process = fork.Process(target=log_sum, args=[folder], daemon=True)
-        process.start()
-        return process
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", lambda *names: os.kill(os.getpid(), signal.SIGKILL))
-        killed = start()
-        killed.join(120)
-    assert killed.exitcode == -signal.SIGKILL
-    assert {path.suffix for path in (folder / ".grafting_cache").iterdir()} == {".tmp", ".lock"}
-    (folder / "log").unlink()
-    for process in [start(), start()]:
-        process.join(120)
-    said = (folder / "log").read_text()
-    assert said.count("Decoding") == 1 and said.count(f"{int(load(folder).train.images.sum())}\n") == 2
-    assert not list((folder / ".grafting_cache").glob("*.tmp")) and len(caches(folder)) == 1
-
-
 def log_sum(folder):
     with open(folder / "log", "a", buffering=1) as log, contextlib.redirect_stdout(log):
         print(int(load(folder).train.images.sum()))
 
 
-def test_a_wait_says_for_what_and_ends(folder, monkeypatch, capsys):
-    path = folder / ".grafting_cache" / "images.lock"
-    path.parent.mkdir()
-    with filelock.FileLock(path) as held:
-        acquire = filelock.FileLock.acquire
-        monkeypatch.setattr(filelock.FileLock, "acquire", lambda self, timeout: acquire(self, timeout=0))
-        assert held.is_locked and load(folder).notes == [], "decoded for the user's own cache"
-    said = f"Waiting for another process, which prepares the images in {path.parent} ..."
-    assert said in capsys.readouterr().out.splitlines()
+def test_of_processes_that_start_together_one_decodes(folder):
+    processes = [multiprocessing.get_context("fork").Process(target=log_sum, args=[folder]) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    said = (folder / "log").read_text()
+    assert said.count("Decoding") == 1 and said.count(f"{int(load(folder).train.images.sum())}\n") == 2
 
 
-# ---- The standard files
+# ---- The standard files, which torchvision downloads and checks
 
 
-@pytest.fixture(params=[10, 100])
-def standard(request, tmp_path, monkeypatch):
-    """cifar, its files in miniature, torchvision's class, and a check of the images."""
-    cifar = request.param
-    dataset = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[cifar]
-    generator, key = np.random.default_rng(cifar), {10: "labels", 100: "fine_labels"}[cifar]
-    folder, sums, images, labels = tmp_path / "elsewhere" / dataset.base_folder, {}, {}, {}
-    folder.mkdir(parents=True)
+def test_the_standard_files_are_read_once(tmp_path, monkeypatch):
+    made = []
 
-    def write(name, content):
-        (folder / name).write_bytes(pickle.dumps(content))
-        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    class Standard(datasets.CIFAR100):
+        def __init__(self, root, train, download):
+            made.append((root, train, download))
+            self.data = np.full((3, 32, 32, 3), 7 + train, dtype=np.uint8)
+            self.targets, self.classes = [0, 99, 5], [f"class {k}" for k in range(100)]
 
-    for name, _ in dataset.train_list + dataset.test_list:
-        images[name] = generator.integers(256, size=(4, 3, 32, 32), dtype=np.uint8)
-        labels[name] = generator.integers(cifar, size=4).tolist()
-        write(name, {"data": images[name].reshape(4, -1), key: labels[name]})
-    write(dataset.meta["filename"], {dataset.meta["key"]: [f"class {k}" for k in range(cifar)]})
-    for files in ("train_list", "test_list"):
-        monkeypatch.setattr(dataset, files, [[name, sums[name]] for name, _ in getattr(dataset, files)])
-    monkeypatch.setattr(dataset, "meta", dataset.meta | {"md5": sums[dataset.meta["filename"]]})
-
-    def check(loaded):
-        assert loaded.classes == [f"class {k}" for k in range(cifar)] and loaded.val is None
-        for split, files in ((loaded.train, dataset.train_list), (loaded.test, dataset.test_list)):
-            expected = np.concatenate([images[name] for name, _ in files]).transpose(0, 2, 3, 1)
-            assert np.array_equal(split.images, expected) and split.images.is_contiguous()
-            assert split.labels.tolist() == [label for name, _ in files for label in labels[name]]
-
-    yield cifar, folder, dataset, check
+    monkeypatch.setattr(data, "CIFAR100", Standard)
+    for _ in range(2):
+        images = load(tmp_path, 100)
+        assert images.val is None and images.classes[99] == "class 99"
+        assert [split.images.unique().item() for split in (images.train, images.test)] == [8, 7]
+        assert images.train.labels.tolist() == [0, 99, 5]
+    assert made == [(tmp_path, True, True), (tmp_path, False, True)]
+    assert data.socket.getdefaulttimeout() == 30, "a silent firewall"
     data.socket.setdefaulttimeout(None)
 
 
-@pytest.fixture
-def target(tmp_path):
-    (tmp_path / "data").mkdir()
-    return tmp_path / "data"
-
-
-def test_an_empty_folder_gets_the_download_which_is_read_once(standard, target, monkeypatch):
-    cifar, files, dataset, check = standard
-
-    def download(self):
-        shutil.copytree(files, Path(self.root, self.base_folder), dirs_exist_ok=True)
-
-    monkeypatch.setattr(dataset, "download", download)
-    check(load(target, cifar))
-    assert (target / dataset.base_folder).is_dir() and data.socket.getdefaulttimeout() == 30  # a silent firewall
-    monkeypatch.setattr(data, "_read_standard", None)
-    check(load(target, cifar))
-
-
-def test_without_a_network_the_user_is_told_what_to_put_where(standard, target, monkeypatch):
-    cifar, _, dataset, _ = standard
-
+def test_without_a_network_the_user_is_told_what_to_put_where(tmp_path, monkeypatch):
     def unreachable(*arguments, **options):
         raise urllib.error.URLError("Network is unreachable")
 
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(DataError) as caught:
-        load(target, cifar)
+        load(tmp_path)
     assert "Network is unreachable" in str(caught.value)
-    assert str(caught.value).endswith(f"put {dataset.filename} from {dataset.url} into {target}")
+    archive = "cifar-10-python.tar.gz"
+    assert str(caught.value).endswith(f"put {archive} from https://www.cs.toronto.edu/~kriz/{archive} into {tmp_path}")
 
 
 def test_glyphs_are_drawn_once(tmp_path, monkeypatch):
