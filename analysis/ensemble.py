@@ -11,7 +11,7 @@ pass over the training images.
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
 from analysis.loading import Trained, autocast, batches_of, load_images, load_trained, scores_of
-from analysis.runs import ends, mean_and_deviation, program, table
+from analysis.runs import mean_and_deviation, program, table
 from filter_grafting.checkpoint import write_atomically
 from filter_grafting.errors import GraftingError
 from filter_grafting.membership import observe
@@ -36,17 +36,19 @@ weights (none where the models differ), with batch-norm statistics of its own, t
 as in training (cropped, mirrored)."""
 
 
-# ---- The mathematics
-
-
-def average_softmax(scores: Sequence[Tensor]) -> Tensor:
-    """The ensemble's probabilities (n, classes), from each network's class scores (n, classes)."""
-    return torch.stack([score.softmax(1) for score in scores]).mean(0)
-
-
-def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """In percent."""
-    return 100 * (scores.argmax(1) == labels).double().mean().item()
+def find(directory: Path, which: str) -> list[Path]:
+    """The checkpoints of all networks of a run. Raises GraftingError if one is missing."""
+    paths = []
+    for status in observe(directory):
+        stem = f"{which}{status.network}"
+        found = [*directory.glob(f"{stem}.*")]
+        if not found:
+            advice = "wait until it is done, continue it with --resume, or test --which best"
+            raise GraftingError(f"{directory / stem} is missing (network {status.network}: {status}): {advice}")
+        paths += found
+    if not paths:
+        raise GraftingError(f"{directory} is not the save directory of a run")
+    return paths
 
 
 def reestimate(trained: Trained, images: Images, device: torch.device) -> None:
@@ -61,39 +63,23 @@ def reestimate(trained: Trained, images: Images, device: torch.device) -> None:
         update_bn(batches_of(trained, images.train, device, size, train=True).epoch(0), trained.model)
 
 
-# ---- The runs
-
-
-def find(directories: Iterable[Path], which: str) -> list[Path]:
-    """The checkpoints of all networks of some runs. Raises GraftingError if one is missing."""
-    paths = []
-    for directory in {directory.resolve(): directory for directory in directories}.values():
-        statuses = observe(directory)
-        if not statuses:
-            raise GraftingError(f"{directory} is not the save directory of a run")
-        for status in statuses:
-            stem = f"{which}{status.network}"
-            found = [*directory.glob(f"{stem}.*")]
-            if not found:
-                advice = "wait until it is done, continue it with --resume, or test --which best"
-                raise GraftingError(f"{directory / stem} is missing (network {status.network}: {status}): {advice}")
-            paths += found
-    return paths
-
-
 def test(members: Sequence[Trained], images: Images, device: torch.device) -> dict[str, Any]:
-    """Accuracies of the networks, of their ensemble, and of the average of their weights."""
-    scores = [scores_of(member, images.test, device) for member in members]
-    alone, average = [accuracy(*own) for own in scores], None
-    ensemble = accuracy(average_softmax([own for own, _ in scores]), scores[0][1])
+    """Accuracies (%) of the networks, of their ensemble, and of the average of their weights."""
+
+    def accuracy(scores: Tensor) -> float:
+        return 100 * (scores.argmax(1) == labels).double().mean().item()
+
+    scores, (labels, *_) = zip(*(scores_of(member, images.test, device) for member in members), strict=True)
+    found = {"networks": list(map(accuracy, scores)), "weight_average": None}
+    found["ensemble"] = accuracy(torch.stack([own.softmax(1) for own in scores]).mean(0))
     if len({member.name for member in members}) == 1:
         averaged = AveragedModel(members[0].model)
         for member in members:
             averaged.update_parameters(member.model)
         one = members[0]._replace(model=averaged.module)
         reestimate(one, images, device)
-        average = accuracy(*scores_of(one, images.test, device))
-    return {"networks": alone, "ensemble": ensemble, "weight_average": average}
+        found["weight_average"] = accuracy(scores_of(one, images.test, device)[0])
+    return found
 
 
 def main() -> int:
@@ -106,18 +92,20 @@ def main() -> int:
     add("--json", metavar="FILE", type=path, help="a file for the accuracies, in percent")
     args = parser.parse_args()
     device = pick_device(args.device)
-    paths = find(args.directories, args.which)
-    members = [load_trained(path, device=device) for path in paths]
+    directories = dict.fromkeys(directory.resolve() for directory in args.directories)
+    members = [load_trained(file, device=device) for one in directories for file in find(one, args.which)]
     first = members[0]
     for other in members[1:]:
         if (other.classes, other.image_size) != (first.classes, first.image_size):
             raise GraftingError(f"{first.path} and {other.path} have other classes or image sizes: test them apart")
     images = load_images(first, args.data)
-    found = {"members": [str(path) for path in paths], **test(members, images, device)}
+    found = {"members": [str(member.path) for member in members]} | test(members, images, device)
+
     rows = []
-    for end, member, value in zip(ends(paths), members, found["networks"], strict=True):
+    for member, accuracy in zip(members, found["networks"], strict=True):
+        end, epoch = "/".join(member.path.parts[-2:]), member.contents.get("epoch", "–")
         saved = mean_and_deviation([member.contents.get("accuracy")], 2)
-        rows.append([end, member.name, member.contents.get("epoch", "–"), f"{value:.2f}", saved])
+        rows.append([end, member.name, epoch, f"{accuracy:.2f}", saved])
     averages = {f"mean of {len(members)}": found["networks"]}
     averages |= {"ensemble": [found["ensemble"]], "weight average": [found["weight_average"]]}
     rows += [[name, "", "", mean_and_deviation(values, 2), ""] for name, values in averages.items()]

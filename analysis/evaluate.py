@@ -9,7 +9,6 @@ Model and settings are those that the file records, and so are the images, where
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -18,11 +17,6 @@ from analysis.loading import file_parser, load_images, load_trained, scores_of
 from analysis.runs import mean_and_deviation, program, table
 from training.flags import path
 from training.process import pick_device
-
-
-def confusion_matrix(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> np.ndarray:
-    """How many images of each class (row) are taken for each class (column): (classes, classes)."""
-    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes).numpy()
 
 
 def main() -> int:
@@ -38,7 +32,10 @@ def main() -> int:
     trained = load_trained(args.file, args.model, device)
     images = load_images(trained, args.data)
     scores, labels = scores_of(trained, images.test, device)
-    matrix = confusion_matrix(scores.argmax(1), labels, len(images.classes))
+    classes = len(images.classes)
+    # How many images of each class (row) are taken for each class (column).
+    pairs = torch.bincount(labels * classes + scores.argmax(1), minlength=classes**2)
+    matrix = pairs.view(classes, classes).numpy()
 
     frame = pd.DataFrame({"class": images.classes, "images": matrix.sum(1)})
     shares = 100 * matrix.diagonal() / frame["images"].clip(lower=1)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
-from analysis.loading import Trained, command_of, file_parser, load_trained
-from analysis.runs import count_filters, program
+from analysis.loading import Trained, file_parser, load_trained
+from analysis.runs import count_filters, mean_and_deviation, program
 from filter_grafting.errors import GraftingError
 from filter_grafting.membership import printable
 from training.flags import path
@@ -62,26 +62,6 @@ The names of the classes are in `config.json`, in the order of the scores.
 
 Filter grafting: Meng et al., *Filter Grafting for Deep Neural Networks*, CVPR 2020, arXiv 2001.05868.
 """
-
-
-def main() -> int:
-    parser = file_parser(__doc__)
-    parser.add_argument("out", metavar="OUT", type=path, help="the folder to make; it must not exist")
-    parser.add_argument("--name", help="of the model, in its card (default: the folder's)")
-    args = parser.parse_args()
-    trained = load_trained(args.file, args.model)
-    config = config_of(trained)
-    args.out.mkdir(parents=True)
-    try:
-        for name, write in FILES.items():
-            print(f"- {write_and_check(trained, args.out / name, write)}")
-        (args.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (args.out / "README.md").write_text(card(config, args.name or args.out.resolve().name, trained))
-    except BaseException:
-        shutil.rmtree(args.out)  # all is there and right, or nothing
-        raise
-    print(f"- {args.out / 'config.json'}, README.md")
-    return 0
 
 
 # ---- The files: each function writes one, loads it again, and returns what it makes of the example
@@ -133,9 +113,6 @@ def write_and_check(trained: Trained, path: Path, write: Callable[[nn.Module, Te
     return path.name
 
 
-# ---- What is said of the model
-
-
 def config_of(trained: Trained) -> dict[str, Any]:
     counts, size = count_filters(trained.model.state_dict()), trained.image_size
     return {
@@ -152,14 +129,14 @@ def config_of(trained: Trained) -> dict[str, Any]:
         "invalid_filters": counts["invalid"],  # by threshold of the L1 norm
         "filters": counts["total"],
         "settings": {key: value for key, value in trained.settings.items() if key != "classes"},
-        "command": shlex.join(command_of(trained)),
+        "command": shlex.join(trained.command),
     }
 
 
-def card(config: dict[str, Any], name: str, trained: Trained) -> str:
-    num, side = trained.settings.get("num", 1), config["resize"].get("shorter_side")
+def card(config: dict[str, Any], name: str) -> str:
+    num, side = config["settings"].get("num", 1), config["resize"].get("shorter_side")
     said = {
-        "accuracy": "unknown" if config["accuracy"] is None else f"{config['accuracy']:.2f}",
+        "accuracy": mean_and_deviation([config["accuracy"]], 2),
         "command": config["command"] or "(the file does not say which command)",
         "invalid": ", ".join(f"{count} below {threshold}" for threshold, count in config["invalid_filters"].items()),
         "resized": f"the shorter side resized to {side} pixels, the centre cut out" if side else "resized to 32×32",
@@ -167,6 +144,26 @@ def card(config: dict[str, Any], name: str, trained: Trained) -> str:
         "with_what": "by itself" if num == 1 else f"with filter grafting, as one of {num} networks side by side",
     }
     return CARD.format(**config | said, name=name)
+
+
+def main() -> int:
+    parser = file_parser(__doc__)
+    parser.add_argument("out", metavar="OUT", type=path, help="the folder to make; it must not exist")
+    parser.add_argument("--name", help="of the model, in its card (default: the folder's)")
+    args = parser.parse_args()
+    trained = load_trained(args.file, args.model)
+    config = config_of(trained)
+    args.out.mkdir(parents=True)
+    try:
+        for name, write in FILES.items():
+            print(f"- {write_and_check(trained, args.out / name, write)}")
+        (args.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (args.out / "README.md").write_text(card(config, args.name or args.out.resolve().name))
+    except BaseException:
+        shutil.rmtree(args.out)  # all is there and right, or nothing
+        raise
+    print(f"- {args.out / 'config.json'}, README.md")
+    return 0
 
 
 if __name__ == "__main__":

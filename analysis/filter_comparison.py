@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
-from analysis.runs import THRESHOLDS, count_filters, ends, program, read_checkpoint, table
+from analysis.runs import THRESHOLDS, count_filters, program, read_checkpoint, table
 from filter_grafting.errors import GraftingError
 from filter_grafting.information import SHORTCUT_NAMES
 from training.flags import Parser, number, path
@@ -33,21 +33,19 @@ def main() -> int:
     add("--format", choices=("markdown", "csv", "latex"), default="markdown", help="of the table")
     args = parser.parse_args()
     rows, status = [], 0
-    for label, file in zip(ends(args.checkpoints), args.checkpoints, strict=True):
+    for file in args.checkpoints:
         try:
             counts = count_filters(read_checkpoint(file)[0], args.threshold)
-        except (OSError, GraftingError) as error:
-            reason = error.strerror if isinstance(error, FileNotFoundError) else str(error)
-            print(reason if str(file) in reason else f"{file}: {reason}", file=sys.stderr)
+        except (FileNotFoundError, GraftingError) as error:
+            print(error if str(file) in str(error) else f"{file}: {error}", file=sys.stderr)
             status = 1
             continue
         for threshold, invalid in counts["invalid"].items():
-            row = {"file": label, "threshold": threshold, "invalid": invalid, "total": counts["total"]}
+            row = {"file": str(file), "threshold": threshold, "invalid": invalid, "total": counts["total"]}
             row["ratio (%)"] = f"{100 * invalid / counts['total']:.2f}"
-            row["shortcuts"] = row["shortcuts (%)"] = "–"
-            if total := counts["shortcut_total"]:
-                invalid = counts["shortcut_invalid"][threshold]
-                row |= {"shortcuts": f"{invalid} of {total}", "shortcuts (%)": f"{100 * invalid / total:.2f}"}
+            beside, total = counts["shortcut_invalid"][threshold], counts["shortcut_total"]
+            row["shortcuts"] = f"{beside} of {total}" if total else "–"
+            row["shortcuts (%)"] = f"{100 * beside / total:.2f}" if total else "–"
             rows.append(row)
     if rows:
         frame = pd.DataFrame(rows)

@@ -40,6 +40,12 @@ class Trained(NamedTuple):
     def settings(self) -> dict[str, Any]:
         return self.contents["settings"]
 
+    @property
+    def command(self) -> list[str]:
+        """The words of the command that trained it; none if the file does not say it."""
+        command = self.contents.get("command") or []
+        return shlex.split(command) if isinstance(command, str) else command
+
 
 def file_parser(description: str) -> Parser:
     """A parser with the flags of a program that uses one model."""
@@ -50,7 +56,7 @@ def file_parser(description: str) -> Parser:
 
 
 def load_trained(path: Path, name: str | None = None, device: torch.device | str = "cpu") -> Trained:
-    """Reads and builds a model; `name` is the model's, for a file that does not say it.
+    """Reads and builds a model; `name` is the model's, for a file that does not say it, as the authors' script's.
 
     Raises:
         OSError: if there is no such file.
@@ -61,7 +67,9 @@ def load_trained(path: Path, name: str | None = None, device: torch.device | str
     name = name or contents.get("model") or contents.get("arch") or settings.get("model")
     if name is None:
         raise GraftingError(f"{path} does not say which model it holds: give it with --model")
-    about = assumed(is_cifar, state)
+    script, outputs = cifar if is_cifar else imagenet, [entry for entry in state.values() if entry.dim()][-1]
+    about = {"classes": [str(k) for k in range(len(outputs))], "image_size": 32 if is_cifar else 224}
+    about |= {"mean": list(script.MEAN), "std": list(script.STD)}
     if missing := [key for key in about if contents.get(key) is None]:
         instead = "numbers of classes, and the script's values, are taken"
         print(f"{path} does not say: {', '.join(missing)}; {instead}", file=sys.stderr)
@@ -79,35 +87,11 @@ def load_trained(path: Path, name: str | None = None, device: torch.device | str
     return Trained(path, model, name, is_cifar, contents, **about)
 
 
-def assumed(is_cifar: bool, state: dict[str, Tensor]) -> dict[str, Any]:
-    """What is taken of a model whose file does not say it, as those of the authors' script do not."""
-    script = cifar if is_cifar else imagenet
-    scores = next(len(entry) for entry in reversed(state.values()) if entry.dim())
-    about = {"classes": [str(k) for k in range(scores)], "image_size": 32 if is_cifar else 224}
-    return about | {"mean": list(script.MEAN), "std": list(script.STD)}
-
-
-def image(trained: Trained, path: Path) -> Tensor:
-    """An image file as the model was tested with it: (1, 3, size, size), normalised. Raises DataError."""
-    if trained.is_cifar:
-        pixels = torch.from_numpy(cifar.read_image(path).copy())[None]
-    else:
-        pixels = imagenet.central(imagenet.read_image(str(path)), trained.image_size).permute(1, 2, 0)[None]
-    mean, std = torch.tensor([trained.mean, trained.std]) * 255
-    return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)
-
-
-def command_of(trained: Trained) -> list[str]:
-    """The words of the command that trained it; none if the file does not say it."""
-    command = trained.contents.get("command") or []
-    return shlex.split(command) if isinstance(command, str) else command
-
-
 def load_images(trained: Trained, source: str | Path | None = None) -> Images:
     """The images that the model was trained and tested on, from this source, or from where its command took them."""
     parser = Parser()
     parser.add_argument("--data", default=cifar.DEFAULT_FOLDER if trained.is_cifar else "imagenet")
-    source = source or parser.parse_known_args(command_of(trained))[0].data
+    source = source or parser.parse_known_args(trained.command)[0].data
     if not trained.is_cifar:
         images = imagenet.load(source)
     else:

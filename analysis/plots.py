@@ -4,6 +4,7 @@ A run's colour is the same in every figure, and its networks differ by their das
 networks have a colour each.
 """
 
+import io
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,11 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed
 
 import numpy as np
-import pandas as pd
 from matplotlib import pyplot
-from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from analysis.runs import THRESHOLDS, Network, Run
 
@@ -27,6 +27,7 @@ from analysis.runs import THRESHOLDS, Network, Run
 BLACK = "#000000"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 DASHES = ("-", "--", ":", "-.")
+FORMATS = (".png", ".pdf", ".svg")
 WIDTH = 7.0  # inches: two columns of a paper
 FEW = 20  # epochs, up to which each is marked by a point; classes, up to which confusions are written in numbers
 SMALLEST_NORM = 1e-4  # smaller ones are drawn here: a logarithmic axis has no 0
@@ -55,30 +56,38 @@ COURSES = {
 }
 
 
-def draw(runs: Sequence[Run], out: Path, suffix: str = "png") -> Iterator[Path]:
-    """Draws into the folder what there is to draw, and yields the path of each file."""
+def draw(runs: Sequence[Run], out: Path) -> Iterator[Path]:
+    """Draws what there is to draw into the folder, as PNG; into OUT as PDF or SVG, if it is called OUT.pdf or OUT.svg.
+
+    Yields the path of each file.
+    """
+    folder, suffix = (out.with_suffix(""), out.suffix) if out.suffix in FORMATS else (out, ".png")
+    folder.mkdir(parents=True, exist_ok=True)
     networks = [network for run in runs for network in run.networks]
     for name, (columns, ylabel) in COURSES.items():
         if any(column in network.metrics for network in networks if len(network.metrics) for column in columns):
-            yield save(courses(runs, columns, ylabel), out / f"{name}.{suffix}")
+            yield save(courses(runs, columns, ylabel), folder / f"{name}{suffix}")
     for run in runs:
         if any(len(network.coefficients) for network in run.networks):
             name = re.sub(r"[^\w.-]+", "_", run.label)
-            yield save(coefficients(run), out / f"coefficients_{name}.{suffix}")
+            yield save(coefficients(run), folder / f"coefficients_{name}{suffix}")
     if any(len(network.norms) for network in networks):
-        yield save(filters(runs), out / f"filters.{suffix}")
-    if len({run.method for run in runs if any(len(network.metrics) for network in run.networks)}) > 1:
-        yield save(comparison(runs), out / f"comparison.{suffix}")
+        yield save(filters(runs), folder / f"filters{suffix}")
 
 
 def save(figure: Figure, path: Path) -> Path:
     """Writes a figure in the format of the path's suffix: .png (200 dpi), .pdf or .svg."""
-    figure.savefig(path)
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:])
     pyplot.close(figure)
+    if path.suffix == ".png":  # of few colours: a fraction of the size, and looks the same
+        Image.open(image).convert("RGB").quantize(256).save(path, optimize=True, dpi=(200, 200))
+    else:
+        path.write_bytes(image.getvalue())
     return path
 
 
-# ---- Courses over epochs
+# ---- Runs
 
 
 def courses(runs: Sequence[Run], columns: dict[str, str], ylabel: str) -> Figure:
@@ -88,33 +97,15 @@ def courses(runs: Sequence[Run], columns: dict[str, str], ylabel: str) -> Figure
         for network, style in lines_of(runs):
             if column in network.metrics:  # an older version's may lack it
                 course = network.metrics.set_index("epoch")[column]
-                draw_course(whole, course, style)
-                draw_course(late, course.tail(1 + len(course) // 4), style)
+                for panel, part in (whole, course), (late, course.tail(1 + len(course) // 4)):
+                    panel.plot(part, marker="o" if len(part) <= FEW else "", **style)
         whole.set_title(title)
         late.set(title="last quarter", xlabel="epoch")
+    for panel in panels.flat:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for panel in panels[:, 0]:
         panel.set_ylabel(ylabel)
-    return finish(figure, panels.flat)
-
-
-def comparison(runs: Sequence[Run]) -> Figure:
-    """Baseline against grafted: mean and range of the networks of runs that differ by their seed alone."""
-    groups: dict[tuple[str, frozenset], list[Run]] = {}
-    trained = [run for run in runs if any(len(network.metrics) for network in run.networks)]
-    for run in sorted(trained, key=lambda run: not run.is_baseline):
-        groups.setdefault((run.method, frozenset(run.recipe().items())), []).append(run)
-    figure, panel = pyplot.subplots(figsize=(WIDTH, 3.5))
-    for (method, _), alike in groups.items():
-        metrics = [network.metrics for run in alike for network in run.networks]
-        by_epoch = pd.concat(metrics).groupby("epoch")["test_accuracy"]
-        colour = COLOURS[runs.index(alike[0]) % len(COLOURS)]
-        style = {"color": colour, "label": f"{alike[0].label}: {method} (n = {len(metrics)})"}
-        draw_band(panel, by_epoch.mean(), by_epoch.min(), by_epoch.max(), style)
-    panel.set(title="Mean and range of the networks", xlabel="epoch", ylabel="test accuracy (%)")
-    return finish(figure, [panel])
-
-
-# ---- Layers, filters and classes
+    return with_legend(figure)
 
 
 def coefficients(run: Run) -> Figure:
@@ -125,19 +116,19 @@ def coefficients(run: Run) -> Figure:
     height = min(7.0, 1.3 + 0.12 * len(layers))
     figure, panels = pyplot.subplots(1, len(networks), figsize=(WIDTH, height), sharey=True, squeeze=False)
     for panel, network in zip(panels.flat, networks, strict=True):
-        # Of an epoch that ran twice, as its network was killed at its end, the last rows count.
-        grid = network.coefficients.pivot_table("coefficient", index="layer", columns="epoch", aggfunc="last")
+        grid = network.coefficients.pivot(index="layer", columns="epoch", values="coefficient")
         first, last = grid.columns.min(), grid.columns.max()
         grid = grid.reindex(index=layers, columns=range(first, last + 1))  # an epoch without coefficients is a gap
         place = {"extent": (first - 0.5, last + 0.5, len(layers) - 0.5, -0.5), "aspect": "auto"}
         image = panel.imshow(grid, cmap="PuOr", vmin=0.5 - reach, vmax=0.5 + reach, interpolation="nearest", **place)
         panel.set(title=f"network {network.number}", xlabel="epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(False)
     every = math.ceil(len(layers) / 50)  # as many names can be read
     panels[0, 0].set_yticks(range(0, len(layers), every), layers[::every], fontsize=6)
     figure.suptitle(f"{run.label}: share of its own weights that each layer keeps")
     figure.colorbar(image, ax=panels, label="coefficient")
-    return finish(figure, panels.flat, legend=False)
+    return figure
 
 
 def filters(runs: Sequence[Run]) -> Figure:
@@ -145,7 +136,7 @@ def filters(runs: Sequence[Run]) -> Figure:
     figure, panel = pyplot.subplots(figsize=(WIDTH, 3.5), subplot_kw={"xscale": "log"})
     for network, style in lines_of(runs):
         if len(network.norms):  # what is NaN is invalid
-            panel.ecdf(np.maximum(np.nan_to_num(network.norms), SMALLEST_NORM), **style)
+            panel.ecdf(network.norms.double().nan_to_num().clamp(min=SMALLEST_NORM).numpy(), **style)
     for threshold in THRESHOLDS:
         panel.axvline(threshold, color="grey", linestyle="--", linewidth=0.8)
     panel.set_xlim(left=min(THRESHOLDS) / 10)
@@ -153,29 +144,7 @@ def filters(runs: Sequence[Run]) -> Figure:
     panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
     panel.set(title="Filters by L1 norm; those left of the dashed lines are invalid")
     panel.set(xlabel="L1 norm", ylabel="filters under this norm (%)")
-    return finish(figure, [])
-
-
-def confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """How often (in % of a class's images) images of each class (row) are taken for each class (column)."""
-    shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    size = min(WIDTH, 2.6 + 0.42 * len(classes))
-    figure, panel = pyplot.subplots(figsize=(size + 0.6, size))
-    # A root of the share, so that rare confusions are seen beside the diagonal.
-    image = panel.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0, 100))
-    names = classes if len(classes) <= 100 else ()
-    panel.set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= FEW else 4)
-    panel.set_yticks(range(len(names)), names, fontsize=8 if len(names) <= FEW else 4)
-    for row, column in np.argwhere(matrix) if len(classes) <= FEW else ():
-        colour = "black" if shares[row, column] > 35 else "white"
-        panel.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    panel.set(title=title, xlabel="predicted class", ylabel="class")
-    panel.grid(False)
-    figure.colorbar(image, ax=panel, label="% of the class's images", shrink=0.8)
-    return figure
-
-
-# ---- What they share
+    return with_legend(figure)
 
 
 def lines_of(runs: Sequence[Run]) -> Iterator[tuple[Network, dict]]:
@@ -190,23 +159,33 @@ def lines_of(runs: Sequence[Run]) -> Iterator[tuple[Network, dict]]:
             yield network, {"color": COLOURS[place % len(COLOURS)], "linestyle": dash, "label": label}
 
 
-def draw_course(panel: Axes, course: pd.Series, style: dict) -> None:
-    """Values by epoch."""
-    panel.plot(course.index, course, marker="o" if len(course) <= FEW else "", **style)
+def with_legend(figure: Figure) -> Figure:
+    """The legend of the first panel below all of them, in room of its own."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = 2 if max(map(len, labels), default=0) < 50 else 1
+    figure.set_figheight(figure.get_figheight() + 0.18 * math.ceil(len(labels) / columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    return figure
 
 
-def draw_band(panel: Axes, course: pd.Series, low: pd.Series, high: pd.Series, style: dict) -> None:
-    draw_course(panel, course, style)
-    panel.fill_between(course.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
+# ---- A model
 
 
-def finish(figure: Figure, over_epochs: Sequence[Axes], legend: bool = True) -> Figure:
-    """Whole epochs on the axes, and the legend below the panels, in room of its own."""
-    for panel in over_epochs:
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if legend:
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        columns = 2 if max(map(len, labels), default=0) < 50 else 1
-        figure.set_figheight(figure.get_figheight() + 0.18 * math.ceil(len(labels) / columns))
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+def confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
+    """How often (in % of a class's images) images of each class (row) are taken for each class (column)."""
+    shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    size = min(WIDTH, 2.6 + 0.42 * len(classes))
+    figure, panel = pyplot.subplots(figsize=(size + 0.6, size))
+    # A root of the share, so that rare confusions are seen beside the diagonal.
+    image = panel.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0, 100))
+    names = classes if len(classes) <= 100 else ()
+    fontsize = 8 if len(names) <= FEW else 4
+    panel.set_xticks(range(len(names)), names, rotation=90, fontsize=fontsize)
+    panel.set_yticks(range(len(names)), names, fontsize=fontsize)
+    for row, column in np.argwhere(matrix) if len(classes) <= FEW else ():
+        colour = "black" if shares[row, column] > 35 else "white"
+        panel.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    panel.set(title=title, xlabel="predicted class", ylabel="class")
+    panel.grid(False)
+    figure.colorbar(image, ax=panel, label="% of the class's images", shrink=0.8)
     return figure

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
-from analysis.runs import THRESHOLDS, Network, Run, find_runs, labels, mean_and_deviation, program, read_run, table
+from analysis.runs import THRESHOLDS, Network, Run, find_runs, labels, program, read_run, table
 from filter_grafting.membership import printable
 from training.flags import Parser, path
 
@@ -23,14 +23,34 @@ GRAFTING = {"num", "a", "c", "level", "method", "scion", "criterion", "difflr"} 
 COLUMNS = ["run", "network", "model", "method", "epochs", "best", "last", "gain", "seconds_per_epoch"]
 COLUMNS += ["total", "shortcut_total", "state", "file", "directory", "classes"]
 COLUMNS += [f"{kind}invalid_{threshold}" for kind in ("", "shortcut_") for threshold in THRESHOLDS]
+# Those that people look at, how they are called then, and the form of their values.
+SHOWN = {"run": ("run", "{}"), "network": ("network", "{}"), "epochs": ("epochs", "{}")}
+SHOWN |= {"best": ("best %", "{:.2f}"), "last": ("last %", "{:.2f}"), "gain": ("gain", "{:+.2f}")}
+SHOWN |= {f"invalid_{threshold}": (f"<{threshold}", "{:.0f}") for threshold in THRESHOLDS}
+SHOWN |= {"seconds_per_epoch": ("s/epoch", "{:.1f}")}
 CAPTION = """\
-Best and last: test accuracy in %, of a run with several networks their mean ± sample standard deviation; the best epoch
-was chosen on the images of --val or, without, on the test images. Gain: over the baseline of the same settings, in
-percentage points, at the last epoch that both have. <0.1, <0.01: filters with an L1 norm below (shortcuts apart, see
---format csv). s/epoch: median."""
+Best and last: test accuracy in %; the best epoch was chosen on the images of --val or, without, on the test images.
+Gain: over the baseline of the same settings, in percentage points, at the last epoch that both have. <0.1, <0.01:
+filters with an L1 norm below (shortcuts apart, see --format csv). s/epoch: median."""
 
 
-# ---- What is known of each network
+def frame_of(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row for each network, and for what has none: an ensemble, or a run that cannot be read."""
+    rows = []
+    for run in runs:
+        about = {"run": run.label, "model": run.model, "method": run.method, "directory": run.directory}
+        about["classes"] = str(run.settings.get("classes", ""))
+        if not run.networks:
+            rows.append(about | {"last": run.record.get("ensemble", {}).get("ensemble")})
+        for network in run.networks:
+            row = {"network": network.number, "epochs": len(network.metrics), "state": progress(run, network)}
+            row |= {"seconds_per_epoch": network.seconds_per_epoch, "file": network.best_file or ""}
+            if len(network.metrics):
+                end = network.metrics.iloc[-1]
+                row |= {"best": end["best"], "last": end["test_accuracy"], "gain": gain(run, network, runs)}
+            rows.append(about | row | network.filters)
+    # invalid_0.1 of {"invalid": {"0.1": 3}}
+    return pd.json_normalize(rows, sep="_").reindex(columns=COLUMNS).convert_dtypes().round(4)
 
 
 def gain(run: Run, network: Network, runs: Sequence[Run]) -> float:
@@ -38,101 +58,46 @@ def gain(run: Run, network: Network, runs: Sequence[Run]) -> float:
 
     Its settings are all but those of grafting; of several baselines that of the same seed counts, or else all.
     """
-    recipe = run.recipe(GRAFTING)
-    alike = [other for other in runs if recipe and other.is_baseline and other.recipe(GRAFTING) == recipe]
+    alike = [other for other in runs if other.is_baseline and other.recipe(GRAFTING) == run.recipe(GRAFTING)]
     alike = [other for other in alike if other.settings.get("seed") == run.settings.get("seed")] or alike
-    if run.is_baseline or not alike:
+    courses = [one.metrics["test_accuracy"] for one in (network, *(other.networks[0] for other in alike))]
+    epochs = min(map(len, courses))
+    if run.is_baseline or not alike or not epochs:
         return math.nan
-    networks = [network, *(other.networks[0] for other in alike)]
-    courses = pd.concat([one.metrics.set_index("epoch")["test_accuracy"] for one in networks], axis=1, join="inner")
-    return courses.iloc[-1, 0] - courses.iloc[-1, 1:].mean() if len(courses) else math.nan
+    own, *baselines = (course[epochs - 1] for course in courses)
+    return own - sum(baselines) / len(baselines)
 
 
 def progress(run: Run, network: Network) -> str:
     """`done`, or how far an unfinished network is: `epoch 50 of 200, waiting for network 1`."""
-    status = network.status
-    if status is None or status.state == "done":
-        return "done"
-    if not len(network.metrics):
-        return f"{status}, no epoch has ended"
-    return f"epoch {len(network.metrics)} of {status.epochs or run.settings.get('epochs', '?')}, {status}"
+    epochs = run.settings.get("epochs", "?")
+    return "done" if network.is_done else f"epoch {len(network.metrics)} of {epochs}, {network.status}"
 
 
-def frame_of(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each network."""
-    rows = []
-    for run in runs:
-        about = {"run": run.label, "model": run.model, "method": run.method, "directory": run.directory}
-        about["classes"] = str(run.settings.get("classes", ""))
-        for network in run.networks:
-            row = {"network": network.number, "epochs": len(network.metrics), "best": network.best}
-            row |= {"last": network.last, "gain": gain(run, network, runs), "state": progress(run, network)}
-            row |= {"seconds_per_epoch": network.seconds_per_epoch, "file": network.best_file or ""}
-            rows.append(about | row | network.filters)
-    # invalid_0.1 of {"invalid": {"0.1": 3}}
-    return pd.json_normalize(rows, sep="_").reindex(columns=COLUMNS).round(4)
+def notes_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """What has to be said of a run: (its label, a sentence)."""
+    errors = [(run.label, sentence) for run in runs for sentence in run.errors]
+    states = [(run.label, one.number, progress(run, one)) for run in runs for one in run.networks if not one.is_done]
+    return errors + [(label, f"network {number}: {state}") for label, number, state in states]
 
 
-def best_networks(frame: pd.DataFrame) -> pd.Index:
-    """A row for each number of classes: accuracies on other data sets cannot be compared."""
-    return pd.Index(frame.dropna(subset="best").groupby("classes", sort=False)["best"].idxmax())
-
-
-# ---- The table for people
-
-
-def text_table(runs: Sequence[Run], frame: pd.DataFrame, style: str) -> tuple[str, list[str]]:
-    """The table, and the sentences below it that its numbers in brackets refer to."""
-    rows, notes = [], []
-    best = best_networks(frame)
-    for run in runs:
-        own, name = frame[frame["directory"] == run.directory], run.label
-        if (run.networks or run.record) and run.method != run.label:
-            name += f": {run.method}"
-        rows.append(row_of(name, own, best))
-        if "ensemble" in run.record:
-            rows[-1]["last %"] = f"{run.record['ensemble']['ensemble']:.2f}"
-        states = zip(own["network"], own["state"], strict=True)
-        for sentence in [*run.errors, *(f"network {i}: {state}" for i, state in states if state != "done")]:
-            notes.append(f"{run.label}: {sentence}")
-            rows[-1]["epochs"] += f" [{len(notes)}]"
-        if len(own) > 1:
-            rows += [row_of(f"· network {own['network'][at]}", own.loc[[at]], best) for at in own.index]
-    texts = pd.DataFrame(rows)
-    return table(narrowed(texts) if style == "markdown" else texts, style, right=list(texts)[1:]), notes
-
-
-def row_of(name: str, networks: pd.DataFrame, best: pd.Index) -> dict[str, str]:
-    """The texts of a row: of one network, with a star if it is a best one, or the means of several."""
-
-    def mean(column: str, form: str) -> str:
-        value = networks[column].mean()
-        return "–" if math.isnan(value) else format(value, form)
-
-    row = {"run": name, "epochs": "/".join(map(str, sorted(set(networks["epochs"]))))}
-    row |= {f"{which} %": mean_and_deviation(networks[which], 2) for which in ("best", "last")}
-    row["best %"] += " *" * (len(networks) == 1 and networks.index[0] in best)
-    row["gain"] = mean("gain", "+.2f").removesuffix("–")
-    row |= {f"<{threshold}": mean(f"invalid_{threshold}", ".1f").removesuffix(".0") for threshold in THRESHOLDS}
-    return row | {"s/epoch": mean("seconds_per_epoch", ".1f")}
-
-
-def narrowed(texts: pd.DataFrame) -> pd.DataFrame:
-    """With names cut so that the table is no wider than WIDTH."""
-    widths = [max(len(name), texts[name].str.len().max()) for name in texts]
-    room = max(12, WIDTH - sum(widths[1:]) - 3 * len(widths) - 1)
-    return texts.assign(run=[name if len(name) <= room else f"{name[: room - 1]}…" for name in texts["run"]])
-
-
-def sentences(frame: pd.DataFrame) -> list[str]:
-    """What is said below the table."""
-    said, best = [], frame.loc[best_networks(frame)]
-    for _, one in best.iterrows():
-        which = f" in {one['classes']} classes" * (len(best) > 1)
-        file = f": {one['file']}".replace(f" {Path.cwd()}/", " ") if one["file"] else ""
-        said.append(f"* Best{which}: network {one['network']} of {one['run']}, {one['best']:.2f} %{file}")
-    totals = frame.dropna(subset="total").groupby("model")["total"].first()
-    return [*said, CAPTION, *(f"A {model or 'network'} has {total:,.0f} filters." for model, total in totals.items())]
+def texts_of(frame: pd.DataFrame, best: pd.DataFrame, notes: list[tuple[str, str]]) -> pd.DataFrame:
+    """The table for people: no wider than WIDTH, with a star at the best networks and the numbers of the notes."""
+    texts = pd.DataFrame(
+        {
+            name: frame[column].astype(object).map(form.format, na_action="ignore").fillna("–")
+            for column, (name, form) in SHOWN.items()
+        }
+    )
+    texts.loc[best.index, "best %"] += " *"
+    texts["run"] += ": " + frame["method"]
+    for number, (label, _) in enumerate(notes, 1):
+        first = frame.index[frame["run"] == label][:1]
+        texts.loc[first, "epochs"] += f" [{number}]"
+    others = [max(len(name), texts[name].str.len().max()) for name in texts if name != "run"]
+    room = WIDTH - sum(others) - 3 * len(texts.columns) - 1
+    texts["run"] = [name if len(name) <= room else f"{name[: room - 1]}…" for name in texts["run"]]
+    return texts
 
 
 def main() -> int:
@@ -146,22 +111,25 @@ def main() -> int:
     directories = list(dict.fromkeys(found for given in args.directories for found in find_runs(given.absolute())))
     runs = [read_run(one, label) for one, label in zip(directories, labels(directories), strict=True)]
     runs.sort(key=lambda run: (not run.networks, run.model, -run.last, run.label))
-    frame = frame_of(runs)
-    text, notes = text_table(runs, frame, args.format)
+    frame, notes = frame_of(runs), notes_of(runs)
+    # One for each number of classes: accuracies on other data sets cannot be compared.
+    best = frame.loc[frame.dropna(subset="best").groupby("classes", sort=False)["best"].idxmax()]
+    shown = frame if args.format == "csv" else texts_of(frame, best, notes)
+    print(table(shown, args.format, right=list(shown)[1:]), flush=True)
     about = sys.stdout if args.format == "markdown" else sys.stderr  # a table for programs comes alone
-    print(table(frame, "csv") if args.format == "csv" else text, flush=True)
+    print(file=about)
     if args.format == "markdown":
-        print("", *sentences(frame), sep="\n")
-    if notes:
-        print("", *(printable(f"[{k}] {note}") for k, note in enumerate(notes, 1)), sep="\n", file=about)
+        for _, one in best.iterrows():
+            print(f"* Best: network {one['network']} of {one['run']}, {one['best']:.2f} %: {one['file']}")
+        print(CAPTION)
+        for model, total in frame.dropna(subset="total").groupby("model")["total"].first().items():
+            print(f"A {model or 'network'} has {total:,} filters.")
+    for number, (label, sentence) in enumerate(notes, 1):
+        print(printable(f"[{number}] {label}: {sentence}"), file=about)
     if args.plots:
         from analysis import plots  # matplotlib, for those who ask for plots alone
 
-        is_vector = args.plots.suffix in (".pdf", ".svg")
-        folder, kind = (args.plots.with_suffix(""), args.plots.suffix[1:]) if is_vector else (args.plots, "png")
-        folder.mkdir(parents=True, exist_ok=True)
-        files = plots.draw(runs, folder, kind)
-        print("", *(f"- {file}" for file in files), sep="\n", file=about)
+        print("", *(f"- {file}" for file in plots.draw(runs, args.plots)), sep="\n", file=about)
     return int(not any(run.record or run.networks for run in runs))
 
 

@@ -7,9 +7,6 @@ Whatever is missing or damaged is a sentence in `run.errors`; the rest is read, 
 is alive.
 """
 
-import io
-import json
-import math
 import os
 import re
 import sys
@@ -18,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import tabulate
 import torch
@@ -26,7 +22,7 @@ from torch import Tensor
 
 from filter_grafting.errors import GraftingError
 from filter_grafting.information import invalid_filters, norms_by_layer
-from filter_grafting.membership import Status, observe, printable
+from filter_grafting.membership import Status, observe, read_json
 from filter_grafting.membership import read_run as read_record
 from training.models import read_checkpoint
 from training.process import UsageError
@@ -34,31 +30,26 @@ from training.records import THRESHOLDS
 
 SECONDS = ["train_seconds", "test_seconds", "wait_seconds", "graft_seconds"]
 METRICS = ["epoch", "test_accuracy", "best", *SECONDS]  # columns that every version has written
-COEFFICIENTS = ["epoch", "layer", "coefficient"]
+USUAL = {"cos": False, "steplr": False, "difflr": False, "level": "layer", "scion": "external", "criterion": "entropy"}
+USUAL |= {"a": 0.4, "c": 500}  # settings that a method's name leaves out
 tabulate.MIN_PADDING = 0  # columns no wider than need be
 
 
 @dataclass(eq=False)
 class Network:
-    """What one network has left; what could not be read is empty."""
+    """What one network has left; what is not there is empty."""
 
     number: int
     status: Status | None = None  # None of an experiment's result, which is finished
     metrics: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=METRICS, dtype=float))  # a row per epoch
-    coefficients: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=COEFFICIENTS, dtype=float))
-    best_file: Path | None = None  # the checkpoint of its best epoch
+    coefficients: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row per epoch and layer
     filters: dict[str, Any] = field(default_factory=dict)  # see `count_filters`
-    norms: np.ndarray = field(default_factory=lambda: np.empty(0))  # L1, of all filters but the shortcuts'
+    norms: Tensor = field(default_factory=lambda: torch.empty(0))  # L1, of all filters but the shortcuts'
+    best_file: Path | None = None  # the checkpoint of its best epoch
 
     @property
-    def last(self) -> float:
-        """Test accuracy after the last epoch, in %."""
-        return float(self.metrics["test_accuracy"].iloc[-1]) if len(self.metrics) else math.nan
-
-    @property
-    def best(self) -> float:
-        """Test accuracy of the best epoch, as the run has chosen it (by validation, if it had such images), in %."""
-        return float(self.metrics["best"].iloc[-1]) if len(self.metrics) else math.nan
+    def is_done(self) -> bool:
+        return self.status is None or self.status.state == "done"
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -78,40 +69,32 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)  # result.json of an experiment
 
     @property
-    def last(self) -> float:
-        """Mean test accuracy of its networks after the last epoch, in %; 0 if it is not known."""
-        return float(np.nan_to_num(np.mean([network.last for network in self.networks] or [0])))
-
-    @property
     def model(self) -> str:
         return str(self.settings.get("model") or self.settings.get("arch") or "")
 
     @property
     def method(self) -> str:
-        """`baseline`, or `grafting of 2`, with what was not left at its default."""
+        """`baseline`, or `grafting of 2, cos, a 0.6`: with the settings that are not at their defaults."""
         if "ensemble" in self.record:
             return f"ensemble of {len(self.record['ensemble']['members'])}"
-        settings, num = self.settings, len(self.networks)
-        name, scion = settings.get("method", "grafting"), settings.get("scion", "external")
-        a, c = settings.get("a", 0.4), settings.get("c", 500)
-        words = {
-            f"{name} of {num}" if num > 1 else "baseline" if name == "grafting" else name: True,
-            f"{scion} scions": scion != "external",
-            "cosine": settings.get("cos"),
-            "steps": settings.get("steplr"),
-            "dlr": settings.get("difflr"),
-            "filter level": settings.get("level") == "filter",
-            "by L1 norm": settings.get("criterion") == "l1",
-            f"a {a:g}": name == "grafting" and a != 0.4,
-            f"c {c:g}": name == "grafting" and c != 500,
-        }
-        return ", ".join(word for word, is_said in words.items() if is_said)
+        if not self.networks:
+            return "unreadable"
+        name, num = self.settings.get("method", "grafting"), len(self.networks)
+        name = f"{name} of {num}" if num > 1 else "baseline" if name == "grafting" else name
+        said = {key: self.settings.get(key, usual) for key, usual in USUAL.items()}
+        unusual = [f"{key} {value}" for key, value in said.items() if value != USUAL[key]]
+        return ", ".join([name, *unusual]).replace(" True", "")
 
     @property
     def is_baseline(self) -> bool:
         """A single network that nothing is grafted onto."""
-        plain = self.settings.get("method", "grafting") == "grafting"
-        return len(self.networks) == 1 and plain and self.settings.get("scion", "external") == "external"
+        return self.method.startswith("baseline") and "scion" not in self.method
+
+    @property
+    def last(self) -> float:
+        """Mean test accuracy of its networks after the last epoch, in %; 0 if none is known."""
+        ends = [network.metrics["test_accuracy"].iloc[-1] for network in self.networks if len(network.metrics)]
+        return sum(ends) / len(ends) if ends else 0.0
 
     def recipe(self, without: Iterable[str] = ()) -> dict[str, str]:
         """The settings that shaped its outcome: all but the seed and what belongs to one network alone."""
@@ -131,81 +114,51 @@ def find_runs(directory: Path) -> list[Path]:
 def read_run(directory: Path, label: str = "") -> Run:
     """Reads a save directory, or a result of the experiments, as far as it can be read."""
     run = Run(directory, label or directory.name)
-    if (directory / "result.json").exists():
-        _read_result(run)
-        return run
     try:
-        run.settings = read_record(directory)[1]
+        if (directory / "result.json").exists():
+            run.record = read_json(directory / "result.json")
+            run.settings = run.record.get("settings", {})
+            run.networks = [Network(i, filters=found) for i, found in enumerate(run.record.get("filters", ()), 1)]
+        else:
+            run.settings = read_record(directory)[1]
+            run.networks = [Network(status.network, status) for status in observe(directory)]
     except (OSError, ValueError):
-        run.errors.append("not the save directory of a run: there is no run.json that can be read")
-        return run
-    run.networks = [_read_network(run, status) for status in observe(directory)]
+        run.errors.append("not the save directory of a run: there is no run.json or result.json that can be read")
+    for network in run.networks:
+        i, epochs = network.number, run.settings.get("epochs")
+        network.metrics = _read_csv(run, f"metrics{i}.csv", network.metrics)
+        network.coefficients = _read_csv(run, f"coefficients{i}.csv", network.coefficients)
+        if network.is_done and len(network.metrics) != epochs:
+            run.errors.append(f"metrics{i}.csv ends after {len(network.metrics)} of {epochs} epochs")
+        if network.status:
+            _read_checkpoints(run, network)
     return run
 
 
-def _read_network(run: Run, status: Status) -> Network:
-    i, is_done = status.network, status.state == "done"
-    network = Network(i, status)
-    paths = {path.stem: path for path in run.directory.iterdir() if path.suffix in (".t7", ".tar")}
-    final, network.best_file = paths.get(f"final{i}"), paths.get(f"best{i}")
-    if is_done or network.best_file:  # else no epoch has ended
-        _read_tables(run, network, status.epochs if is_done else None)
-    if is_done and not final:
-        run.errors.append(f"final{i} is missing")
-    if path := final or network.best_file:
-        _read_filters(run, network, path)
-    return network
-
-
-def _read_result(run: Run) -> None:
-    """results/<preset>/<run>/seed<k>: result.json has the settings and the counts, beside the networks' CSV files."""
+def _read_csv(run: Run, name: str, empty: pd.DataFrame) -> pd.DataFrame:
+    """The file is replaced as a whole after every epoch; there is none before, and of what a network does not do."""
     try:
-        run.record = dict(json.loads((run.directory / "result.json").read_bytes()))
-        run.settings = dict(run.record.get("settings") or {})
-        for i, filters in enumerate(run.record.get("filters") or (), 1):
-            network = Network(i, filters=dict(filters))
-            _read_tables(run, network, run.settings["epochs"])
-            run.networks.append(network)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        run.errors.append(f"result.json is damaged ({type(error).__name__}: {error})")
-
-
-def _read_tables(run: Run, network: Network, epochs: int | None) -> None:
-    """The CSV files of a network; epochs: how many there must be."""
-    i = network.number
-    network.metrics = _read_csv(run, f"metrics{i}.csv", METRICS)
-    if epochs and len(network.metrics) and (ended := network.metrics["epoch"].iloc[-1] + 1) != epochs:
-        run.errors.append(f"metrics{i}.csv ends after {ended} of {epochs} epochs")
-    if (run.directory / f"coefficients{i}.csv").exists():
-        network.coefficients = _read_csv(run, f"coefficients{i}.csv", COEFFICIENTS)
-
-
-def _read_csv(run: Run, name: str, columns: Sequence[str]) -> pd.DataFrame:
-    """A frame of whole rows; a last one without its newline is being written, and is left out."""
-    try:
-        whole = (run.directory / name).read_text().rpartition("\n")[0]
-        frame = pd.read_csv(io.StringIO(whole), dtype=dict.fromkeys(columns, float) | {"epoch": int, "layer": str})
-        if missing := [column for column in columns if column not in frame]:
-            raise ValueError(f"it has no column {missing[0]}")
-        return frame
-    except FileNotFoundError:
-        run.errors.append(f"{name} is missing")
-    except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
+        return pd.read_csv(run.directory / name, dtype={"layer": str}) if (run.directory / name).exists() else empty
+    except ValueError as error:  # as pandas' errors are
         run.errors.append(f"{name} is damaged: {error}")
-    return pd.DataFrame(columns=columns, dtype=float)
+        return empty
 
 
-def _read_filters(run: Run, network: Network, path: Path) -> None:
-    """Counts the invalid filters in a checkpoint, and takes what it says of the settings."""
-    try:
-        state, contents = read_checkpoint(path)
-        network.filters = count_filters(state)
-        network.norms = torch.cat(list(norms_by_layer(state, shortcuts=False).values())).double().numpy()
-    except (GraftingError, OSError) as error:
-        run.errors.append(str(error).replace(f"{path.parent}/", ""))
-        return
-    data = {"data": contents["data"]} if isinstance(contents.get("data"), str) else {}  # the images' checksum
-    run.settings = contents["settings"] | data | run.settings
+def _read_checkpoints(run: Run, network: Network) -> None:
+    """Counts the filters of the last checkpoint that is kept, and takes what it says of the settings."""
+    files = {path.stem: path for path in run.directory.iterdir() if path.suffix in (".t7", ".tar")}
+    network.best_file, final = files.get(f"best{network.number}"), files.get(f"final{network.number}")
+    if network.is_done and not final:
+        run.errors.append(f"final{network.number} is missing")
+    if path := final or network.best_file:
+        try:
+            state, contents = read_checkpoint(path)
+            network.filters = count_filters(state)
+            network.norms = torch.cat(list(norms_by_layer(state, shortcuts=False).values()))
+            # With the images' checksum: accuracies on other images are not compared.
+            run.settings = contents["settings"] | {"data": contents.get("data", "")} | run.settings
+        except GraftingError as error:
+            run.errors.append(str(error))
 
 
 def count_filters(state: dict[str, Tensor], thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Any]:
@@ -215,25 +168,19 @@ def count_filters(state: dict[str, Tensor], thresholds: Sequence[float] = THRESH
     """
     counts: dict[str, Any] = {}
     for kind, shortcuts in ("", False), ("shortcut_", True):
-        found = {threshold: invalid_filters(state, threshold, shortcuts) for threshold in thresholds}
+        found = {f"{threshold:g}": invalid_filters(state, threshold, shortcuts) for threshold in thresholds}
         counts[f"{kind}total"] = next(total for _, total in found.values())
-        counts[f"{kind}invalid"] = {f"{threshold:g}": invalid for threshold, (invalid, _) in found.items()}
+        counts[f"{kind}invalid"] = {threshold: invalid for threshold, (invalid, _) in found.items()}
     return counts
 
 
 # ---- Saying
 
 
-def ends(paths: Sequence[Path]) -> list[str]:
-    """The paths from where they part: `one/final1.t7` and `two/final1.t7`."""
-    paths = [path.absolute() for path in paths]
-    shared = os.path.commonpath([path.parent for path in paths])
-    return [str(path.relative_to(shared)) for path in paths]
-
-
 def labels(paths: Sequence[Path]) -> list[str]:
     """Names of runs, shortened to what differs between them: `num2` and `num4` of grafting_num2 and grafting_num4."""
-    names = ends(paths)
+    shared_folder = os.path.commonpath([path.parent for path in paths])
+    names = [str(path.relative_to(shared_folder)) for path in paths]
     words = [re.findall(r"[^/_]+[/_]?", name) for name in names]
     shared = set.intersection(*({word.strip("/_") for word in own} for own in words))
     short = ["".join(word for word in own if word.strip("/_") not in shared).strip("/_") for own in words]
@@ -254,13 +201,9 @@ def table(frame: pd.DataFrame, style: str = "markdown", right: Iterable[str] = (
     """A frame of texts as `markdown`, `csv` or `latex`; the columns named in `right` are flush right."""
     if style == "csv":
         return frame.to_csv(index=False).rstrip("\n")
-    return tabulate.tabulate(
-        frame.map(printable).values.tolist(),  # whoever wrote the run's files
-        headers=list(frame),
-        tablefmt={"markdown": "pipe", "latex": "latex_booktabs"}[style],
-        colalign=["right" if column in set(right) else "left" for column in frame],
-        disable_numparse=True,
-    )
+    sides = ["right" if column in set(right) else "left" for column in frame]
+    form = {"markdown": "pipe", "latex": "latex_booktabs"}[style]
+    return frame.to_markdown(index=False, tablefmt=form, colalign=sides, disable_numparse=True)
 
 
 def program(main: Callable[[], int]) -> int:
@@ -276,5 +219,5 @@ def program(main: Callable[[], int]) -> int:
         return 130
     except (OSError, GraftingError, torch.OutOfMemoryError) as error:
         has_place = isinstance(error, OSError) and error.filename
-        print(printable(f"{error.filename}: {error.strerror}" if has_place else error, 1000), file=sys.stderr)
+        print(f"{error.filename}: {error.strerror}" if has_place else error, file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -1,6 +1,5 @@
 """Plots of a table's rows, one function a figure: gains, courses of accuracy, filters and information, coefficients."""
 
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from PIL import Image
 
-from analysis.plots import BLACK, COLOURS, WIDTH, coefficients, draw_band, finish, pyplot
+from analysis.plots import BLACK, COLOURS, FEW, WIDTH, coefficients, pyplot, save, with_legend
 from analysis.runs import THRESHOLDS
 from experiments.results import Cells, gain
 
@@ -39,14 +37,10 @@ def figures(cells: Cells, title: str) -> Iterator[tuple[str, Figure]]:
     if "information" in frame:
         columns = {"Sum of the layers' entropies": frame["information"].dropna()}
         yield "information", courses(cells, columns, "nats", title)
-    for label, one in cells.items():
-        if (
-            one.row.is_grafting
-            and len(one.results)
-            and any(len(network.coefficients) for network in one.first("result").networks)
-        ):
-            named = replace(one.first("result"), label=f"{label}, seed {one.results.index[0]}")
-            yield "coefficients", coefficients(named)
+    for one in cells.values():
+        run = one.first("result")
+        if one.row.is_grafting and run and any(len(network.coefficients) for network in run.networks):
+            yield "coefficients", coefficients(replace(run, label=f"{one.row.label}, seed {one.results.index[0]}"))
             break  # one shows how they behave
 
 
@@ -64,37 +58,27 @@ def courses_of(cells: Cells) -> pd.DataFrame:
     return frame.groupby(["row", "seed", "share"]).mean(numeric_only=True)
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Writes a PNG file of few colours: a fraction of the size, and looks the same."""
-    file = io.BytesIO()
-    figure.savefig(file)
-    pyplot.close(figure)
-    Image.open(file).convert("RGB").quantize(128).save(path, optimize=True)
-    return path
-
-
 def gains(cells: Cells, title: str) -> Figure:
     """A dot for each row and figure, with its interval where there is one, and the published gain beside them."""
     compared = [one for one in cells.values() if one.row.baseline in cells and len(one.results)]
-    places = np.arange(len(compared))
     figure, panel = pyplot.subplots(figsize=(WIDTH, 1 + 0.34 * len(compared)))
     by = "by validation" if any(one.results["picked"].notna().any() for one in compared) else "on the test set"
     shown = ("last", "last epoch", "o", -0.14), ("best", f"best epoch, {by}", "D", 0.14)
     for (name, label, marker, offset), colour in zip(shown, COLOURS, strict=False):
         mean, low, high = np.array([gain(one, cells[one.row.baseline], name) for one in compared]).T
         style = {"fmt": marker, "color": colour, "label": label, "markersize": 5}
-        panel.errorbar(mean, places + offset, xerr=(mean - low, high - mean), **style)
+        panel.errorbar(mean, np.arange(len(compared)) + offset, xerr=(mean - low, high - mean), **style)
     papers = [(one.row.paper, cells[one.row.baseline].row.paper) for one in compared]
     papers = {y: own - other for y, (own, other) in enumerate(papers) if isinstance(own, float) and other is not None}
     if papers:
         panel.plot(papers.values(), papers.keys(), "x", color="dimgrey", markersize=5, label="published")
     panel.axvline(0, color=BLACK, linewidth=0.8)
-    panel.set_yticks(places, [f"{one.row.label}  (n = {len(one.results)})" for one in compared])
+    panel.set_yticks(range(len(compared)), [f"{one.row.label}  (n = {len(one.results)})" for one in compared])
     panel.set_ylim(len(compared) - 0.5, -0.5)
     panel.grid(False, axis="y")
     panel.set_xlabel("gain in accuracy (percentage points), 95 % interval")
     figure.suptitle(title)
-    return finish(figure, [])
+    return with_legend(figure)
 
 
 def courses(cells: Cells, columns: dict[str, pd.Series], ylabel: str, title: str) -> Figure:
@@ -106,7 +90,9 @@ def courses(cells: Cells, columns: dict[str, pd.Series], ylabel: str, title: str
         for panel, column in zip(beside, columns.values(), strict=True):
             for label, colour in zip(group, [BLACK, *COLOURS], strict=False):
                 seeds = column[column.index.get_level_values("row") == label].groupby("share")
-                draw_band(panel, seeds.mean(), seeds.min(), seeds.max(), {"color": colour, "label": label})
+                mean = seeds.mean()
+                panel.plot(mean, marker="o" if len(mean) <= FEW else "", color=colour, label=label)
+                panel.fill_between(mean.index, seeds.min(), seeds.max(), color=colour, alpha=0.15, linewidth=0)
         beside[0].set_ylabel(ylabel)
         beside[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7)
     for top, bottom, heading in zip(panels[0], panels[-1], columns, strict=True):

@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections import Counter
-from itertools import chain
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +19,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
 from analysis.runs import THRESHOLDS, mean_and_deviation, program, table
 from experiments import plots
-from experiments.results import Cell, Cells, Pair, cells_of, differ_in_precision, gain, pairs_of, read_results
+from experiments.results import Cell, Cells, cells_of, gain, pairs_of, read_results
 from experiments.tables import PRESETS, REFERENCE, TABLES
 from filter_grafting.checkpoint import write_atomically
 from filter_grafting.membership import duration, printable
@@ -39,6 +39,7 @@ its baseline; "2 x" are the runs of seeds k and 100 + k."""
 RIVALS = "Grafting against rivals on the same schedule that cost no more training"
 WHEN = {"after the last epoch": "last", "at the epoch picked by validation": "picked"}
 VERDICTS = ("ahead", "level", "behind", "open for want of seeds")
+Pair = tuple[Cell, Cell]
 Tables = dict[str, dict[str, Cells]]  # the chosen tables' cells, by name of the table and by data set
 
 
@@ -103,16 +104,16 @@ def reading(tables: Tables, preset: str) -> str:
     if not seeds:
         again = f"python experiments/run.py {' '.join(tables)} --preset {preset}"
         return f"**No result is there yet.** To fill this report: `{again}`"
-    own, rivals, schedules = (
-        # Tables share runs, and each pair of them counts once.
-        list({(one.row.run, other.row.run): (one, other) for one, other in chain(*found)}.values())
-        for found in zip(*map(pairs_of, every), strict=True)
-    )
-    lines = [tally(own, "Grafting against the single network of its row's baseline"), tally(rivals, RIVALS)]
+    compared: dict[str, dict[tuple[str, str], Pair]] = {"baseline": {}, "rival": {}, "schedule": {}}
+    for cells in every:
+        for kind, one, other in pairs_of(cells):
+            compared[kind][one.row.run, other.row.run] = one, other  # tables share runs
+    lines = [tally(compared["baseline"].values(), "Grafting against the single network of its row's baseline")]
+    lines.append(tally(compared["rival"].values(), RIVALS))
     lines += [
         f"The cosine alone, without grafting, gains {gain(one, other, 'last')} after the last epoch "
         f"({one.row.label} against {other.row.label}, {one.row.dataset})."
-        for one, other in schedules
+        for one, other in compared["schedule"].values()
     ]
     extent = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
     return (
@@ -123,7 +124,7 @@ def reading(tables: Tables, preset: str) -> str:
     )
 
 
-def tally(compared: list[Pair], what: str) -> str:
+def tally(compared: Iterable[Pair], what: str) -> str:
     """`what: after the last epoch ahead 1, level 3, behind 1 of 5 (…); at the epoch picked by validation ….`"""
     parts = []
     for when, figure in WHEN.items():
@@ -147,32 +148,29 @@ def tally(compared: list[Pair], what: str) -> str:
 def section(cells: Cells) -> list[str]:
     """The rows beside the published figures; grafting beside its rivals; what must be said of either."""
     parts = [table(with_figures(main_table(cells)))]
-    for label, one in cells.items():
-        if one.row.is_ensemble and len(one.results):
+    ran = {label: one for label, one in cells.items() if len(one.results)}
+    for label, one in ran.items():
+        if one.row.is_ensemble:
             alone, average = mean(one, "alone"), mean(one, "weight_average")
             parts.append(f"† {label}: its networks alone {alone} (mean); their uniform weight average {average}.")
-    _, rivals, schedules = pairs_of(cells)
-    if rivals:
-        lines = [
-            {
-                "grafting": one.row.label,
-                "against": other.row.label,
-                "epochs of all": f"{one.first('epochs'):g} : {other.first('epochs'):g}",
-                "difference of last": gain(one, other, "last"),
-                "difference of best, by validation": gain(one, other, "picked"),
-                "n": len(one.results.index.intersection(other.results.index)),
-            }
-            for one, other in rivals
-        ]
-        parts += [f"{RIVALS} (an ensemble costs more to use):", table(with_figures(pd.DataFrame(lines)))]
-    own = [(one, cells[one.row.baseline]) for one in cells.values() if one.row.baseline in cells]
-    unlike = [
-        " and ".join(f"{each.row.label} ({'/'.join(each.results['precision'].unique())})" for each in pair)
-        for pair in own + rivals + schedules
-        if differ_in_precision(*pair)
+    lines = [
+        {
+            "grafting": one.row.label,
+            "against": other.row.label,
+            "epochs of all": f"{one.first('epochs'):g} : {other.first('epochs'):g}",
+            "difference of last": gain(one, other, "last"),
+            "difference of best, by validation": gain(one, other, "picked"),
+            "n": len(one.results.index.intersection(other.results.index)),
+        }
+        for kind, one, other in pairs_of(cells)
+        if kind == "rival"
     ]
-    if unlike:
-        parts.append(f"Compared in different precisions, which may be part of the difference: {'; '.join(unlike)}.")
+    if lines:
+        parts += [f"{RIVALS} (an ensemble costs more to use):", table(with_figures(pd.DataFrame(lines)))]
+    precisions = {label: "/".join(one.results["precision"].unique()) for label, one in ran.items()}
+    if len(set(precisions.values())) > 1:
+        named = "; ".join(f"{label} ({precision})" for label, precision in precisions.items())
+        parts.append(f"In different precisions, which may be part of the differences: {named}.")
     return parts
 
 
@@ -188,8 +186,11 @@ def main_table(cells: Cells) -> pd.DataFrame:
         line |= {"last": mean(one, "last"), "top-5, last": mean(one, "top5")}
         line |= {f"gain of {figure}": gain(one, baseline, figure) for figure in ("best", "last")}
         for kind, where in ("", ""), ("shortcut_", " in shortcuts"):
-            for threshold in THRESHOLDS:
-                line[f"invalid{where}, below {threshold}"] = count(one, kind, threshold)
+            for threshold in THRESHOLDS:  # `36.5 ± 0.7 of 1136`
+                count, total = mean(one, f"{kind}invalid_{threshold}", 1), one.first(f"{kind}total")
+                if count != "not run":
+                    count = f"{count} of {total:g}" if total > 0 else "–"
+                line[f"invalid{where}, below {threshold}"] = count
         lines.append(line | {"information (nats)": mean(one, "information", 1), "n": len(one.results)})
     return pd.DataFrame(lines)
 
@@ -203,18 +204,11 @@ def mean(one: Cell, figure: str, digits: int = 2) -> str:
     return mean_and_deviation(one.results[figure].dropna(), digits) if len(one.results) else "not run"
 
 
-def count(one: Cell, kind: str, threshold: float) -> str:
-    """`36.5 ± 0.7 of 1136`: means over the networks of each seed, mean and deviation over seeds."""
-    text, total = mean(one, f"{kind}invalid_{threshold}", 1), one.first(f"{kind}total")
-    return text if text == "not run" else f"{text} of {total:g}" if total > 0 else "–"
-
-
 def small_print(cells: Cells) -> list[str]:
     """Everything that the figures depend on: flags, cost, machine."""
-    ran = [one for one in cells.values() if len(one.results)]
+    lines, ran = [], [one for one in cells.values() if len(one.results)]
     if not ran:
         return []
-    lines = []
     for one in ran:
         seconds = one.results["seconds"].median()
         line = {"method": one.row.label, "compared with": one.row.baseline or "–", "flags": f"`{one.row.flags}`"}
@@ -226,12 +220,10 @@ def small_print(cells: Cells) -> list[str]:
     for column in "hardware", "versions", "precision":
         counts = results[column].value_counts()
         about.append(f"{column.capitalize()}: " + "; ".join(f"{value} ({n} runs)" for value, n in counts.items()))
-    same = "**These runs were not all trained on the same images.**"
-    return [
-        *[same] * (len({*results["data"]} - {""}) > 1),
-        f"{'. '.join(about)}.",
-        table(pd.DataFrame(lines)),
-    ]
+    parts = [f"{'. '.join(about)}.", table(pd.DataFrame(lines))]
+    if len({*results["data"]} - {""}) > 1:
+        parts.insert(0, "**These runs were not all trained on the same images.**")
+    return parts
 
 
 if __name__ == "__main__":

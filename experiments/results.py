@@ -1,7 +1,9 @@
 """What run.py has left, as one table, and how two of its rows compare: differences by seed and their intervals."""
 
+import itertools
 import math
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +21,6 @@ COLUMNS += ["last", "best", "picked", "top5", "information", "alone", "weight_av
 COLUMNS += [f"{kind}invalid_{threshold}" for kind in ("", "shortcut_") for threshold in THRESHOLDS]
 
 
-class OtherCommand(GraftingError):
-    """Results of other settings than the run's."""
-
-
 class Cell(NamedTuple):
     """A row of a table on one data set, and the figures of its runs: a line for each seed, which is the index."""
 
@@ -35,7 +33,6 @@ class Cell(NamedTuple):
 
 
 Cells = dict[str, Cell]  # of one table on one data set, by label of the row
-Pair = tuple[Cell, Cell]
 
 
 class Gain(NamedTuple):
@@ -64,15 +61,13 @@ class Gain(NamedTuple):
 
 def read_results(directory: Path, preset: str) -> tuple[pd.DataFrame, list[str]]:
     """A line for each run and seed in a preset's folder of results, and what is wrong with those left out."""
-    expected = {str(run): run for run in runs(TABLES, preset, SEEDS)}
     lines, damages = {}, []
-    for folder in sorted(directory.glob("*/seed*")):
-        name = f"{folder.parent.name}/{folder.name}"
-        try:
-            if name in expected:
-                lines[name] = read_result(folder, expected[name])
-        except (ValueError, OtherCommand) as error:
-            damages.append(f"{name}: {error}")
+    for run in runs(TABLES, preset, SEEDS):
+        if (directory / str(run)).exists():
+            try:
+                lines[str(run)] = read_result(directory / str(run), run)
+            except (ValueError, GraftingError) as error:
+                damages.append(f"{run}: {error}")
     frame = pd.DataFrame(lines.values(), index=list(lines), columns=COLUMNS)
     for name, members in frame["members"].items():
         if members:
@@ -83,7 +78,8 @@ def read_results(directory: Path, preset: str) -> tuple[pd.DataFrame, list[str]]
 def read_result(folder: Path, expected: tables.Run) -> dict[str, Any]:
     """Every figure of one run with one seed.
 
-    Raises ValueError, in a sentence, if it is missing, damaged or unfinished; OtherCommand.
+    Raises ValueError, in a sentence, if it is missing, damaged or unfinished; GraftingError if it is a good one of
+    another command.
     """
     run = read_run(folder)
     if run.errors:
@@ -91,7 +87,7 @@ def read_result(folder: Path, expected: tables.Run) -> dict[str, Any]:
     command = str(run.record.get("command"))
     # The words behind the script's name, which may have moved: results stay what they are.
     if without_steps(shlex.split(command))[2:] != shlex.split(expected.command)[2:]:
-        raise OtherCommand(f"{folder}/result.json is of another command, move it elsewhere: {command}")
+        raise GraftingError(f"{folder}/result.json is of another command, move it elsewhere: {command}")
     found = {"run": expected.name, "seed": expected.seed, "result": run, "members": expected.members}
     found |= {"epochs": expected.epochs, "hardware": run.record["hardware"], "data": run.record.get("data", "")}
     found["versions"] = ", ".join(f"{name} {version}" for name, version in run.record["versions"].items())
@@ -143,44 +139,24 @@ def gain(one: Cell, other: Cell | None, figure: str) -> Gain:
         return Gain()
     is_made_of_it = one.row.run.startswith(f"{other.row.run}_ensemble")
     partners = one.results["alone"] if is_made_of_it else other.results[figure]
-    pairs = pd.concat([one.results[figure], partners], axis=1, keys=["one", "other"]).astype(float).dropna()
-    differences = pairs["one"] - pairs["other"]
-    if len(pairs) < 2 or differences.max() - differences.min() < 1e-9:
+    differences = (one.results[figure].astype(float) - partners.astype(float)).dropna()
+    if len(differences) < 2 or differences.max() - differences.min() < 1e-9:
         return Gain(differences.mean())
-    interval = stats.ttest_rel(pairs["one"], pairs["other"]).confidence_interval(0.95)
-    return Gain(differences.mean(), interval.low, interval.high)
+    return Gain(differences.mean(), *stats.ttest_1samp(differences, 0).confidence_interval(0.95))
 
 
-class Pairs(NamedTuple):
-    """Rows on one data set that are compared, as far as both have run."""
+def pairs_of(cells: Cells) -> Iterator[tuple[str, Cell, Cell]]:
+    """The rows that are compared, as far as both have run: (how they are related, one, other).
 
-    own: list[Pair]  # each grafting row, and the single network that it is compared with
-    rivals: list[Pair]  # each grafting row, and every other of its baseline whose training costs no more
-    schedules: list[Pair]  # each baseline on a cosine, and that of the same network on steps
-
-
-def pairs_of(cells: Cells) -> Pairs:
+    "baseline": grafting, and the single network that its row is compared with; "rival": grafting, and every other row
+    of its baseline whose training costs no more; "schedule": a baseline on a cosine, and that of its network on steps.
+    """
     ran = [one for one in cells.values() if len(one.results)]
-    grafting = [one for one in ran if one.row.is_grafting]
-    others = [one for one in ran if not one.row.is_grafting]
-    return Pairs(
-        own=[(one, other) for one in grafting for other in ran if other.row.label == one.row.baseline],
-        rivals=[
-            (one, other)
-            for one in grafting
-            for other in others
-            if other.row.baseline == one.row.baseline and other.first("epochs") <= one.first("epochs")
-        ],
-        schedules=[
-            (one, other)
-            for one in ran
-            for other in ran
-            if one.row.baseline is None and one.row.run == f"{other.row.run}_cos"
-        ],
-    )
-
-
-def differ_in_precision(one: Cell, other: Cell) -> bool:
-    """Whether the rows were computed in different precisions with any seed."""
-    own, others = one.results["precision"].align(other.results["precision"], join="inner")
-    return bool((own != others).any())
+    for one, other in itertools.permutations(ran, 2):
+        costs_no_more = other.first("epochs") <= one.first("epochs")
+        if one.row.is_grafting and other.row.label == one.row.baseline:
+            yield "baseline", one, other
+        elif one.row.is_grafting > other.row.is_grafting and one.row.baseline == other.row.baseline and costs_no_more:
+            yield "rival", one, other
+        elif one.row.baseline is None and one.row.run == f"{other.row.run}_cos":
+            yield "schedule", one, other

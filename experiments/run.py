@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from filelock import FileLock
@@ -65,8 +64,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     presets = "paper: as published; small, medium: for hours on 2 cores; smoke: a test"
     flag("--preset", choices=PRESETS, default="paper", help=presets)
     flag("--seeds", metavar="K", type=number(int, 1, SEEDS), default=3, help="runs of each row")
-    images = "the images, of class folders or CIFAR's files; NAME: of cifar10, cifar100 or imagenet alone"
-    flag("--data", metavar="[NAME=]DIR", type=named_folder, nargs="+", default=[], help=images)
+    of = "the images, of class folders or CIFAR's files; NAME: of cifar10, cifar100 or imagenet alone"
+    flag("--data", metavar="[NAME=]DIR", type=images, nargs="+", default=[], help=of)
     at_once = (
         f"networks at once (default: one a core, or {NETWORKS_PER_GPU} a GPU, of ImageNet one); a larger run goes alone"
     )
@@ -81,12 +80,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.tables = list(TABLES) if "all" in args.tables else args.tables
     args.work, args.results = args.work.resolve(), args.results.resolve()
-    folders = dict(args.data)
-    if len(folders) < len(args.data):
-        parser.error("argument --data: got two folders for the same images, expected one")
-    if "" in folders:
-        folders = dict.fromkeys(("cifar10", "cifar100"), folders.pop("")) | folders
-    args.data, args.runs = {"glyphs": "glyphs"} | folders, runs(args.tables, args.preset, args.seeds)
+    one_last = sorted(args.data, key=lambda given: -len(given[0]))
+    args.data = {"glyphs": "glyphs"} | {name: folder for names, folder in one_last for name in names}
+    args.runs = runs(args.tables, args.preset, args.seeds)
     if not args.runs:
         parser.error(f"argument --preset: {args.preset} runs nothing of {', '.join(args.tables)}")
     known = {name for run in args.runs for name in (run.name, str(run))}
@@ -95,14 +91,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def named_folder(text: str) -> tuple[str, str]:
-    """A converter for argparse: (name, folder) of NAME=DIR; ("", folder) of DIR, for both CIFARs."""
-    name, _, folder = text.partition("=")
-    if name not in ("cifar10", "cifar100", "imagenet"):
-        name, folder = "", text
-    if not path(folder).is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {folder}")
-    return name, str(path(folder).resolve())
+def images(text: str) -> tuple[tuple[str, ...], str]:
+    """A converter for argparse: the names of data sets, and the folder of their images."""
+    name, _, folder = text.rpartition("=")
+    if name not in ("", "cifar10", "cifar100", "imagenet") or not path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"got {text}, expected a folder, or cifar10=, cifar100= or imagenet= and one")
+    return (name,) if name else ("cifar10", "cifar100"), str(path(folder).resolve())
 
 
 # ---- A run
@@ -115,8 +109,11 @@ class Job:
         self.run, self.preset, self.failure, self.gpus = run, args.preset, "", []
         self.saved = args.work / args.preset  # of all runs
         self.save, self.results = self.saved / str(run), args.results / args.preset / str(run)
-        self.numbers = range(1, run.networks + 1)
         self.images = args.data.get(run.data)
+        self.lock = FileLock(self.save / "queue.lock", timeout=0)  # a run belongs to one queue at a time
+        self.numbers = range(1, run.networks + 1)
+        self.alive: set[int] = set()  # networks of a killed queue
+        self.processes: dict[int, subprocess.Popen] = {}
 
     def command_of(self, i: int) -> list[str]:
         images = ["--data", self.images] if self.images else []
@@ -132,52 +129,38 @@ class Job:
         return self.save / f"final{i}.{'tar' if self.run.data == 'imagenet' else 't7'}"
 
     def is_finished(self) -> bool:
-        """Whether its results are there, and such as a report takes. Raises OtherCommand: not to be written over."""
+        """Whether its results are there, and such as a report takes. Raises GraftingError: not to be written over."""
         try:
             return bool(read_result(self.results, self.run))
         except ValueError:  # there are none, or they are damaged
             return False
 
-    def execute(self, threads: int, signals: Signals) -> None:
-        """Trains what is missing and leaves the results; in a thread of its own. Raises what stood in the way."""
+    def start(self, threads: int) -> None:
+        """Starts the networks that neither are done nor live on from a killed queue. Raises Timeout: another has it."""
         self.save.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.save / "queue.lock", timeout=0):  # a run belongs to one queue at a time
-            self.train(threads, signals)
-            self.collect()
-
-    def train(self, threads: int, signals: Signals) -> None:
-        """Starts the networks that neither are done nor live on from a killed queue, and waits for all of them."""
+        self.lock.acquire()
         seen = observe(self.save, self.numbers)
-        alive = {one.network for one in seen if one.alive}
+        self.alive = {one.network for one in seen if one.alive}
         done = {one.network for one in seen if one.state == "done" and self.final(one.network).exists()}
-        processes: dict[int, subprocess.Popen] = {}
-        try:
-            for i in {*self.numbers} - alive - done:
-                processes[i] = self.start(i, threads)
-            while not signals.received:
-                for i, process in processes.items():
-                    if process.poll():
-                        raise RuntimeError(self.last_words(i, process.returncode))
-                if not alive and all(process.returncode == 0 for process in processes.values()):
-                    return
-                time.sleep(POLL_SECONDS)
-                alive = {one.network for one in observe(self.save, alive) if one.alive}
-            raise RuntimeError("stopped")
-        finally:  # networks that still run would wait for those that have ended
-            for process in processes.values():
-                process.terminate()
-            for process in processes.values():
-                process.wait()
+        for i in {*self.numbers} - self.alive - done:
+            variables = {"OMP_NUM_THREADS": str(threads)}
+            variables |= {"CUDA_VISIBLE_DEVICES": self.gpus[i - 1]} if self.gpus else {}
+            # Detached: Ctrl-C is for the queue, which passes it on.
+            self.processes[i] = launch.detached(self.command_of(i), self.save / f"{i}.log", variables)
 
-    def start(self, i: int, threads: int) -> subprocess.Popen:
-        variables = {"OMP_NUM_THREADS": str(threads)}
-        variables |= {"CUDA_VISIBLE_DEVICES": self.gpus[i - 1]} if self.gpus else {}
-        # Detached: Ctrl-C is for the queue, which passes it on.
-        return launch.detached(self.command_of(i), self.save / f"{i}.log", variables)
-
-    def last_words(self, i: int, status: int) -> str:
-        how = f"exit status {status}" if status > 0 else f"signal {-status}" + " (out of memory?)" * (status == -9)
-        return f"network {i} ended with {how}: {last_words(self.save / f'{i}.log')}"
+    def has_ended(self, threads: int) -> bool:
+        """Starts it, when first asked; later whether its results are there. Raises RuntimeError if a network failed."""
+        if not self.lock.is_locked:
+            self.start(threads)
+        for i, process in self.processes.items():
+            if status := process.poll():
+                how = f"exit status {status}" if status > 0 else f"signal {-status}"
+                raise RuntimeError(f"network {i} ended with {how}: {last_words(self.save / f'{i}.log')}")
+        self.alive = {one.network for one in observe(self.save, self.alive) if one.alive}
+        if self.alive or any(process.poll() is None for process in self.processes.values()):
+            return False
+        self.collect()
+        return True
 
     def collect(self) -> None:
         """Leaves what a report needs in the folder of results; result.json last: it says that all is there."""
@@ -205,26 +188,42 @@ class Job:
 
 def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], signals: Signals) -> None:
     """Runs the jobs, cheapest first and as many at once as their networks fit into the slots, until all have ended."""
-    waiting, running = sorted(jobs, key=lambda job: job.run.cost), {}
+    waiting, running = sorted(jobs, key=lambda job: job.run.cost), []
     total, form = sum(job.run.cost for job in jobs), "{l_bar}{bar}| {remaining} left{postfix}"
     # disable=None: in a log there is no bar, but a line for each run.
     bar = tqdm(total=total, disable=None, smoothing=0, bar_format=form)
-    with bar, ThreadPoolExecutor(slots) as pool:
-        while running or (waiting and not signals.received):
-            job = next_job(waiting, list(running.values()), slots, gpus)
-            if job and not signals.received:
+    try:
+        while (running or waiting) and not signals.received:
+            while job := next_job(waiting, running, slots, gpus):
                 waiting.remove(job)
-                running[pool.submit(job.execute, threads, signals)] = job
-                continue
-            for future in wait(running, POLL_SECONDS, FIRST_COMPLETED).done:
-                job, error = running.pop(future), future.exception()
-                if not signals.received:
-                    kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
-                    job.failure = f"{kind}{error}" if error else ""
-                    tqdm.write(f"{job.run}: {'failed: ' + job.failure if job.failure else 'done'}")
-                    sys.stdout.flush()
-                    bar.update(job.run.cost)
-            bar.set_postfix_str(", ".join(str(job.run) for job in running.values()))
+                running.append(job)
+            bar.set_postfix_str(", ".join(str(job.run) for job in running))
+            for job in list(running):
+                try:
+                    if not job.has_ended(threads):
+                        continue
+                except Exception as error:  # the others go on
+                    job.failure = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
+                stop([job])
+                running.remove(job)
+                tqdm.write(f"{job.run}: {'failed: ' + job.failure if job.failure else 'done'}")
+                sys.stdout.flush()
+                bar.update(job.run.cost)
+            time.sleep(POLL_SECONDS)
+    finally:
+        stop(running)
+        bar.close()
+
+
+def stop(jobs: list[Job]) -> None:
+    """Ends the networks that still run, which would wait for those that have ended."""
+    processes = [process for job in jobs for process in job.processes.values()]
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait()
+    for job in jobs:
+        job.lock.release()
 
 
 def next_job(waiting: list[Job], running: list[Job], slots: int, gpus: list[str]) -> Job | None:
@@ -236,8 +235,8 @@ def next_job(waiting: list[Job], running: list[Job], slots: int, gpus: list[str]
     def size(job: Job) -> int:
         return len(job.numbers) * (NETWORKS_PER_GPU if gpus and job.run.data == "imagenet" else 1)
 
-    unfinished = {str(job.run) for job in (*waiting, *running)}
-    ready = next((job for job in waiting if unfinished.isdisjoint(job.run.members)), None)
+    missing = {str(job.run) for job in waiting + running}
+    ready = next((job for job in waiting if missing.isdisjoint(job.run.members)), None)
     if ready is None or (running and size(ready) + sum(map(size, running)) > slots):
         return None
     used = Counter(gpu for job in running for gpu in job.gpus)

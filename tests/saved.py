@@ -1,12 +1,12 @@
 """What runs leave behind, with figures that a test chooses, and the programs of analysis/ called in this process."""
 
 import contextlib
-import importlib
 import io
 import json
 import socket
 import sys
 
+import pandas as pd
 import pytest
 import torch
 import torchvision
@@ -15,8 +15,6 @@ from analysis.runs import program
 from grafting_cifar import models
 from grafting_cifar.data import MEAN, STD
 
-HEADER = "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,best,"
-HEADER += "train_seconds,test_seconds,wait_seconds,graft_seconds,information\n"
 CLASSES = ["one", "two"]  # those of the fixture `images`
 IMAGENET = {"image_size": 64, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -51,31 +49,27 @@ def filters_of(norms, shortcut_norms=()):
     return state
 
 
-def save_run(
-    directory, accuracies, *, epochs=3, norms=((1.0, 0.05, 0.005),) * 8, states=(), imagenet=False, **settings
-):
+def save_run(directory, accuracies, *, epochs=3, norms=((1.0, 0.05, 0.005),) * 8, states=(), **settings):
     """Writes what a run leaves: accuracies[i - 1] are those of network i, one per epoch."""
     directory.mkdir(parents=True)
     num = len(accuracies)
-    settings = {"model": "resnet20", "num": num, "epochs": epochs, "a": 0.4, "c": 500, "level": "layer"} | settings
+    settings = {"model": "resnet20", "num": num, "epochs": epochs} | settings
     (directory / "run.json").write_text(json.dumps({"run": "ab", "settings": settings}))
     for i, values in enumerate(accuracies, 1):
-        rows = [
-            f"{epoch},0.1,1,50,2,{accuracy},{max(values[: epoch + 1])},{epoch + 1},0.5,0.25,0.25,{30 + epoch}\n"
-            for epoch, accuracy in enumerate(values)
-        ]
-        (directory / f"metrics{i}.csv").write_text(HEADER + "".join(rows))
+        at = pd.DataFrame({"epoch": range(len(values)), "test_accuracy": values, "train_loss": 1, "test_loss": 2})
+        at["best"], at["train_seconds"], at["information"] = at["test_accuracy"].cummax(), at["epoch"] + 1, 30.0
+        at[["test_seconds", "wait_seconds", "graft_seconds"]] = 0.5, 0.25, 0.25
+        at.to_csv(directory / f"metrics{i}.csv", index=False)
         if num > 1:
-            grafted = [f"{epoch},conv1,1.1,1.2,0.{45 + epoch}\n" for epoch in range(min(len(values), epochs - 1))]
-            header = "epoch,layer,own_entropy,neighbour_entropy,coefficient\n"
-            (directory / f"coefficients{i}.csv").write_text(header + "".join(grafted))
+            grafted = [(epoch, "conv1", 0.45 + epoch / 100) for epoch in range(min(len(values), epochs - 1))]
+            frame = pd.DataFrame(grafted, columns=["epoch", "layer", "coefficient"])
+            frame.to_csv(directory / f"coefficients{i}.csv", index=False)
         state, _, detail = (states[i - 1] if states else "done").partition(" ")
         status = {"network": i, "num": num, "run": "ab", "state": state, "detail": detail, "epoch": len(values) - 1}
         status |= {"epochs": epochs, "host": socket.gethostname(), "pid": 2**30, "time": 0.0}
         (directory / f"network{i}.json").write_text(json.dumps(status))
         for name in ["best"] + ["final"] * (state == "done"):
-            contents = {"state_dict" if imagenet else "net": filters_of(norms[i - 1])}
-            torch.save(contents, directory / f"{name}{i}.{'tar' if imagenet else 't7'}")
+            torch.save({"net": filters_of(norms[i - 1])}, directory / f"{name}{i}.t7")
     return directory
 
 
@@ -86,8 +80,7 @@ def trained_like(seed, name="resnet20"):
     """The weights of a model for two classes, whose batch norm has seen something."""
     torch.manual_seed(seed)
     model = models.build(name, 2)
-    for _ in range(3):
-        model(torch.randn(8, 3, 32, 32))
+    model(torch.randn(8, 3, 32, 32))
     return model.state_dict()
 
 
@@ -105,7 +98,6 @@ def save_model(path, state=None, key="net", **changes):
         "image_size": 32,
         "command": ["python", "grafting.py"],
     } | changes
-    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({name: value for name, value in contents.items() if value is not None}, path)
     return path
 
@@ -117,17 +109,3 @@ def save_imagenet_model(path):
     model(torch.randn(8, 3, 64, 64))
     settings = {"arch": "resnet18", "num": 1}
     return save_model(path, model.state_dict(), "state_dict", model="resnet18", settings=settings, **IMAGENET), model
-
-
-def own_model(folder, monkeypatch):
-    """A small model of one's own, called `mine:net` in this folder, to which the test goes."""
-    (folder / "mine.py").write_text(
-        "from torch import nn\n"
-        "def net(num_classes):\n"
-        "    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()\n"
-        "    return nn.Sequential(nn.Conv2d(3, 4, 3), *pooled, nn.Linear(4, num_classes))\n"
-    )
-    monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    return importlib.import_module("mine").net(2).eval()

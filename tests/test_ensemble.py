@@ -98,15 +98,17 @@ def test_all_three_accuracies_of_two_runs(tmp_path, images, run):
     assert rows["weight average"] == f"{found['weight_average']:.2f}"
 
 
-def test_different_models_have_an_ensemble_but_no_average(tmp_path, run):
-    deeper = write_run(tmp_path / "b", [trained_like(0, "resnet32")], model="resnet32")
-    status, found, output, _ = run(write_run(tmp_path / "a", [trained_like(0)]), deeper)
+def test_the_best_networks_of_different_models_have_an_ensemble_but_no_average(tmp_path, run):
+    runs = [write_run(tmp_path / "a", [trained_like(0)]), write_run(tmp_path / "b", [trained_like(0)])]
+    save_model(runs[0] / "best1.t7")
+    save_model(runs[1] / "best1.t7", trained_like(0, "resnet32"), model="resnet32")
+    status, found, output, _ = run(*runs, "--which", "best")
     assert status == 0
     assert found["weight_average"] is None and 0 <= found["ensemble"] <= 100
     assert rows_of(output)[-1]["accuracy (%)"] == "–"
 
 
-def test_the_best_networks_of_imagenet_runs_have_an_ensemble_and_an_average(tmp_path, run):
+def test_imagenet_networks_have_an_ensemble_and_an_average(tmp_path, run):
     directory = write_run(tmp_path / "run", [trained_like(0)])
     save_imagenet_model(directory / "best1.tar")
     status, found, output, _ = run(directory, "--which", "best")
@@ -115,22 +117,18 @@ def test_the_best_networks_of_imagenet_runs_have_an_ensemble_and_an_average(tmp_
 
 
 @pytest.mark.parametrize(
-    ("classes", "spoil", "reason"),
+    ("classes", "missing", "reason"),
     [
         (["a", "b"], None, "b/final1.t7 have other classes or image sizes"),
-        (
-            ["one", "two"],
-            "final1.t7",
-            "b/final1 is missing (network 1: not started): wait until it is done",
-        ),
+        (["one", "two"], "final1.t7", "b/final1 is missing (network 1: not started): wait until it is done"),
         (["one", "two"], "run.json", "b is not the save directory of a run"),
     ],
 )
-def test_what_cannot_be_tested_is_one_line_and_exit_status_1(tmp_path, run, classes, spoil, reason):
+def test_what_cannot_be_tested_is_one_line_and_exit_status_1(tmp_path, run, classes, missing, reason):
     runs = [write_run(tmp_path / "a", [trained_like(0)])]
     runs.append(write_run(tmp_path / "b", [trained_like(0)], classes=classes))
-    if spoil:
-        (runs[1] / spoil).unlink()
+    if missing:
+        (runs[1] / missing).unlink()
     status, found, output, errors = run(*runs)
     assert (status, found, output) == (1, None, "")
     assert errors.count("\n") == 1 and reason in errors

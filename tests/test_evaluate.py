@@ -1,17 +1,35 @@
-"""Using a trained model: evaluate.py and predict.py on files of both scripts, and what they say of others."""
+"""Using a trained model: evaluate.py, predict.py and export.py on files of both scripts, and what they refuse."""
 
+import importlib
+import json
 import shlex
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
-from saved import CLASSES, IMAGENET, call, own_model, save_imagenet_model, save_model, trained_like
+from saved import CLASSES, IMAGENET, call, save_imagenet_model, save_model, trained_like
 
-from analysis import evaluate, predict
+from analysis import evaluate, export, predict
 from grafting_cifar import models
 from grafting_cifar.data import MEAN, STD
+
+
+@pytest.fixture
+def own_model(tmp_path, monkeypatch):
+    """A small model of one's own, called `mine:net` in the folder to which the test goes."""
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), *pooled, nn.Linear(4, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return importlib.import_module("mine").net(2).eval()
 
 
 def probabilities(model, path, size, mean, std):
@@ -25,6 +43,9 @@ def probabilities(model, path, size, mean, std):
     pixels = (np.asarray(image) / 255 - mean) / std
     with torch.no_grad():
         return model.eval()(torch.from_numpy(pixels.transpose(2, 0, 1)[None]).float())[0].softmax(0)
+
+
+# ---- Evaluation and prediction
 
 
 def test_accuracies_are_those_of_a_loop_over_the_images(tmp_path, images):
@@ -42,11 +63,6 @@ def test_accuracies_are_those_of_a_loop_over_the_images(tmp_path, images):
     for name, own in hits.items():
         assert f"| {name:5} |      4 | {100 * np.mean(own):12.2f} |" in output
     assert f"accuracy: {accuracy:.3f} % of 8 test images (50.000 when it was saved)" in output
-
-
-def test_confusions_are_counted_by_class_and_prediction():
-    predicted, labels = torch.tensor([0, 1, 1, 2, 0]), torch.tensor([0, 1, 0, 2, 2])
-    assert evaluate.confusion_matrix(predicted, labels, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 1]]
 
 
 def test_images_of_the_run_are_selected(tmp_path, images):
@@ -83,8 +99,8 @@ def test_predictions_are_those_of_the_model(tmp_path, images, size):
         assert float(value) == pytest.approx(100 * expected[CLASSES.index(name)].item(), abs=0.5)
 
 
-def test_models_of_imagenet_and_of_ones_own_are_evaluated(tmp_path, images, monkeypatch):
-    own = save_model(tmp_path / "b.t7", own_model(tmp_path, monkeypatch).state_dict(), model="mine:net")
+def test_models_of_imagenet_and_of_ones_own_are_evaluated(tmp_path, images, own_model):
+    own = save_model(tmp_path / "b.t7", own_model.state_dict(), model="mine:net")
     for file in save_imagenet_model(tmp_path / "a.tar")[0], own:
         status, output, _ = call(evaluate, file, "--data", images)
         assert status == 0 and "of 8 test images" in output and f"{file})" in output
@@ -103,3 +119,71 @@ def test_what_cannot_be_evaluated_is_one_sentence(tmp_path, images, changes, rea
     file = save_model(tmp_path / "file.t7", **changes)
     status, _, errors = call(evaluate, file, "--data", images)
     assert status == 1 and reason in errors and str(file) in errors and errors.count("\n") == 1
+
+
+# ---- Export
+
+
+def test_the_files_hold_the_model_and_what_the_checkpoint_says(tmp_path, own_model, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+    monkeypatch.delitem(export.FILES, "model.onnx")  # which takes half of a minute
+    command = ["python", "grafting.py", "--data", "my images"]
+    file = save_model(tmp_path / "best1.t7", own_model.state_dict(), model="mine:net", command=command)
+    status, _, _ = call(export, file, tmp_path / "out", "--name", "my-model")
+    assert status == 0
+    monkeypatch.chdir(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+
+    names = {"torch": torch}
+    exec(card.split("```python\n")[1].split("\n```")[0], names)  # the line that loads the model
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(names["model"](images), own_model(images))
+    loaded, state = safetensors.load_file("model.safetensors"), own_model.state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["architecture"], config["classes"], config["image_size"]) == ("mine:net", CLASSES, 32)
+    assert (config["accuracy"], config["epoch"], config["settings"]["lr"]) == (50.0, 3, 0.1)
+    assert config["filters"] == 4 and config["invalid_filters"].keys() == {"0.1", "0.01"}
+    for words in (
+        "# my-model\n",
+        "Test accuracy: 50.00 % after epoch 3",
+        "as one of 2 networks",
+        "| lr | 0.1 |",
+        "    python grafting.py --data 'my images'\n",
+        "resized to 32×32",
+    ):
+        assert words in card
+
+
+@pytest.mark.slow
+def test_imagenet_models_are_exported_with_onnx(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnx.reference")
+    file, model = save_imagenet_model(tmp_path / "best1.tar")
+    status, output, _ = call(export, file, tmp_path / "out")
+    assert status == 0 and "- model.onnx" in output.splitlines()
+    images = torch.randn(3, 3, 64, 64)
+    (scores,) = runtime.ReferenceEvaluator(str(tmp_path / "out" / "model.onnx")).run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(scores), model.eval()(images).detach(), rtol=1e-3, atol=1e-3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "shorter side resized to 73 pixels" in card and "trained by itself" in card
+
+
+def test_what_cannot_be_written_is_said_and_a_folder_in_use_is_left_alone(tmp_path, monkeypatch):
+    def fail(model, example, path):
+        raise ImportError("No module named 'onnx'")
+
+    monkeypatch.setattr(export, "FILES", {"model.onnx": fail, "model.safetensors": export.write_weights})
+    status, output, _ = call(export, save_model(tmp_path / "best1.t7"), tmp_path / "out")
+    assert status == 0 and "- no model.onnx: No module named 'onnx'\n- model.safetensors\n" in output
+    status, _, errors = call(export, tmp_path / "best1.t7", tmp_path / "out")
+    assert (status, errors) == (1, f"{tmp_path / 'out'}: File exists\n")
+
+
+def test_values_that_differ_are_refused_and_nothing_is_left(tmp_path, monkeypatch):
+    wrong = {"model.pt2": lambda model, example, path: model(example) + 0.1}
+    monkeypatch.setattr(export, "FILES", wrong)
+    status, _, errors = call(export, save_model(tmp_path / "best1.t7"), tmp_path / "out")
+    assert status == 1 and "gives other values than the model" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["best1.t7"]

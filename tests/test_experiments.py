@@ -8,12 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from finished import write_ensemble, write_run
 
 from analysis.runs import program
@@ -40,14 +39,19 @@ def until(condition, what):
 
 
 @pytest.mark.parametrize("preset", tables.PRESETS)
-def test_every_row_has_its_run_and_its_baseline_above_it(preset):
-    runs = {run.name for run in tables.runs(tables.TABLES, preset, 1)}
+def test_every_row_has_its_baseline_above_it_and_a_command_line_that_the_scripts_take(preset):
+    runs = {run.name: run for run in tables.runs(tables.TABLES, preset, 1)}
     for name in tables.TABLES:
         seen = set()
         for row in tables.rows(name, preset):
             assert (row.dataset, row.label) not in seen and row.run in runs
             assert row.baseline is None or (row.dataset, row.baseline) in seen
             seen.add((row.dataset, row.label))
+    for run in runs.values():
+        if not run.members:
+            parse = parse_imagenet if run.script == "grafting_imagenet" else parse_cifar
+            args = parse([*run.flags, "--data", "somewhere", "--device", "cpu", "--s", "somewhere"])
+            assert (args.num, args.seed) == (run.networks, run.seed)
 
 
 def test_runs_of_several_tables_are_run_once_and_no_two_ensembles_share_a_network():
@@ -57,15 +61,6 @@ def test_runs_of_several_tables_are_run_once_and_no_two_ensembles_share_a_networ
     of_six = [run for run in runs if run.name == "cifar10_mobilenetv2_num1_ensemble6"]
     members = {member for run in of_six for member in run.members}
     assert len(members) == 3 * 6 and members <= {str(run) for run in runs}
-
-
-@pytest.mark.parametrize("preset", tables.PRESETS)
-def test_the_scripts_take_every_command_line(preset):
-    for run in tables.runs(tables.TABLES, preset, 1):
-        if not run.members:
-            parse = parse_imagenet if run.script == "grafting_imagenet" else parse_cifar
-            args = parse([*run.flags, "--data", "somewhere", "--device", "cpu", "--s", "somewhere"])
-            assert (args.num, args.seed) == (run.networks, run.seed)
 
 
 def test_the_results_at_hand_are_those_of_the_tables():
@@ -80,8 +75,7 @@ def test_the_results_at_hand_are_those_of_the_tables():
     ("arguments", "words"),
     [
         (["mane"], "got 'mane'; did you mean main?"),
-        (["main", "--data", "cifar7=."], "there is no folder cifar7=."),
-        (["main", "--data", ".", "/"], "got two folders for the same images"),
+        (["main", "--data", "cifar7=."], "got cifar7=., expected a folder, or cifar10="),
         (["main", "--only", "cifar10_resnet32_num3"], "cifar10_resnet32_num3 is none of these tables' runs"),
     ],
 )
@@ -108,7 +102,7 @@ def call(tmp_path, monkeypatch, capsys):
 
 
 def test_a_dry_run_names_every_network_with_its_images_and_leaves_out_imagenet_without_any(tmp_path, call):
-    flags = ["main", "imagenet", "--seeds", "2", "--data", str(tmp_path), "cifar100=/"]
+    flags = ["main", "imagenet", "--seeds", "2", "--data", "cifar100=/", str(tmp_path)]
     status, output, errors = call(*flags, "--dry-run")
     assert len(output.splitlines()) == 5 * 2 * 2 * (1 + 2 + 1 + 2) == len({*output.splitlines()})
     assert status == 0 and f" --data {tmp_path} --s {tmp_path}/work/paper/cifar10_" in output
@@ -146,14 +140,16 @@ def simulate(tmp_path, monkeypatch):
     def simulate(*flags, slots, gpus=()):
         alive, together = [], []
 
-        def execute(job, *_):
+        def has_ended(job, _):
+            if job in alive:
+                alive.remove(job)
+                return True
             alive.append(job)
             together.append(list(alive))
-            time.sleep(0.02)
-            alive.remove(job)
+            return False
 
-        monkeypatch.setattr(queue.Job, "execute", execute)
-        monkeypatch.setattr(queue, "POLL_SECONDS", 0.01)
+        monkeypatch.setattr(queue.Job, "has_ended", has_ended)
+        monkeypatch.setattr(queue, "POLL_SECONDS", 0)
         args = queue.parse([*flags, "--preset", "smoke", "--seeds", "1", "--work", str(tmp_path)])
         jobs = [queue.Job(run, args) for run in args.runs]
         queue.work(jobs, slots, 1, list(gpus), QUIET)
@@ -189,43 +185,30 @@ def test_networks_of_imagenet_have_a_gpu_each_and_others_the_least_used(simulate
 
 
 ENSEMBLE, MEMBERS = "cifar10_resnet20_num1_ensemble2", ["cifar10_resnet20_num1/seed0", "cifar10_resnet20_num1/seed100"]
+PAIR = "cifar10_resnet20_num2/seed0"
 
 
-def planned(call):
-    """The runs of the table fair with seed 0 that the queue would start, of all those that the tests below finish."""
-    output = call("fair", "--preset", "small", "--seeds", "1", "--dry-run")[1]
-    every = {line.partition(": ")[0] for line in output.splitlines()}
-    return sorted(every & {"cifar10_resnet20_num2/seed0", f"{ENSEMBLE}/seed0", *MEMBERS})
+def test_what_is_finished_is_not_run_again_and_results_of_another_command_are_left_alone(tmp_path, call):
+    def planned():
+        output = call("fair", "--preset", "small", "--seeds", "1", "--dry-run")[1]
+        return sorted({line.partition(": ")[0] for line in output.splitlines()} & {PAIR, f"{ENSEMBLE}/seed0", *MEMBERS})
 
-
-@pytest.fixture
-def finished(tmp_path):
-    """Folders of results of a ring, and of an ensemble with its networks."""
     root = tmp_path / "results"
-    write_ensemble(root, ENSEMBLE, 0, 80.0, [79.0, 78.0])
-    alone = [write_run(root, "cifar10_resnet20_num1", seed, [[80.0]]) for seed in (0, 100)]
-    return write_run(root, "cifar10_resnet20_num2", 0, [[80.0]] * 2), root / "small" / ENSEMBLE / "seed0", alone
-
-
-def test_what_the_report_counts_as_damaged_the_queue_runs_again(call, finished):
-    assert planned(call) == []
-    (finished[0] / "metrics2.csv").unlink()
-    assert planned(call) == ["cifar10_resnet20_num2/seed0"]
-
-
-def test_results_of_another_command_are_neither_taken_nor_overwritten(call, finished):
-    path = finished[0] / "result.json"
-    path.write_text(path.read_text().replace("--epochs 30", "--epochs 3"))
-    status, output, errors = call("main", "--preset", "small", "--seeds", "1")
-    assert status == 1 and output == "" and f"{path} is of another command, move it elsewhere: " in errors
-
-
-def test_an_ensembles_networks_are_trained_again_if_their_weights_are_gone(tmp_path, call, finished):
-    (finished[1] / "result.json").unlink()
+    ensemble, ring = write_ensemble(root, ENSEMBLE, 0, 80.0, [79.0, 78.0]), write_run(root, PAIR[:-6], 0, [[80.0]] * 2)
+    for seed in (0, 100):
+        write_run(root, "cifar10_resnet20_num1", seed, [[80.0]])
+    assert planned() == []
+    (ring / "metrics2.csv").unlink()
+    assert planned() == [PAIR]
+    (ensemble / "result.json").unlink()  # its networks are needed again, but for the one whose weights are there
     there = tmp_path / "work" / "small" / MEMBERS[0]
     there.mkdir(parents=True)
     (there / "final1.t7").touch()
-    assert planned(call) == [MEMBERS[1], f"{ENSEMBLE}/seed0"]
+    assert planned() == [MEMBERS[1], f"{ENSEMBLE}/seed0", PAIR]
+    path = root / "small" / MEMBERS[0] / "result.json"
+    path.write_text(path.read_text().replace("--epochs 30", "--epochs 3"))
+    status, output, errors = call("main", "--preset", "small", "--seeds", "1")
+    assert status == 1 and output == "" and f"{path} is of another command, move it elsewhere: " in errors
 
 
 # ---- Processes
@@ -276,19 +259,21 @@ def test_a_queue_leaves_what_a_report_needs_and_has_then_nothing_to_do(tmp_path,
     assert status == 0 and re.match("1 runs, 1 of them done; .*\n0 runs done, 0 failed; ", output)
 
 
-def test_networks_that_outlive_a_killed_queue_are_the_next_ones(tmp_path, monkeypatch):
-    started = []
+def test_networks_that_outlive_a_killed_queue_are_the_next_ones_and_a_run_has_one_queue(tmp_path, monkeypatch):
+    started, collected = [], []
     monkeypatch.setattr(queue.Job, "command_of", lambda _, i: started.append(i) or [sys.executable, "-c", ""])
+    monkeypatch.setattr(queue.Job, "collect", lambda job: collected.append(job))
     args = queue.parse(["main", "--preset", "smoke", "--work", str(tmp_path)])
-    job = next(queue.Job(run, args) for run in args.runs if run.name == RING)
+    (run,) = [run for run in args.runs if str(run) == f"{RING}/seed0"]
+    job = queue.Job(run, args)
     job.save.mkdir(parents=True)
-    with ThreadPoolExecutor() as pool:
-        with FileLock(job.save / "network1.lock"):  # network 1 is alive
-            train = pool.submit(job.train, 1, QUIET)
-            until(lambda: started, "network 2")
-            assert not wait([train], 1).done
-        train.result()
-    assert started == [2]
+    with FileLock(job.save / "network1.lock"):  # network 1 is alive
+        assert not job.has_ended(1)
+        job.processes[2].wait()
+        assert not job.has_ended(1)
+        with pytest.raises(Timeout):
+            queue.Job(run, args).has_ended(1)
+    assert job.has_ended(1) and started == [2] and collected == [job]
 
 
 @pytest.mark.slow

@@ -1,22 +1,23 @@
-"""The report: what it says of whole, unfinished and damaged runs, and in which forms."""
+"""The report: what it says of whole, unfinished and damaged runs, in which forms, and what it draws."""
 
 import io
+import math
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from saved import HEADER, call, filters_of, rows_of, save_run
+from PIL import Image
+from saved import call, filters_of, rows_of, save_run
 
-from analysis import report
-from analysis.runs import Network, Run, labels, mean_and_deviation
+from analysis import plots, report
+from analysis.runs import Network, Run, labels, mean_and_deviation, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-ROW = "0,1,1,1,1,1,1,1,1,1,1,1\n"
 
 
 def run_report(*arguments):
@@ -25,18 +26,16 @@ def run_report(*arguments):
     return status, rows_of(output), output
 
 
-def test_a_row_per_network_under_the_mean_of_their_run(tmp_path):
-    norms = [(1.0, 0.05, 0.005, 0.0), (1.0, 2.0, 0.05, float("nan"))]  # NaN is invalid
+def test_a_row_per_network_and_the_best_network_is_named_with_its_file(tmp_path):
+    norms = [(1.0, 0.05, 0.005, 0.0), (1.0, 2.0, 0.05, math.nan)]  # NaN is invalid
     save_run(tmp_path / "two", [[50.0, 71.5, 70.25], [40.0, 60.0, 68.75]], norms=norms)
-    status, (mean, first, second), output = run_report(tmp_path / "two")
+    status, (first, second), output = run_report(tmp_path / "two")
     assert status == 0
-    assert mean["run"] == "two: grafting of 2"
-    assert (first["epochs"], first["best %"], first["last %"]) == ("3", "71.50 *", "70.25")
-    assert (first["<0.1"], first["<0.01"], second["<0.1"], second["<0.01"]) == ("3", "2", "2", "1")
-    assert first["s/epoch"] == "3.0"  # the median of 1, 2 and 3 s of training, and 1 s of the rest
-    assert mean["last %"] == f"69.50 ± {statistics.stdev([70.25, 68.75]):.2f}"
-    assert mean["<0.1"] == "2.5"
-    assert f"* Best: network 1 of two, 71.50 %: {tmp_path / 'two' / 'best1.t7'}" in output
+    expected = {"run": "two: grafting of 2", "network": "1", "epochs": "3", "best %": "71.50 *", "last %": "70.25"}
+    # The median of 1, 2 and 3 s of training, and 1 s of the rest.
+    assert first == expected | {"gain": "–", "<0.1": "3", "<0.01": "2", "s/epoch": "3.0"}
+    assert (second["network"], second["best %"], second["<0.1"], second["<0.01"]) == ("2", "68.75", "2", "1")
+    assert f"* Best: network 1 of two, 71.50 %: {tmp_path / 'two' / 'best1.t7'}\n" in output
     assert "A resnet20 has 4 filters." in output
 
 
@@ -45,22 +44,20 @@ def test_gains_are_over_the_baseline_of_the_same_settings_at_the_last_common_epo
     save_run(tmp_path / "other_seed", [[10.0, 10.0, 10.0]], lr=0.1, seed=1)
     save_run(tmp_path / "other_rate", [[90.0, 90.0, 90.0]], lr=0.2, seed=0)
     save_run(tmp_path / "two", [[50.0, 61.5, 62.0], [50.0, 62.5, 64.0]], lr=0.1, seed=0, difflr=True, a=0.6)
-    save_run(tmp_path / "alive", [[50.0, 58.0]] * 2, lr=0.1, seed=0, states=("training",) * 2)
-    rows = [row for row in run_report(tmp_path)[1] if not row["run"].startswith("·")]
-    gains = {row["run"].partition(":")[0]: row["gain"] for row in rows}
-    assert gains == {"base": "", "other_seed": "", "other_rate": "", "two": "+2.00", "alive": "-2.00"}
-    assert [row["run"].partition(":")[0] for row in rows][:2] == ["other_rate", "two"], "the most accurate come first"
+    save_run(tmp_path / "alive", [[50.0, 58.0]], lr=0.1, seed=0, states=("training",), scion="noise")
+    rows = [(row["run"].partition(":")[0], row["gain"]) for row in run_report(tmp_path)[1]]
+    assert rows[:3] == [("other_rate", "–"), ("two", "+1.00"), ("two", "+3.00")], "the most accurate come first"
+    assert dict(rows[3:]) == {"base": "–", "alive": "-2.00", "other_seed": "–"}
 
 
 @pytest.mark.parametrize(
     ("settings", "num", "name"),
     [
-        ({"method": "grafting", "scion": "external", "a": 0.4, "c": 500}, 1, "baseline"),
-        ({"cos": True, "difflr": True}, 2, "grafting of 2, cosine, dlr"),
-        ({"method": "average", "a": 0.0}, 3, "average of 3"),
-        ({"scion": "noise"}, 1, "baseline, noise scions"),
-        ({"criterion": "l1", "level": "filter", "c": 5}, 3, "grafting of 3, filter level, by L1 norm, c 5"),
-        ({"steplr": True, "a": 0.6}, 2, "grafting of 2, steps, a 0.6"),
+        ({"method": "grafting", "scion": "external", "a": 0.4, "c": 500.0}, 1, "baseline"),
+        ({"cos": True, "difflr": True}, 2, "grafting of 2, cos, difflr"),
+        ({"method": "average"}, 3, "average of 3"),
+        ({"scion": "noise"}, 1, "baseline, scion noise"),
+        ({"criterion": "l1", "level": "filter", "a": 0.6}, 3, "grafting of 3, level filter, criterion l1, a 0.6"),
     ],
 )
 def test_methods_have_a_name_each(settings, num, name):
@@ -72,7 +69,6 @@ def test_methods_have_a_name_each(settings, num, name):
     [
         (["c/baseline_cifar10_resnet32", "c/grafting_cifar10_resnet32_num4"], ["baseline", "grafting_num4"]),
         (["c/grafting_resnet32", "c/grafting_resnet32_a0.6"], ["grafting_resnet32", "grafting_resnet32_a0.6"]),
-        (["x/run", "y/run"], ["x", "y"]),
         (["r/num1/seed0", "r/num2/seed0"], ["num1", "num2"]),
     ],
 )
@@ -80,26 +76,22 @@ def test_names_of_runs_are_shortened_to_what_differs(paths, short):
     assert labels([Path(path) for path in paths]) == short
 
 
-def test_the_table_fits_120_columns_and_csv_has_all_there_is(tmp_path):
+def test_the_table_fits_120_columns_and_other_forms_come_without_the_notes(tmp_path):
     name = "a-name-that-is-longer-than-anyone-would-ever-think-of"
     settings = {"model": "mobilenetv2", "cos": True, "difflr": True}
     runs = [save_run(tmp_path / f"{name}{k}", [[50.0 + k, 60.25]] * 2, epochs=2, **settings) for k in range(2)]
     torch.save({"net": filters_of((1.0, 0.05), (0.001, 3.0, 4.0))}, runs[0] / "final1.t7")
+    (runs[1] / "final2.t7").unlink()
     _, rows, output = run_report(*runs, runs[0])
-    assert max(len(line) for line in output.splitlines() if line.startswith("|")) <= 120
-    assert rows[0]["run"].endswith("…")
-    table = pd.read_csv(io.StringIO(call(report, *runs, "--format", "csv")[1]))
-    assert list(table["network"]) == [1, 2, 1, 2] and set(table["last"]) == {60.25}
-    assert list(table["invalid_0.1"]) == [1, 2, 2, 2] and set(table["method"]) == {"grafting of 2, cosine, dlr"}
-    assert list(table["shortcut_invalid_0.01"]) == [1, 0, 0, 0] and table["shortcut_total"][0] == 3
-
-
-def test_latex_comes_without_the_notes(tmp_path):
-    directory = save_run(tmp_path / "a_run", [[50.0]], epochs=2, states=("stopped by SIGINT",), imagenet=True)
-    _, output, errors = call(report, directory, "--format", "latex")
-    assert output.startswith("\\begin{tabular}") and output.endswith("\\end{tabular}\n")
-    assert "a\\_run: baseline" in output
-    assert "[1] a_run: network 1: epoch 1 of 2, stopped" in errors
+    assert max(len(line) for line in output.splitlines() if line.startswith("|")) == 120
+    assert rows[0]["run"].endswith("…") and len(rows) == 4
+    _, output, errors = call(report, *runs, "--format", "csv")
+    frame = pd.read_csv(io.StringIO(output))
+    assert list(frame["network"]) == [1, 2, 1, 2] and set(frame["last"]) == {60.25} and "final2 is missing" in errors
+    assert list(frame["invalid_0.1"]) == [1, 2, 2, 2] and set(frame["method"]) == {"grafting of 2, cos, difflr"}
+    assert list(frame["shortcut_invalid_0.01"]) == [1, 0, 0, 0] and frame["shortcut_total"][0] == 3
+    _, output, errors = call(report, *runs, "--format", "latex")
+    assert output.startswith("\\begin{tabular}") and output.endswith("\\end{tabular}\n") and "[1] " in errors
 
 
 def test_the_projects_own_results_are_read_without_a_remark():
@@ -116,19 +108,17 @@ def test_unfinished_networks_are_reported_as_such(tmp_path):
         (directory / name).unlink()
     status, rows, output = run_report(directory)
     assert status == 0
-    assert [row["epochs"] for row in rows] == ["0/2 [1] [2] [3] [4]", "2", "2", "2", "0"]
+    assert [row["epochs"] for row in rows] == ["2 [1] [2] [3] [4]", "2", "2", "0"]
     assert "[1] run: network 1: epoch 2 of 200, stopped: by SIGTERM\n" in output
     assert "[2] run: network 2: epoch 2 of 200, failed: the loss became nan  [31mred\n" in output
     assert "[3] run: network 3: epoch 2 of 200, died" in output, "it says that it trains, but no process lives"
-    assert "[4] run: network 4: died, no epoch has ended" in output
-    assert (rows[3]["<0.1"], rows[4]["best %"], rows[4]["<0.1"]) == ("2", "–", "–"), "counted in best3"
+    assert "[4] run: network 4: epoch 0 of 200, died\n" in output
+    assert (rows[2]["<0.1"], rows[3]["best %"], rows[3]["<0.1"]) == ("2", "–", "–"), "counted in best3"
 
 
 DAMAGES = {
-    "metrics1.csv is missing": ("metrics1.csv", Path.unlink),
+    "metrics1.csv ends after 0 of 3 epochs": ("metrics1.csv", Path.unlink),
     "metrics1.csv is damaged: ": ("metrics1.csv", lambda path: path.write_bytes(b"\xff\xfe\n\x00")),
-    "metrics1.csv ends after 1 of 3 epochs": ("metrics1.csv", lambda path: path.write_text(HEADER + ROW + ROW[:-1])),
-    "it has no column coefficient": ("coefficients1.csv", lambda path: path.write_text("epoch,layer\n0,conv1\n")),
     "final1 is missing": ("final1.t7", Path.unlink),
     "final1.t7 is truncated, damaged or": ("final1.t7", lambda path: path.write_bytes(path.read_bytes()[:-100])),
 }
@@ -139,20 +129,17 @@ def test_damage_is_a_numbered_sentence_and_the_rest_is_read(tmp_path, remark):
     directory = save_run(tmp_path / "run", [[50.0, 60.0, 70.0]] * 2)
     name, damage = DAMAGES[remark]
     damage(directory / name)
-    status, (mean, _, second), output = run_report(directory)
-    assert status == 0
-    assert "[1]" in mean["epochs"] and second["last %"] == "70.00"
-    (note,) = [line for line in output.splitlines() if line.startswith("[1] run: ")]
-    assert remark in note
+    status, (first, second), output = run_report(directory)
+    assert status == 0 and "[1]" in first["epochs"] and second["last %"] == "70.00"
+    assert remark in output.split("[1] run: ")[1].splitlines()[0]
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_text("{")], ids=["missing", "damaged"])
-def test_only_where_nothing_can_be_read_is_the_exit_status_1(tmp_path, spoil):
+def test_only_where_nothing_can_be_read_is_the_exit_status_1(tmp_path):
     there = save_run(tmp_path / "run", [[50.0]], epochs=1)
     status, rows, output = run_report(there, tmp_path / "nothing here")
-    assert (status, rows[1]["run"]) == (0, "nothing here")
+    assert (status, rows[1]["run"]) == (0, "nothing here: unreadable")
     assert "[1] nothing here: not the save directory of a run" in output
-    spoil(there / "run.json")
+    (there / "run.json").write_text("{")
     status, _, output = run_report(there)
     assert status == 1 and "[1] run: not the save directory of a run" in output
 
@@ -172,3 +159,61 @@ def test_the_script_runs_from_anywhere_and_ends_quietly_when_its_reader_has_gone
     closed = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (closed.communicate()[1], closed.returncode) == (b"", 0)
+
+
+# ---- Plots
+
+
+def lines(panel):
+    """The courses in a panel by label: their points."""
+    return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in panel.get_lines()}
+
+
+@pytest.fixture
+def two(tmp_path):
+    return save_run(tmp_path / "two", [[50.0, 60.0, 61.0], [40.0, 50.0, 62.0]])
+
+
+def test_what_can_be_drawn_is_drawn_in_the_format_asked_for(tmp_path, two):
+    base = save_run(tmp_path / "base $line", [[50.0, 55.0, 60.0]])
+    (base / "metrics1.csv").unlink()
+    torch.save({"net": filters_of((math.nan, 1.0))}, base / "final1.t7")
+    status, output, _ = call(report, base, two, tmp_path / "nothing", "--plots", tmp_path / "plots.svg")
+    assert status == 0
+    written = [Path(line[2:]) for line in output.splitlines() if line.startswith("- ")]
+    names = ["accuracy", "losses", "information", "coefficients_two", "filters"]
+    assert written == [tmp_path / "plots" / f"{name}.svg" for name in names]
+    assert all(path.read_text().startswith("<?xml") for path in written)
+    figure = plots.coefficients(read_run(two))
+    assert Image.open(plots.save(figure, tmp_path / "a.png")).width == 7 * 200, "7 inches of 200 dpi"
+    assert plots.save(figure, tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_courses_are_the_files_and_their_last_quarter_is_enlarged(tmp_path, two):
+    base = read_run(save_run(tmp_path / "base", [[50.0 + k for k in range(30)]], epochs=30))
+    whole, late = plots.courses([base, read_run(two)], *plots.COURSES["accuracy"]).axes
+    assert lines(whole)["two"] == [(0, 50.0), (1, 60.0), (2, 61.0)]
+    assert [line.get_color() for line in whole.get_lines()] == [*plots.COLOURS[:2], plots.COLOURS[1]]
+    assert lines(late)["base"] == [(epoch, 50.0 + epoch) for epoch in range(22, 30)]
+    training, test, *_ = plots.courses([read_run(two)], *plots.COURSES["losses"]).axes
+    assert lines(training)["network 2"] == [(0, 1), (1, 1), (2, 1)] and lines(test)["network 1"][0] == (0, 2)
+
+
+def test_coefficients_are_the_files_and_epochs_without_any_are_gaps(two):
+    run = read_run(two)
+    assert plots.coefficients(run).axes[0].images[0].get_array().tolist() == [[0.45, 0.46]]
+    run.networks[0].coefficients = pd.DataFrame({"epoch": [0, 2], "layer": "conv1", "coefficient": [0.4, 0.6]})
+    assert plots.coefficients(run).axes[0].images[0].get_array().filled(-1).tolist() == [[0.4, -1, 0.6]]
+
+
+def test_the_share_up_to_each_norm_is_counted(tmp_path):
+    run = read_run(save_run(tmp_path / "run", [[50.0]], epochs=1, norms=[(2.0, 0.5, 0.0, math.nan)]))
+    drawn = lines(plots.filters([run]).axes[0])["network 1"]
+    smallest = plots.SMALLEST_NORM  # where 0 is drawn; NaN is invalid
+    assert drawn == [(smallest, 0), (smallest, 0.25), (smallest, 0.5), (0.5, 0.75), (2, 1)]
+
+
+def test_confusions_are_shares_of_their_row():
+    panel = plots.confusion(np.array([[3, 1], [0, 0]]), ["cat", "dog"], "title").axes[0]
+    assert sorted(text.get_text() for text in panel.texts) == ["25", "75"]
+    assert panel.images[0].get_array().tolist() == [[75, 25], [0, 0]]
