@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from filter_grafting import MismatchError, graft
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -22,10 +24,6 @@ def looped_entropy(weight, bins=10):
         share = sum(low + k * scale <= value < upper for value in values) / len(values)
         total -= share * math.log(share) if share else 0.0
     return total
-
-
-def looped_l1_norm(weight):
-    return sum(abs(value) for value in weight.flatten().tolist())
 
 
 def looped_coefficient(own, neighbour, a=0.4, c=500, criterion=looped_entropy):
@@ -48,6 +46,23 @@ def looped_graft(model, neighbour, a=0.4, c=500, kinds=CONVOLUTIONS, criterion=l
         else:
             blended[key] = entry.clone()
     return coefficients, blended
+
+
+def assert_grafts(model, neighbour, how=(), **options):
+    """Grafts a model as the loops do; `how` is for them, and `options` for both of `graft` and them."""
+    numbers = {name: options[name] for name in ("a", "c") if name in options}
+    coefficients, blended = looped_graft(model, neighbour, **numbers, **dict(how))
+    found = graft(model, neighbour, **options)
+    assert coefficients_of(found) == coefficients
+    assert_blended(model, blended)
+    return found
+
+
+def assert_refused(model, neighbour, message, **options):
+    before = snapshot(model)
+    with pytest.raises(MismatchError, match=message):
+        graft(model, neighbour, **options)
+    assert_untouched(model, before)
 
 
 def coefficients_of(layers):
@@ -102,13 +117,9 @@ def mixture():
         nn.PReLU(8),
         nn.Sequential(nn.Conv2d(8, 4, 1, groups=2), nn.GroupNorm(2, 4)),
         nn.ConvTranspose2d(4, 6, 2, groups=2),
-        nn.BatchNorm2d(6, affine=False),
         nn.Conv1d(6, 5, 3),
         nn.BatchNorm1d(5, track_running_stats=False),
         nn.Conv3d(5, 4, 2),
-        nn.ConvTranspose1d(4, 3, 2),
-        nn.ConvTranspose3d(3, 2, 2, bias=False),
-        nn.LayerNorm(5),
         nn.Linear(5, 3),
     )
 

@@ -21,44 +21,31 @@ from torch import nn
 
 from filter_grafting import FileRing, Grafting, GraftingError, MismatchError, graft, graft_ring
 
-
-def ring_of(networks):
-    return [randomised(mixture(), seed) for seed in range(1, networks + 1)]
-
-
-def floats(model):
-    return [entry for entry in model.state_dict().values() if entry.is_floating_point()]
-
-
 # graft_ring
 
 
 @pytest.mark.parametrize("networks", [2, 3, 5])
 def test_a_ring_is_blended_all_at_once_and_two_networks_become_equal(networks):
-    models = ring_of(networks)
+    models = [randomised(chain(), seed) for seed in range(networks)]
     before = [snapshot(model) for model in models]
     expected = [looped_graft(model, before[k - 1]) for k, model in enumerate(models)]
     assert [coefficients_of(found) for found in graft_ring(models)] == [shares for shares, _ in expected]
     for model, (_, blended) in zip(models, expected, strict=True):
         assert_blended(model, blended)
     for one, other in itertools.combinations(models, 2):
-        alike = [torch.allclose(a, b, atol=1e-6) for a, b in zip(floats(one), floats(other), strict=True)]
+        alike = [torch.allclose(a, b, atol=1e-6) for a, b in zip(one.parameters(), other.parameters(), strict=True)]
         assert all(alike) == (networks == 2)
-
-
-def test_where_one_network_cannot_be_grafted_all_are_untouched():
-    models = ring_of(3)
     models[1][0].bias.data[0] = torch.nan
     before = [snapshot(model) for model in models]
-    with pytest.raises(MismatchError, match=r"^0\.bias: the network holds"):
+    with pytest.raises(MismatchError, match=r"^0\.bias: .* not finite"):
         graft_ring(models)
     for model, state in zip(models, before, strict=True):
         assert_untouched(model, state)
 
 
 def test_a_ring_needs_networks_of_their_own():
-    model = mixture()
-    for models in [model], [model, mixture(), model]:
+    model = chain()
+    for models in [model], [model, chain(), model]:
         with pytest.raises(ValueError, match=r"models: got \d, expected at least two, each a model of its own"):
             graft_ring(models)
 
@@ -77,10 +64,10 @@ class Neighbour:
         return self.state
 
 
-def trained(model, epoch):
-    """A stand-in for an epoch of training: every weight changes, in each network and epoch another way."""
+def train(model, epoch):
+    """A stand-in for an epoch of training: every weight changes, in each epoch another way."""
     with torch.no_grad():
-        for entry in floats(model):
+        for entry in model.parameters():
             entry.add_(torch.sin(entry * (7 + epoch)))
 
 
@@ -89,26 +76,19 @@ def trained(model, epoch):
     [({}, [0, 1, 2, 3, 4]), ({"warmup": 3}, [3, 4]), ({"every": 2, "warmup": 2}, [3])],
 )
 def test_a_loop_grafts_every_so_many_rounds_after_a_warm_up(options, rounds):
-    model, neighbour, how = randomised(mixture(), 1), Neighbour(), {"a": 0.6, "c": 3, "exclude": ("14.*",)}
+    model, neighbour, how = randomised(mixture(), 1), Neighbour(), {"a": 0.6, "c": 3, "exclude": ("10.*",)}
     expected = copy.deepcopy(model)
     grafting = Grafting(model, neighbour, **how, **options)
     for epoch in range(5):
-        trained(model, epoch)
-        grafting.step()
-        trained(expected, epoch)
-        if epoch in rounds:
-            graft(expected, neighbour.state, **how)
+        train(model, epoch)
+        found = grafting.step()
+        train(expected, epoch)
+        assert found == (graft(expected, neighbour.state, **how) if epoch in rounds else None)
+        later = Grafting(model, neighbour, **how, **options)  # continued from a checkpoint of the caller's own
+        later.load_state_dict(grafting.state_dict())
+        grafting = later
     assert neighbour.rounds == rounds
     assert same(model, expected)
-
-
-def test_step_tells_what_it_found_and_its_state_is_the_next_round():
-    model, neighbour = randomised(mixture(), 1), Neighbour()
-    expected = graft(copy.deepcopy(model), neighbour.state)
-    grafting, later = (Grafting(model, neighbour, every=2) for _ in range(2))
-    assert (grafting.step(), grafting.step()) == (None, expected)
-    later.load_state_dict(grafting.state_dict())
-    assert later.round == 2 and later.step() is None
 
 
 @pytest.mark.parametrize(
@@ -130,7 +110,7 @@ def test_what_could_not_be_grafted_is_refused_before_training(make, options, mes
 
 def run_network(directory, network, until):
     """Trains with momentum for four epochs, or until it is killed within one."""
-    model = randomised(mixture(), network)
+    model = randomised(chain(), network)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     with FileRing(directory, network, 2, resume=True) as ring:
@@ -160,8 +140,8 @@ def test_a_resumed_network_first_grafts_and_ends_with_the_same_weights(tmp_path)
 
 
 def test_a_checkpoint_without_the_state_that_is_asked_for_is_named(make_ring):
-    ring, model = make_ring(1, 1), mixture()
-    ring.publish(0, randomised(mixture(), 1).state_dict(), {"optimizer": {}})
+    ring, model = make_ring(1, 1), chain()
+    ring.publish(0, randomised(chain(), 1).state_dict(), {"optimizer": {}})
     before, optimizer = snapshot(model), torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(GraftingError, match=r"^checkpoint: .*ckpt0_0\.t7 holds no state of 'ema'"):
         Grafting(model, ring, checkpoint={"optimizer": optimizer, "ema": optimizer})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.graphs import GraphedTraining
-from filter_grafting import graft, plain_state
+from filter_grafting import graft
 from grafting_cifar import data, models
 from training.loop import train_one_epoch
 from training.models import compiled
@@ -34,28 +34,29 @@ def rate(progress):
     return 0.1 / (1 + progress)
 
 
-def reverse(model):
-    """Another network's weights, of this model's shapes."""
-    return {key: entry.clone().flip(0) if entry.dim() else entry for key, entry in plain_state(model).items()}
+def assert_trains_as_eager(model, train, batches, device, amp, rtol, atol):
+    """Over three epochs, with a graft after each."""
+    eager = copy.deepcopy(model)
+    optimizer = make_optimizer(eager)
+    for epoch in range(3):
+        ours = train(epoch)
+        options = {"seed": epoch, "device": device, "epoch": epoch, "amp": amp}
+        expected = train_one_epoch(eager, batches, optimizer, rate, **options)
+        assert ours.loss == pytest.approx(expected.loss, rel=rtol)
+        torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=rtol, atol=atol)
+        neighbour = {key: entry.flip(0) if entry.dim() else entry for key, entry in eager.state_dict().items()}
+        assert graft(model, neighbour) and graft(eager, neighbour)
 
 
 @pytest.mark.parametrize(("device", "amp"), KINDS)
 def test_an_epoch_that_is_augmented_at_once_and_captured_trains_the_same_and_sees_grafts(device, amp):
     model, optimizer, batches = make_training(device)
-    eager = copy.deepcopy(model)
-    eagers = make_optimizer(eager)
     graphed = GraphedTraining(model, batches, optimizer, device=device, amp=amp)
-    rtol, atol = (1e-4, 1e-5) if device == CPU else (2e-2, 2e-3)
+    tolerance = (1e-4, 1e-5) if device == CPU else (2e-2, 2e-3)
     with deterministic(device == CUDA):
-        for epoch in range(3):
-            ours = graphed.epoch(rate, seed=epoch, epoch=epoch)
-            options = {"seed": epoch, "device": device, "epoch": epoch, "amp": amp}
-            expected = train_one_epoch(eager, batches, eagers, rate, **options)
-            assert ours.loss == pytest.approx(expected.loss, rel=rtol)
-            torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=rtol, atol=atol)
-            neighbour = reverse(eager)
-            graft(model, neighbour)
-            graft(eager, neighbour)
+        assert_trains_as_eager(
+            model, lambda epoch: graphed.epoch(rate, seed=epoch, epoch=epoch), batches, device, amp, *tolerance
+        )
     assert (graphed.graph is not None) == (device == CUDA)
 
 
@@ -69,17 +70,13 @@ def test_a_compiled_model_is_compiled_once_for_all_rates_and_grafts(monkeypatch)
     def compile_counted(model, dynamic, mode):
         return compile_as_it_is(model, dynamic=dynamic, backend=counted, fullgraph=True)  # raises on a graph break
 
+    def train(epoch):
+        result = train_one_epoch(forward, batches, optimizer, rate, seed=epoch, device=CPU, epoch=epoch)
+        assert len(graphs) == 2, "one graph for the whole batches and one for the last"
+        return result
+
     monkeypatch.setattr(torch, "compile", compile_counted)
     torch._dynamo.reset()
     model, optimizer, batches = make_training(images=40)
-    eager = copy.deepcopy(model)
-    eagers, forward, made = make_optimizer(eager), compiled(model, CPU), []
-    for epoch in range(3):
-        options = {"seed": epoch, "device": CPU, "epoch": epoch}
-        train_one_epoch(forward, batches, optimizer, rate, **options)
-        train_one_epoch(eager, batches, eagers, rate, **options)
-        torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-3, atol=1e-4)
-        neighbour = reverse(model)
-        assert graft(model, neighbour) and graft(eager, neighbour)
-        made.append(len(graphs))
-    assert made == [2, 2, 2], "one graph for the whole batches and one for the last"
+    forward = compiled(model, CPU)
+    assert_trains_as_eager(model, train, batches, CPU, None, 1e-3, 1e-4)

@@ -13,22 +13,13 @@ from filter_grafting.information import norms_by_layer
 from grafting_cifar import models
 
 
-def seeded(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_entropy_is_that_of_the_definition(dtype, device):
-    for shape in (16, 3, 3, 3), (2, 1), (8193,):
-        weight = seeded(*shape).to(device, dtype)
-        assert entropy(weight) == pytest.approx(looped_entropy(weight), abs=1e-12)
-
-
-@pytest.mark.parametrize("bins", [1, 2, 10, 100])
-def test_entropy_of_any_distribution_in_any_number_of_bins(bins):
-    x, subnormal = seeded(501, seed=bins), (torch.arange(-50, 51).double() * 2**-149).float()
-    for weight in x**3, x.exp(), x * 1e-6 + 1, x.round(), (x > 2).float(), x * 1e20, x / 1e20, subnormal:
+@pytest.mark.parametrize("bins", [1, 10, 100])
+def test_entropy_is_that_of_the_definition_for_any_distribution(bins, dtype, device):
+    x, subnormal = torch.randn(501, generator=torch.Generator().manual_seed(bins)), torch.arange(-50, 51) * 2**-149
+    for weight in x, x[:6].view(1, 2, 3), x**3, x * 1e-6 + 1, x.round(), (x > 2).float(), x / 1e20, subnormal:
+        weight = weight.to(device, dtype)
         assert entropy(weight, bins) == pytest.approx(looped_entropy(weight, bins), abs=1e-12)
 
 
@@ -71,7 +62,6 @@ def looped_norms(layer):
 
 LAYERS = (
     nn.Conv2d(6, 4, 3, groups=2, bias=False),
-    nn.Conv1d(6, 4, 5),
     nn.Conv3d(6, 4, (1, 3, 2)),
     nn.ConvTranspose2d(6, 12, 3, groups=6),
     nn.ConvTranspose3d(4, 6, 2),
@@ -111,12 +101,8 @@ def test_convolutions_alone_are_counted_and_a_shared_one_once():
     others = nn.BatchNorm1d(4), nn.Linear(4, 5), nn.Embedding(7, 8), nn.PReLU(), nn.LayerNorm((4, 4))
     model = nn.Sequential(shared, nn.ReLU(), shared, nn.Conv1d(3, 2, 1), *others)
     for source in model, model.state_dict():
-        assert list(norms_by_layer(source)) == ["0", "3"]
-    for source in nn.Linear(3, 4), {}:
-        with pytest.raises(MismatchError, match="no convolution found"):
-            invalid_filters(source, 0.1)
-
-
-def test_a_state_dict_of_computed_weights_is_refused():
+        assert invalid_filters(source, 0.0) == (0, 5)
+    with pytest.raises(MismatchError, match="no convolution found"):
+        invalid_filters(nn.Linear(3, 4), 0.1)
     with pytest.raises(MismatchError, match=r"^0\..*: a weight is computed from it; count the filters of the model"):
         invalid_filters(nn.Sequential(LAYERS[-1]).state_dict(), 0.1)

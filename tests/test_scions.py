@@ -3,9 +3,8 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 
-from filter_grafting.errors import MismatchError
+from filter_grafting import MismatchError
 from filter_grafting.scions import internal, noise
 
 
@@ -27,13 +26,13 @@ def test_noise_is_added_to_invalid_filters_alone():
     model, before = make_model(), make_model().state_dict()
     assert noise(model, 0.5, generator=torch.Generator().manual_seed(7)) == 5
     generator = torch.Generator().manual_seed(7)
-    for key in "0.weight", "1.weight":
-        invalid = [j for j, norm in enumerate(looped_norms(before[key])) if norm < 0.1]
-        drawn = iter(torch.randn(len(invalid), *before[key].shape[1:], generator=generator))
-        for j, filters in enumerate(before[key]):
-            expected = filters + 0.5 * next(drawn) if j in invalid else filters
-            torch.testing.assert_close(model.state_dict()[key][j], expected)
-    assert all(torch.equal(model.state_dict()[key], before[key]) for key in ("0.bias", "2.weight", "2.bias"))
+    for key, entry in before.items():
+        invalid = (
+            [j for j, norm in enumerate(looped_norms(entry)) if norm < 0.1] if key in ("0.weight", "1.weight") else []
+        )
+        drawn = torch.randn(len(invalid), *entry.shape[1:], generator=generator) if invalid else 0
+        entry[invalid] += 0.5 * drawn
+        torch.testing.assert_close(model.state_dict()[key], entry)
 
 
 @pytest.mark.parametrize(("threshold", "count"), [(0.1, 5), (1e9, 9)])
@@ -49,8 +48,7 @@ def test_the_i_th_largest_filter_is_added_to_the_i_th_smallest(threshold, count)
         torch.testing.assert_close(model.state_dict()[key], expected)
 
 
-@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(3, 4, 2), weight_norm(nn.Conv2d(3, 4, 2))], ids=str)
-def test_a_layer_that_no_scion_can_be_grafted_onto_is_named(layer):
+def test_a_layer_that_no_scion_can_be_grafted_onto_is_named():
     for scion in internal, lambda model: noise(model, 1.0):
         with pytest.raises(MismatchError, match=r"^0"):
-            scion(nn.Sequential(layer))
+            scion(nn.Sequential(nn.ConvTranspose2d(3, 4, 2)))
