@@ -60,28 +60,24 @@ def naive(state, split):
     return np.stack([np.exp(score) / np.exp(score).sum() for score in scores])
 
 
-def percent(probabilities, split):
-    return 100 * np.mean(probabilities.argmax(1) == split.labels.numpy())
-
-
-def balanced(state, split):
-    """The network with a bias that makes it take half of the images for each class, which random weights do not."""
-    odds = np.log(naive(state, split))
-    state["linear.bias"][1] -= np.median(odds[:, 1] - odds[:, 0])
-    return state
-
-
 def test_all_three_accuracies_of_two_runs(tmp_path, images, run):
     images = data.select(data.load(images), test_images=6)
-    states = [balanced(trained_like(seed), images.test) for seed in range(3)]
+
+    def percent(probabilities):
+        return 100 * np.mean(probabilities.argmax(1) == images.test.labels.numpy())
+
+    states = [trained_like(seed) for seed in range(3)]
+    for state in states:  # a bias that makes it take half of the images for each class, which random weights do not
+        odds = np.log(naive(state, images.test))
+        state["linear.bias"][1] -= np.median(odds[:, 1] - odds[:, 0])
     runs = [write_run(tmp_path / "one", states[:1]), write_run(tmp_path / "two", states[1:])]
     status, found, output, _ = run(*runs, tmp_path / "one")
     assert status == 0
 
     each = [naive(state, images.test) for state in states]
     assert found["members"] == [str(tmp_path / name) for name in ("one/final1.t7", "two/final1.t7", "two/final2.t7")]
-    assert found["networks"] == [percent(probabilities, images.test) for probabilities in each]
-    assert found["ensemble"] == percent(sum(each), images.test)
+    assert found["networks"] == [percent(probabilities) for probabilities in each]
+    assert found["ensemble"] == percent(sum(each))
 
     averaged = models.build("resnet20", 2)
     averaged.load_state_dict({k: sum(s[k].double() for s in states).to(states[0][k].dtype) / 3 for k in states[0]})
@@ -90,12 +86,10 @@ def test_all_three_accuracies_of_two_runs(tmp_path, images, run):
             module.momentum = 1.0  # the statistics of the last batch, which holds all images
     ((pixels, _),) = data.Batches(images.train, 32, CPU, augment=True).epoch(0)
     averaged(pixels)
-    assert found["weight_average"] == percent(naive(averaged.state_dict(), images.test), images.test)
+    assert found["weight_average"] == percent(naive(averaged.state_dict(), images.test))
 
     rows = {row["network"]: row["accuracy (%)"] for row in rows_of(output)}
-    assert rows["one/final1.t7"] == f"{found['networks'][0]:.2f}"
-    assert rows["ensemble"] == f"{found['ensemble']:.2f}"
-    assert rows["weight average"] == f"{found['weight_average']:.2f}"
+    assert rows["one/final1.t7"] == f"{found['networks'][0]:.2f}" and rows["ensemble"] == f"{found['ensemble']:.2f}"
 
 
 def test_the_best_networks_of_different_models_have_an_ensemble_but_no_average(tmp_path, run):

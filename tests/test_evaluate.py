@@ -65,12 +65,6 @@ def test_accuracies_are_those_of_a_loop_over_the_images(tmp_path, images):
     assert f"accuracy: {accuracy:.3f} % of 8 test images (50.000 when it was saved)" in output
 
 
-def test_images_of_the_run_are_selected(tmp_path, images):
-    settings = {"model": "resnet20", "test_images": 5, "images": 20, "val": 2}
-    status, output, _ = call(evaluate, save_model(tmp_path / "a.t7", settings=settings), "--data", images)
-    assert status == 0 and " of 5 test images" in output
-
-
 def test_files_that_say_less_are_read_and_what_is_taken_instead_is_said(tmp_path, images):
     left_out = dict.fromkeys(("model", "classes", "mean", "std", "image_size", "command", "settings"))
     state = {f"module.{key}": entry for key, entry in trained_like(0).items()}  # as the authors' script saves it

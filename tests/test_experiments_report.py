@@ -1,12 +1,12 @@
 """The experiments' report: its figures, what it says of missing and damaged results, and its plots."""
 
 import math
-import sys
 
 import numpy
 import pytest
-from finished import change, write_ensemble, write_run
+from finished import write_ensemble, write_run
 from PIL import Image
+from saved import call
 from scipy import stats
 
 from experiments import plots, report
@@ -14,27 +14,23 @@ from experiments.tables import TABLES, Table
 
 BASE, TWO, COSINE, DLR = (f"cifar10_resnet20_{flags}" for flags in ("num1", "num2", "num1_cos", "num2_difflr_cos"))
 EMA, ENSEMBLE = (f"cifar10_resnet20_{flags}" for flags in ("num1_ema", "num1_ensemble2"))
-FLAGS = {
-    "baseline single": "--num 1",
-    "grafted": "--num 2",
-    "ema": "--num 1 --method ema",
-    "both": "2 x --num 1",
-    "six": "6 x --num 1",
-}
+FLAGS = {"single": "--num 1", "grafted": "--num 2", "ema": "--num 1 --method ema", "both": "2 x --num 1"}
+FLAGS["six"] = "6 x --num 1"
+SINGLE, GRAFTED = "ResNet-20, baseline single", "ResNet-20, grafted"
 
 
 def make_table(*methods):
-    """Rows that are compared with the first, which is a baseline."""
-    rows = [("resnet20", method, FLAGS[method], None) for method in methods]
+    """Rows that are compared with a single network."""
+    rows = [("resnet20", "baseline single", FLAGS["single"], None)]
+    rows += [("resnet20", method, FLAGS[method], None) for method in methods]
     return Table("A table", "A note.", rows, datasets=("CIFAR-10",))
 
 
-SINGLE, GRAFTED = "ResNet-20, baseline single", "ResNet-20, grafted"
-PAIR = make_table("baseline single", "grafted")
+PAIR = make_table("grafted")
 
 
 @pytest.fixture
-def run_report(tmp_path, monkeypatch, capsys):
+def run_report(tmp_path, monkeypatch):
     """Runs report.py on tables of the test's own, in the places of two; returns exit status and report."""
 
     def run(*tables, with_plots=False, preset="small"):
@@ -42,24 +38,21 @@ def run_report(tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             for name, table in zip(names, tables, strict=True):
                 patch.setitem(TABLES, name, table)
-            patch.setattr(sys, "argv", ["report.py", *names, "--preset", preset, "--results", str(tmp_path)])
             if not with_plots:
                 patch.setattr(plots, "draw", lambda *_: [])
-            status = report.main()
-        text = capsys.readouterr().out
+            status, text, _ = call(report, *names, "--preset", preset, "--results", tmp_path)
         assert (tmp_path / preset / "report.md").read_text() == text
         return status, text
 
     return run
 
 
-def lines_of(text, label):
-    """The lines of the first table that has a line of this label, as {column: cell}."""
+def row_of(text, label):
+    """The first row of this label, as {column: cell}."""
     lines = text.splitlines()
     place = next(k for k, line in enumerate(lines) if line.startswith(f"| {label} "))
     top = max(k for k in range(place) if lines[k].startswith("| method"))
-    header, *_ = rows = [[cell.strip() for cell in lines[k].split("|")[1:-1]] for k in (top, place)]
-    return dict(zip(header, rows[1], strict=True))
+    return dict(zip(*([cell.strip() for cell in lines[k].split("|")[1:-1]] for k in (top, place)), strict=True))
 
 
 # ---- Figures
@@ -75,11 +68,11 @@ def test_mean_deviation_and_interval_are_those_of_the_formulas(tmp_path, run_rep
     gains = numpy.subtract(other, one[:3])  # the fourth seed has no partner
     reach = stats.t.ppf(0.975, 2) * numpy.std(gains, ddof=1) / math.sqrt(3)
     low, high = gains.mean() - reach, gains.mean() + reach
-    row = lines_of(text, GRAFTED)
+    row = row_of(text, GRAFTED)
     assert row["last"] == f"{numpy.mean(other):.2f} ± {numpy.std(other, ddof=1):.2f}" and row["n"] == "3"
     assert row["gain of last"] == f"{gains.mean():+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")
     assert row["best, on the test set"] == "82.93 ± 0.70"  # of the better network
-    assert lines_of(text, SINGLE)["last"] == "82.62 ± 4.96"
+    assert row_of(text, SINGLE)["last"] == "82.62 ± 4.96"
     assert status == 0 and low > 0 and "baseline: after the last epoch ahead 1 of 1." in text
 
 
@@ -88,9 +81,9 @@ def test_an_ensemble_is_compared_with_the_mean_of_its_own_networks(tmp_path, run
         write_run(tmp_path, BASE, seed, [[50.0, 80.0 + seed % 100]])
     for seed in (0, 1):
         write_ensemble(tmp_path, ENSEMBLE, seed, 85.0 + seed, [70.0, 72.0 + seed])
-    _, text = run_report(make_table("baseline single", "both"))
-    assert lines_of(text, "ResNet-20, both †")["gain of last"].startswith("+14.25 [")  # 85 - 71, and 86 - 71.5
-    assert lines_of(text, SINGLE)["n"] == "2"  # those of seeds 100 and 101 are there for the ensemble alone
+    _, text = run_report(make_table("both"))
+    assert row_of(text, "ResNet-20, both †")["gain of last"].startswith("+14.25 [")  # 85 - 71, and 86 - 71.5
+    assert row_of(text, SINGLE)["n"] == "2"  # those of seeds 100 and 101 are there for the ensemble alone
     assert "ResNet-20, both: its networks alone 71.25 ± 0.35 (mean); their uniform weight average 10.00." in text
 
 
@@ -99,32 +92,27 @@ def test_best_is_picked_by_validation_where_there_is_one(tmp_path, run_report):
     validation = [[50.0, 51.0, 52.0], [99.0, 51.0, 52.0]]
     write_run(tmp_path, TWO, 0, [[70.0, 90.0, 80.0], [75.0, 60.0, 85.0]], validation=validation)
     _, text = run_report(PAIR)
-    assert lines_of(text, GRAFTED)["best, by validation"] == "75.00"
-    assert lines_of(text, GRAFTED)["gain of best"] == "−5.00 [–]"
+    assert row_of(text, GRAFTED)["best, by validation"] == "75.00"
+    assert row_of(text, GRAFTED)["gain of best"] == "−5.00 [–]"
     assert "at the epoch picked by validation open for want of seeds 1 of 1." in text
-
-
-# ---- The reading
 
 
 def test_rivals_cost_no_more_and_have_the_same_baseline_and_each_pair_counts_once(tmp_path, run_report):
     for seed in range(3):
-        write_run(tmp_path, BASE, seed, [[50.0, 80 + 0.1 * seed]])
-        write_run(tmp_path, BASE, 100 + seed, [[50.0, 80 + 0.1 * seed]])
+        for member in seed, 100 + seed:
+            write_run(tmp_path, BASE, member, [[50.0, 80 + 0.1 * seed]])
         write_run(tmp_path, TWO, seed, [[50.0, 82 + 0.2 * seed]] * 2)
         write_run(tmp_path, EMA, seed, [[50.0, 83 + 0.1 * seed]])
         write_ensemble(tmp_path, ENSEMBLE, seed, 81 + 0.2 * seed, [79.0, 81.0])
         write_ensemble(tmp_path, "cifar10_resnet20_num1_ensemble6", seed, 90.0, [79.0] * 6)  # costs more
-    table = make_table("baseline single", "grafted", "ema", "both", "six")
+    table = make_table("grafted", "ema", "both", "six")
     _, text = run_report(table, table)
-    lines = [[part.strip() for part in line.split("|")[2:5]] for line in text.splitlines() if " : " in line]
-    assert (
-        lines
-        == [["ResNet-20, ema", "60 : 30", "−0.90 [−1.15, −0.65]"], ["ResNet-20, both", "60 : 60", "+1.00 [–]"]] * 2
-    )
+    rivals = [[part.strip() for part in line.split("|")[2:5]] for line in text.splitlines() if " : " in line]
+    expected = [["ResNet-20, ema", "60 : 30", "−0.90 [−1.15, −0.65]"], ["ResNet-20, both", "60 : 60", "+1.00 [–]"]]
+    assert rivals == expected * 2
     assert "baseline: after the last epoch ahead 1 of 1." in text
-    rivals = "after the last epoch behind 1, open for want of seeds 1 of 2 (ResNet-20, grafted behind ResNet-20, ema on"
-    assert f"no more training: {rivals}" in text
+    said = "after the last epoch behind 1, open for want of seeds 1 of 2 (ResNet-20, grafted behind ResNet-20, ema on"
+    assert f"no more training: {said}" in text
 
 
 def test_what_the_schedule_does_is_told_apart_from_grafting(tmp_path, run_report):
@@ -137,13 +125,6 @@ def test_what_the_schedule_does_is_told_apart_from_grafting(tmp_path, run_report
     assert text.count("The cosine alone") == 1
 
 
-def test_rows_of_different_precision_are_named(tmp_path, run_report):
-    write_run(tmp_path, BASE, 0, [[50.0, 80.0]], amp=True)
-    write_run(tmp_path, TWO, 0, [[50.0, 80.0]] * 2, amp=False)
-    named = f"{SINGLE} (bfloat16); {GRAFTED} (float32)."
-    assert f"In different precisions, which may be part of the differences: {named}\n" in run_report(PAIR)[1]
-
-
 # ---- What stands beside
 
 
@@ -151,11 +132,12 @@ def test_missing_and_damaged_results_count_as_not_run_and_are_named(tmp_path, ru
     folders = [write_run(tmp_path, BASE, seed, [[50.0, 80.0 + seed]]) for seed in range(5)]
     (folders[0] / "result.json").write_bytes(b'{"name": "a", "sett')
     (folders[1] / "metrics1.csv").unlink()
-    change(folders[4], command="python grafting_cifar/grafting.py --lr 0.5")
+    record = (folders[4] / "result.json").read_text()
+    (folders[4] / "result.json").write_text(record.replace("--epochs 30", "--epochs 3"))
     status, text = run_report(PAIR)
     assert status == 0
-    row = lines_of(text, SINGLE)
-    assert row["last"] == "82.50 ± 0.71" and lines_of(text, GRAFTED)["last"] == "not run" and "gain of last" not in row
+    row = row_of(text, SINGLE)
+    assert row["last"] == "82.50 ± 0.71" and row_of(text, GRAFTED)["last"] == "not run" and "gain of last" not in row
     for seed, what in {0: "result.json", 1: "metrics1.csv ends after 0 of", 4: "of another command"}.items():
         assert what in text.split(f"- {BASE}/seed{seed}: ")[1].splitlines()[0]
     for folder in folders[2:4]:
@@ -173,33 +155,25 @@ def test_all_tables_have_their_place(run_report, preset):
     assert ("mutual learning" in text) == ("92.83" in text) == ("36/1136" in text) == (preset == "paper")
 
 
-def test_filters_information_flags_machine_and_time_stand_beside_the_accuracies(tmp_path, run_report):
+def test_filters_information_flags_machine_and_time_stand_beside_the_accuracies_and_are_drawn(tmp_path, run_report):
     for seed, count in enumerate((30, 34)):
-        write_run(tmp_path, BASE, seed, [[50.0, 80.0]], invalid=(count, 7), information=20.5 + seed)
-        write_run(tmp_path, TWO, seed, [[50.0, 80.0]] * 2)
-    _, text = run_report(PAIR)
-    row = lines_of(text, SINGLE)
+        more = {"information": 20.5 + seed, "amp": True}
+        write_run(tmp_path, BASE, seed, [[50.0, 70.0, 80.0]], invalid=(count, 7), **more)
+        write_run(tmp_path, TWO, seed, [[50.0, 70.0, 80.0]] * 2, information=20.0)
+    _, text = run_report(PAIR, with_plots=True)
+    row = row_of(text, SINGLE)
     assert row["invalid, below 0.1"] == "32.0 ± 2.8 of 1136" and row["invalid, below 0.01"] == "7.0 ± 0.0 of 1136"
     assert row["information (nats)"] == "21.0 ± 0.7" and row["last"] == "80.00 ± 0.00"
     assert "`--epochs 30 --step_epochs 9 --images 10000 " in text
-    machine = "Hardware: 2 cores (4 runs). Versions: python 3.11, torch 2.9 (4 runs). Precision: float32 (4 runs).\n"
-    row = lines_of(text.split(machine)[1], GRAFTED)
-    assert list(row.values()) == [GRAFTED, SINGLE, "`--num 2`", "60", "8 s", "0, 1"]
+    named = f"{SINGLE} (bfloat16); {GRAFTED} (float32)."
+    assert f"In different precisions, which may be part of the differences: {named}\n" in text
+    row = row_of(text.split("Hardware: 2 cores (4 runs). Versions: python 3.11, torch 2.9 (4 runs). ")[1], GRAFTED)
+    assert list(row.values()) == [GRAFTED, SINGLE, "`--num 2`", "60", "12 s", "0, 1"]
 
-
-def test_plots_show_something_and_are_small(tmp_path, run_report):
-    for seed in range(2):
-        for name, networks in ((BASE, 1), (TWO, 2)):
-            accuracies = [[50.0 + 10 * seed, 70.0, 80.0 + networks + seed]] * networks
-            more = {"coefficients": networks > 1, "invalid": (40 - seed, 30), "information": 20.0}
-            write_run(tmp_path, name, seed, accuracies, **more)
-        write_ensemble(tmp_path, ENSEMBLE, seed, 84.0 + seed, [81.0, 82.0])
-    _, text = run_report(make_table("baseline single", "grafted", "both"), with_plots=True)
     kinds = ("gain", "accuracy", "coefficients", "invalid", "information")
     paths = {path.name: path for path in (tmp_path / "small" / "plots").iterdir()}
     assert set(paths) == {f"main-CIFAR-10-{kind}.png" for kind in kinds}
     for name, path in paths.items():
         assert f"](plots/{name})" in text and path.stat().st_size < 200_000
-        with Image.open(path) as image:
-            pixels = numpy.asarray(image.convert("RGB"))
+        pixels = numpy.asarray(Image.open(path).convert("RGB"))
         assert pixels.shape[1] == 1400 and 0.01 < (pixels < 200).any(-1).mean() < 0.9

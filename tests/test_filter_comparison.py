@@ -9,41 +9,34 @@ from analysis import filter_comparison
 from grafting_cifar import models
 
 
-def weak_state(name):
-    """A network with filters of all norms, from 1e-4 of what they were to all of it."""
-    torch.manual_seed(0)
-    state = models.build(name).state_dict()
-    for entry in state.values():
-        if entry.dim() == 4:
-            entry *= 10 ** torch.linspace(-4, 0, len(entry))[:, None, None, None]
-    return state
-
-
-def count(state, threshold):
-    """(invalid, total) outside shortcuts and in them, filter by filter."""
-    counts = {False: [0, 0], True: [0, 0]}
-    for key, entry in state.items():
-        for weights in entry.numpy() if entry.dim() == 4 else ():
-            counts["shortcut" in key][0] += float(np.abs(weights).sum()) < threshold
-            counts["shortcut" in key][1] += 1
-    return *counts[False], *counts[True]
+def count(state, threshold, in_shortcuts):
+    """(invalid, total), filter by filter."""
+    filters = [(key, weights) for key, entry in state.items() if entry.dim() == 4 for weights in entry.numpy()]
+    norms = [float(np.abs(weights).sum()) for key, weights in filters if ("shortcut" in key) == in_shortcuts]
+    return sum(norm < threshold for norm in norms), len(norms)
 
 
 def test_counts_are_those_of_a_loop_over_all_filters(tmp_path):
-    states = {str(tmp_path / name): weak_state(name) for name in ("resnet20", "mobilenetv2")}
-    for path, state in states.items():
-        torch.save({"net": state}, path)
+    states = {}
+    for name in "resnet20", "mobilenetv2":
+        torch.manual_seed(0)
+        state = states[str(tmp_path / name)] = models.build(name).state_dict()
+        for entry in state.values():
+            if entry.dim() == 4:  # filters of all norms, from 1e-4 of what they were to all of it
+                entry *= 10 ** torch.linspace(-4, 0, len(entry))[:, None, None, None]
+        torch.save({"net": state}, tmp_path / name)
     status, output, _ = call(filter_comparison, "--r", *states)
     rows = rows_of(output)
-    assert status == 0 and "in their names" in output
-    assert [(row["file"], row["threshold"]) for row in rows] == [(n, t) for n in states for t in ("0.1", "0.01")]
+    assert status == 0 and [(row["file"], row["threshold"]) for row in rows] == [
+        (name, threshold) for name in states for threshold in ("0.1", "0.01")
+    ]
     for row in rows:
-        invalid, total, beside, beside_total = count(states[row["file"]], float(row["threshold"]))
-        assert 0 < invalid < total
-        assert [int(row["invalid"]), int(row["total"])] == [invalid, total]
+        invalid, total = count(states[row["file"]], float(row["threshold"]), False)
+        assert 0 < invalid < total and [int(row["invalid"]), int(row["total"])] == [invalid, total]
         assert row["ratio (%)"] == f"{100 * invalid / total:.2f}"
-        assert row["shortcuts"] == (f"{beside} of {beside_total}" if beside_total else "–")
-        assert row["shortcuts (%)"] == (f"{100 * beside / beside_total:.2f}" if beside_total else "–")
+        invalid, total = count(states[row["file"]], float(row["threshold"]), True)
+        expected = (f"{invalid} of {total}", f"{100 * invalid / total:.2f}") if total else ("–", "–")
+        assert (row["shortcuts"], row["shortcuts (%)"]) == expected
     assert rows[2]["shortcuts"].endswith(" of 456") and rows[2]["shortcuts"] != "0 of 456"
 
 
@@ -75,7 +68,6 @@ def test_what_cannot_be_read_is_named_in_a_line_and_the_rest_is_shown(tmp_path):
     torch.save({"net": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "linear.t7")
     reasons = {"missing.t7": "No such file", "numpy.t7": "holds more than tensors", "linear.t7": "no convolution found"}
     status, output, errors = call(filter_comparison, "--r", *(tmp_path / name for name in [*reasons, "good.t7"]))
-    assert status == 1
-    assert [row["file"] for row in rows_of(output)] == [str(tmp_path / "good.t7")] * 2
+    assert status == 1 and {row["file"] for row in rows_of(output)} == {str(tmp_path / "good.t7")}
     for (name, reason), line in zip(reasons.items(), errors.splitlines(), strict=True):
         assert str(tmp_path / name) in line and reason in line

@@ -54,9 +54,7 @@ def test_gains_are_over_the_baseline_of_the_same_settings_at_the_last_common_epo
     ("settings", "num", "name"),
     [
         ({"method": "grafting", "scion": "external", "a": 0.4, "c": 500.0}, 1, "baseline"),
-        ({"cos": True, "difflr": True}, 2, "grafting of 2, cos, difflr"),
-        ({"method": "average"}, 3, "average of 3"),
-        ({"scion": "noise"}, 1, "baseline, scion noise"),
+        ({"method": "average", "cos": True, "difflr": True}, 2, "average of 2, cos, difflr"),
         ({"criterion": "l1", "level": "filter", "a": 0.6}, 3, "grafting of 3, level filter, criterion l1, a 0.6"),
     ],
 )
@@ -140,13 +138,11 @@ def test_only_where_nothing_can_be_read_is_the_exit_status_1(tmp_path):
     assert (status, rows[1]["run"]) == (0, "nothing here: unreadable")
     assert "[1] nothing here: not the save directory of a run" in output
     (there / "run.json").write_text("{")
-    status, _, output = run_report(there)
-    assert status == 1 and "[1] run: not the save directory of a run" in output
+    assert run_report(there)[0] == 1
 
 
 def test_means_say_of_how_many():
     assert mean_and_deviation([1.0, 2.0, float("nan")], 2) == "1.50 ± 0.71 (2 of 3)"
-    assert mean_and_deviation([float("nan")], 2) == "–"
 
 
 def test_the_script_runs_from_anywhere_and_ends_quietly_when_its_reader_has_gone(tmp_path):
@@ -199,18 +195,15 @@ def test_courses_are_the_files_and_their_last_quarter_is_enlarged(tmp_path, two)
     assert lines(training)["network 2"] == [(0, 1), (1, 1), (2, 1)] and lines(test)["network 1"][0] == (0, 2)
 
 
-def test_coefficients_are_the_files_and_epochs_without_any_are_gaps(two):
+def test_coefficients_and_norms_are_the_files_and_epochs_without_any_are_gaps(two):
     run = read_run(two)
     assert plots.coefficients(run).axes[0].images[0].get_array().tolist() == [[0.45, 0.46]]
     run.networks[0].coefficients = pd.DataFrame({"epoch": [0, 2], "layer": "conv1", "coefficient": [0.4, 0.6]})
     assert plots.coefficients(run).axes[0].images[0].get_array().filled(-1).tolist() == [[0.4, -1, 0.6]]
-
-
-def test_the_share_up_to_each_norm_is_counted(tmp_path):
-    run = read_run(save_run(tmp_path / "run", [[50.0]], epochs=1, norms=[(2.0, 0.5, 0.0, math.nan)]))
-    drawn = lines(plots.filters([run]).axes[0])["network 1"]
+    run.networks[0].norms = torch.tensor([2.0, 0.5, 0.0, math.nan])
     smallest = plots.SMALLEST_NORM  # where 0 is drawn; NaN is invalid
-    assert drawn == [(smallest, 0), (smallest, 0.25), (smallest, 0.5), (0.5, 0.75), (2, 1)]
+    steps = [(smallest, 0), (smallest, 0.25), (smallest, 0.5), (0.5, 0.75), (2, 1)]
+    assert lines(plots.filters([run]).axes[0])["network 1"] == steps
 
 
 def test_confusions_are_shares_of_their_row():
