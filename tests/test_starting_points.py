@@ -48,29 +48,21 @@ def refused(run, network, *flags):
     return process.sentence()
 
 
-def test_killed_it_goes_on_from_where_it_started_and_the_same_command_again_loses_nothing(
-    make_image_run, files, undisturbed
+def test_killed_it_goes_on_from_its_file_which_counts_only_until_it_has_a_checkpoint_of_its_own(
+    make_image_run, files, undisturbed, tmp_path
 ):
-    run = make_image_run(1, 3)
-    killed(run, 1, JOINED, "--resume", os.path.relpath(files[0]))
-    killed(run, 1, "after train", "--resume")
-    killed(run, 1, "after line 1", "--resume", files[0])
-    assert "network 1 has already run in" in refused(run, 1, "--resume", files[0])
-    assert run.start(1, "--resume").wait() == 0, run.started[-1].output()
-    assert_same_from_epoch_1(run, undisturbed)
-
-
-def test_the_file_counts_only_until_the_network_has_a_checkpoint(make_image_run, files, undisturbed, tmp_path):
     file = shutil.copy(files[0], tmp_path / "start.tar")
     run = make_image_run(1, 3)
-    killed(run, 1, "after train", "--resume", file)
+    killed(run, 1, JOINED, "--resume", file)
     os.rename(file, tmp_path / "moved.tar")
     gone = f"network 1 has no checkpoint of its own yet, and {file}, from which it starts, is not there: "
     assert gone in refused(run, 1, "--resume")
-    both = ["--resume", tmp_path / "moved.tar", "--resume", "auto"]
-    killed(run, 1, r"after rename pth0_1\.tar", *both)
+    both = ["--resume", os.path.relpath(tmp_path / "moved.tar"), "--resume", "auto"]
+    killed(run, 1, "after train", *both)
+    killed(run, 1, "after line 1", "--resume", tmp_path / "moved.tar")
+    assert "network 1 has already run in" in refused(run, 1, "--resume", tmp_path / "moved.tar")
     (tmp_path / "moved.tar").unlink()
-    assert run.start(1, *both).wait() == 0
+    assert run.start(1, *both).wait() == 0, run.started[-1].output()
     assert_same_from_epoch_1(run, undisturbed)
 
 
