@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,14 +49,6 @@ def test_help_and_refusals_do_not_wait_for_torch(folder, flags, tmp_path):
     assert result.stderr.count("\n") == result.returncode // 2
 
 
-def test_every_flag_has_a_help_and_says_its_default(script):
-    for action in script.parser()._actions:
-        assert action.help
-    text = re.sub(r"\s+", " ", script.parser().format_help())
-    for words in ("(default: 2)", "(default: 500.0)", "(default: 60.0)", "(default: entropy)"):
-        assert words in text
-
-
 def test_the_published_lines_are_understood():
     args = parse(cifar, "--s checkpoint/x --cifar 10 --model resnet32 --num 2 --i 2")
     assert (args.s, args.model, args.num, args.i) == (Path("checkpoint/x"), "resnet32", 2, 2)
@@ -78,8 +69,6 @@ def test_torchvisions_models_are_known_without_importing_it():
     [
         ("cifar", "--model resent20", "argument --model: got 'resent20'; did you mean resnet20?"),
         ("cifar", "--modle resnet20", "unrecognized argument --modle; did you mean --model?"),
-        ("cifar", "--batchsize=8", "unrecognized argument --batchsize; did you mean --batch_size?"),
-        ("cifar", "--model nothing", "got 'nothing', expected one of resnet20, resnet32"),
         ("imagenet", "-a resnet19", "got 'resnet19'; did you mean resnet18?"),
         ("imagenet", "-b 0", "argument -b/--batch-size: got '0', expected an integer at least 1"),
         ("imagenet", "--lr nan", "argument --lr/--learning-rate: got 'nan', expected a number at least 0"),
@@ -94,7 +83,6 @@ def test_torchvisions_models_are_known_without_importing_it():
         ("cifar", "--method papa --num 1", "papa needs a neighbour: got --num 1"),
         ("cifar", "--scion noise", "--scion: noise needs no neighbour: got --num 2, expected --num 1"),
         ("cifar", "--method average --level filter --model vgg16", "average does not go with --level"),
-        ("cifar", "--method average --a 0.2", "average does not go with --a"),
         ("cifar", "--level filter --model vgg16 --c 5", "--level: filter does not go with --c"),
     ],
 )
@@ -150,21 +138,16 @@ def test_every_flag_has_a_name_that_torchrun_leaves_alone(script):
 def test_variables_that_another_job_has_left_do_not_count():
     assert world({"RANK": "x", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "b"}) == (0, 1)
     assert world({"RANK": "1"}) == world({"WORLD_SIZE": ""}) == world({"RANK": "3", "WORLD_SIZE": "4"}) == (0, 1)
-    assert world({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}) == (
-        1,
-        4,
-    )
+
+
+def set_ranks(monkeypatch, count):
+    variables = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": 1}
+    for name, value in (variables | {"MASTER_ADDR": "here"}).items():
+        monkeypatch.setenv(name, str(value))
 
 
 def test_ranks_are_for_the_imagenet_script(capsys, monkeypatch):
-    for name, value in {
-        "WORLD_SIZE": "3",
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "here",
-        "MASTER_PORT": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    set_ranks(monkeypatch, 3)
     assert "a CIFAR network trains in one process" in refused(cifar, capsys)
     assert "argument -b: got 256, expected a multiple of 3" in refused(imagenet, capsys)
 
@@ -173,15 +156,6 @@ def test_the_command_that_starts_another_network(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/grafting.py", "--i=1", "--num", "3", "--i", "2", "--lr", "0.1"])
     assert command()[1:] == sys.argv
     assert command(3)[1:] == ["/x/grafting.py", "--num", "3", "--lr", "0.1", "--i", "3", "--resume"]
-    variables = {
-        "WORLD_SIZE": "2",
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "here",
-        "MASTER_PORT": "1",
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    set_ranks(monkeypatch, 2)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "/x/grafting.py"]
     assert command()[1:7] == torchrun

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from training.images import DataError, checksum, class_folders, normalised, reading, rgb, suffixes
+from training.images import DataError, checksum, class_folders, normalised, rgb
 
 
 def write(path, contents=b"an image, as far as anyone has looked"):
@@ -41,17 +41,12 @@ def test_labels_are_ranks_of_sorted_classes_and_paths_are_sorted(folder):
     assert images.train.labels.tolist() == [0, 0, 0, 1, 1, 2] and images.train.labels.dtype == torch.int64
     assert images.test.labels.tolist() == [0, 1, 1, 2] and len(images.test) == 4
     assert images.val is None and images.notes == []
-    write(folder / "train/ant/more/deep/x.JPEG")
+    for name in ("x.JPEG", "x.webp", "x.TIFF"):
+        write(folder / "train/ant/more/deep" / name)
     train = class_folders(folder).train
     assert sorted(zip(train.paths, train.labels.tolist(), strict=True)) == sorted(ImageFolder(folder / "train").samples)
-
-
-def test_every_suffix_that_pillow_decodes_counts(folder):
-    kinds = ("jfif", "JPEG", "png", "webp", "gif", "bmp", "TIFF", "ppm", "jp2")
-    for kind in kinds:
-        write(folder / f"train/cat/x.{kind}")
-    assert len(class_folders(folder).train) == 6 + len(kinds)
-    assert not suffixes() & {".txt", ".pdf", ".db", ".npy", ""}
+    write(folder / "train/cat/x.jfif")
+    assert "x.jfif" in names(class_folders(folder).train), "which torchvision passes over"
 
 
 def test_hidden_and_system_files_are_left_out_and_counted(folder):
@@ -89,7 +84,6 @@ MISTAKES = {
     "missing": (remove("."), ["does not exist: the images of each class belong into train/<class>/"]),
     "no train": (rename("train", "training"), ["lacks class folders in train/", "belong into train/<class>/"]),
     "no test": (remove("test"), ["lacks class folders in train/, or in test/ and val/"]),
-    "class of texts": (lambda f: [path.rename(f"{path}.txt") for path in f.glob("test/bee/*")], ["the classes bee"]),
     "class only in train": (remove("test/bee"), ["but one of them alone has bee"]),
     "classes that differ": (rename("train/ant", "train/emu"), ["one of them alone has ant, emu"]),
     "val differs": (lambda f: write(f / "val/ant/0.jpg"), ["train/ and val/", "alone has bee, cat"]),
@@ -139,9 +133,3 @@ def test_normalised_equals_torchvision(height, width):
     theirs = transforms.Normalize(mean, std)(images.permute(0, 3, 1, 2) / 255)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert ours.dtype == torch.float32 and ours.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_what_cannot_be_read_is_named_in_one_line():
-    with pytest.raises(DataError) as caught, reading("a.jpg"):
-        raise ValueError("it is\nempty")
-    assert str(caught.value) == "a.jpg cannot be read as an image (it is empty)"

@@ -27,16 +27,6 @@ def test_stochastic_weight_averaging_ends_at_a_constant_rate():
     assert rates("--num 1 --epochs 8 --step_epochs 2", 8) == pytest.approx([*expected[:6], 1e-4, 1e-4])
 
 
-def test_averages_are_copies_that_the_optimizer_does_not_train():
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for method in "ema", "swa":
-        average, trained = grafting.averaged(parse(["--method", method, "--num", "1"]), model, optimizer, 10)
-        assert average is not model and trained is model
-        torch.testing.assert_close(average.state_dict(), model.state_dict())
-    assert grafting.averaged(parse([]), model, optimizer, 10) == (model, None)
-
-
 def test_the_moving_average_remembers_a_twentieth_of_all_steps():
     model = nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)

@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grafting_cifar.models import NAMES, build, wide_resnet
+from grafting_cifar.models import build, wide_resnet
 
-DEPTHS = (20, 32, 44, 56, 110)
-RESNETS = [f"resnet{depth}{variant}" for depth in DEPTHS for variant in ("", "_leaky")]
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -26,14 +24,18 @@ def bn(name):
     return [f"{name}.{entry}" for entry in BN]
 
 
-def test_the_list_of_models():
-    narrow = [f"mobilenetv2_w0{width}" for width in (25, 50, 75)]
-    assert sorted(NAMES) == sorted([*RESNETS, "wrn28_10", "mobilenetv2", *narrow, "vgg16"])
+def with_statistics(network):
+    """In evaluation mode, with running statistics that matter."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network.eval()
 
 
-def test_an_unknown_name_is_refused_with_those_that_exist():
-    with pytest.raises(ValueError, match=r"unknown model 'resnet31': expected one of resnet20, .*vgg16"):
-        build("resnet31", 10)
+def normalised(x, state, norm):
+    mean, var, scale, shift = (state[f"{norm}.{entry}"].view(-1, 1, 1) for entry in (*BN[2:4], *BN[:2]))
+    return (x - mean) / (var + 1e-5).sqrt() * scale + shift
 
 
 @pytest.mark.parametrize("name", ["resnet20_leaky", "mobilenetv2_w025", "vgg16"])
@@ -70,18 +72,11 @@ def test_resnet_sizes_and_names(name):
 
 @pytest.mark.parametrize(("name", "slope"), [("resnet20", 0.0), ("resnet20_leaky", 0.01)])
 def test_resnet_computed_from_its_state_dict(name, slope):
-    network = build(name, 10).eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):  # running statistics that matter
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    network = with_statistics(build(name, 10))
     state = network.state_dict()
 
     def conv_bn(x, conv, norm, stride):
-        x = F.conv2d(x, state[f"{conv}.weight"], stride=stride, padding=1)
-        mean, var = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
-        x = (x - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + 1e-5).sqrt()
-        return x * state[f"{norm}.weight"].view(-1, 1, 1) + state[f"{norm}.bias"].view(-1, 1, 1)
+        return normalised(F.conv2d(x, state[f"{conv}.weight"], stride=stride, padding=1), state, norm)
 
     def activation(x):
         return torch.where(x > 0, x, slope * x)
@@ -147,16 +142,11 @@ def test_wide_resnet_sizes_and_filters():
 
 
 def test_wide_resnet_computed_from_its_state_dict():
-    network = wide_resnet.WideResNet(1, 2, 10).eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    network = with_statistics(wide_resnet.WideResNet(1, 2, 10))
     state, images = network.state_dict(), torch.randn(3, 3, 32, 32)
 
     def bn_relu(x, norm):
-        mean, var = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
-        return torch.relu((x - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + 1e-5).sqrt())
+        return torch.relu(normalised(x, state, norm))
 
     x = F.conv2d(images, state["conv1.weight"], padding=1)
     for stage, stride in ((1, 1), (2, 2), (3, 2)):

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from filter_grafting.errors import GraftingError, NeighbourTimeout, RefusedError
+from filter_grafting.errors import GraftingError, NeighbourTimeout
 from training import process
 from training.process import UsageError, amp_dtype, deterministic, ending, pick_device
 
@@ -27,10 +27,8 @@ def restored_handlers():
     [
         (UsageError("no such GPU"), 2, "no such GPU"),
         (NeighbourTimeout("nobody came"), 3, "nobody came (--timeout says how long to wait)"),
-        (RefusedError("no"), 1, "no"),
         (ZeroDivisionError("division\nby zero"), 1, "ZeroDivisionError: division by zero"),
         (RuntimeError("x_cuda does not have a deterministic implementation"), 1, "leave out --deterministic)"),
-        (OSError("AF_UNIX path too long"), 1, "OSError: AF_UNIX path too long (choose a shorter TMPDIR)"),
     ],
 )
 def test_a_failure_is_one_sentence_and_the_log_keeps_the_traceback_of_what_nobody_foresaw(

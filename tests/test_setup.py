@@ -1,7 +1,6 @@
 """Finding and making the Python that runs the project, with packages that the tests make themselves."""
 
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -85,12 +84,6 @@ def test_the_users_own_python_is_used_where_it_has_everything(checkout):
     for line, status in ("pillow>=9.5", 0), ("pillow>=999", 1):  # 9.5 is less than 10.1
         checkout.requires(line)
         assert checkout("--check", "needs.txt")[0] == status
-
-
-def test_a_python_that_is_too_old_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
-    with pytest.raises(SystemExit, match=r"is older than Python 3\.10"):
-        runpy.run_path(ROOT / "training/venv.py")
 
 
 def test_help_needs_no_package_and_sets_nothing_up(project):
