@@ -118,13 +118,11 @@ class Batches:
     Args:
         batch_size: of a batch in total, over all ranks; each has an equal part.
         train: shuffled, cropped and flipped at random; otherwise in order, the centre of each image.
-        image_size: height and width of what comes out, in pixels.
-        workers: processes that decode; 0 decodes in this one.
         skip_bad: what cannot be read is named once and kept in `bad`, instead of ending the epoch. In training, another
             image of the batch takes its place, so that batches keep their sizes; in validation none does.
-        rank, world_size: of the processes that train this network. In training the last batch is cut so that all ranks
-            have equally many images in every step, and left out where that is one, a batch without statistics for batch
-            norm. In validation every image comes once; a rank may have a batch less than another, or none.
+        rank, world_size: in training the last batch is cut so that all ranks have equally many images in every step,
+            and left out where that is one, a batch without statistics for batch norm. In validation every image comes
+            once; a rank may have a batch less than another, or none.
     """
 
     def __init__(
@@ -162,10 +160,7 @@ class Batches:
         """Yields images, normalised, float32 (b, 3, s, s) in channels_last memory format, and labels (b,).
 
         All that is random about an image is a function of the seed and of its place in the epoch's order.
-        Without `train` there is nothing random, and seed is not used.
-
-        Raises:
-            DataError: if a file cannot be read, which it names; with skip_bad, if these are no longer few.
+        Raises DataError if a file cannot be read, which it names; with skip_bad, if these are no longer few.
         """
         self._requests.seed = seed
         for images, labels, errors in self._loader:

@@ -25,8 +25,7 @@ def usual_size(arch: str) -> int:
 def build(arch: str, num_classes: int, image_size: int | None = None, pretrained: bool = False) -> nn.Module:
     """The model called arch, or `package.module:function`, with fresh weights from torch's global generator.
 
-    Args:
-        pretrained: whether torchvision's weights are to be loaded, which expect a form of their own of some models.
+    If torchvision's weights are to be loaded, some models have a form of their own.
     """
     image_size, options = image_size or usual_size(arch), {}
     if ":" in arch:

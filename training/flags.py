@@ -148,12 +148,7 @@ def world(variables: Mapping[str, str] = os.environ) -> tuple[int, int]:
 
 
 def run_name(parser: argparse.ArgumentParser, args: argparse.Namespace, what: str, shown: Iterable[str]) -> str:
-    """Name of a run's folder: grafting_... (baseline_... of a single network), then what differs from the defaults.
-
-    Args:
-        what: what is trained, such as cifar10_resnet32.
-        shown: the flags that may appear.
-    """
+    """Name of a run's folder: grafting_ (or baseline_) and what is trained, then what differs from the defaults."""
     name = f"{'grafting' if args.num > 1 else 'baseline'}_{what}"
     for flag in shown:
         value = getattr(args, flag)
@@ -175,6 +170,5 @@ def command(network: int | None = None) -> list[str]:
         ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
     if network is not None:
-        kept = [word for k, word in enumerate(words) if "--i" not in (word, words[k - 1]) and word[:4] != "--i="]
-        words = [*kept, "--i", str(network), "--resume"]
+        words += ["--i", str(network), "--resume"]  # of a flag, the last counts
     return [os.path.basename(sys.executable), *torchrun, sys.argv[0], *words]
