@@ -20,18 +20,9 @@ from training import loop, records
 
 def at(event: str, count: int, action: str, *arguments: Any) -> None:
     """Does something when an event comes for the count-th time: "kill", or another function of `ACTIONS`."""
-    left = count
-
-    def listen(name: str) -> None:
-        nonlocal left
-        if re.fullmatch(event, name):
-            left -= 1
-            if left == 0:
-                ACTIONS[action](*arguments)
-
-    if not _listeners:
+    if not _plans:
         _install()
-    _listeners.append(listen)
+    _plans.append([re.compile(event), count, action, arguments])
 
 
 def quicken() -> None:
@@ -61,44 +52,42 @@ def _remove(folder: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _signal(number: int) -> None:
-    os.kill(os.getpid(), number)
-
-
 ACTIONS: dict[str, Callable[..., Any]] = {
-    "kill": lambda: _signal(signal.SIGKILL),
-    "signal": _signal,
+    "kill": lambda: signal.raise_signal(signal.SIGKILL),
+    "signal": signal.raise_signal,
     "fill": _fill,
     "remove": _remove,
     "sleep": time.sleep,
 }
 
-_listeners: list[Callable[[str], None]] = []
+_plans: list[list[Any]] = []
 
 
 def _tell(event: str) -> None:
-    for listen in _listeners:
-        listen(event)
+    for plan in _plans:
+        pattern, left, action, arguments = plan
+        if pattern.fullmatch(event):
+            plan[1] = left - 1
+            if left == 1:
+                ACTIONS[action](*arguments)
 
 
-def _around(function: Callable, name: Callable[..., str | None]) -> Callable:
+def _around(function: Callable, name: Callable[..., str]) -> Callable:
     """The function, with the events `before NAME` and `after NAME` around it."""
 
     def told(*arguments: Any, **options: Any) -> Any:
         event = name(*arguments)
-        if event:
-            _tell(f"before {event}")
+        _tell(f"before {event}")
         value = function(*arguments, **options)
-        if event:
-            _tell(f"after {event}")
+        _tell(f"after {event}")
         return value
 
     return told
 
 
-def _line(text: str) -> str | None:
+def _line(text: str) -> str:
     found = re.match(r"Network:\d+    epoch:(\d+) ", text)
-    return f"line {found[1]}" if found else None
+    return f"line {found[1]}" if found else "another line"
 
 
 def _install() -> None:

@@ -142,11 +142,10 @@ class Run:
         self.started.append(Process(CIFAR, self.arguments(network, *flags), self.logs / f"{network}.log", **options))
         return self.started[-1]
 
-    def finish(self, *flags: str, deadline: float = DEADLINE) -> "Run":
+    def finish(self, *flags: str) -> "Run":
         """Starts all networks and waits until all are done."""
-        processes = [self.start(network, *flags) for network in range(1, self.networks + 1)]
-        for process in processes:
-            assert process.wait(deadline) == 0, process.output()
+        for process in [self.start(network, *flags) for network in range(1, self.networks + 1)]:
+            assert process.wait() == 0, process.output()
         return self
 
     def end(self) -> None:
@@ -159,14 +158,14 @@ class Run:
         except FileNotFoundError:
             return {}
 
-    def reaches(self, network: int, state: str, epoch: int = 0, deadline: float = DEADLINE) -> None:
+    def reaches(self, network: int, state: str, epoch: int = 0) -> None:
         """Waits until a network says that it is in a state, at an epoch or a later one."""
 
         def reached() -> bool:
             status = self.status(network)
             return status.get("state") == state and (status["epoch"] or 0) >= epoch
 
-        until(reached, deadline, lambda: f"network {network} {state} at epoch {epoch}, but {self.status(network)}")
+        until(reached, what=lambda: f"network {network} {state} at epoch {epoch}, but {self.status(network)}")
 
     def checkpoint(self, network: int, epoch: int) -> Path:
         return self.directory / (self.checkpoint_name.format(network % self.networks, epoch) + self.suffix)
