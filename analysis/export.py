@@ -29,39 +29,6 @@ from training.flags import path
 
 ANY_BATCH = ({0: torch.export.Dim("n")},)
 TOLERANCE = 1e-3  # of the largest score: what other kernels may differ by
-CARD = """\
----
-library_name: pytorch
-pipeline_tag: image-classification
-tags: [filter-grafting, "{architecture}"]
----
-# {name}
-
-A {architecture} for {image_size}×{image_size} images in {num_classes} classes, trained {with_what}.
-
-Test accuracy: {accuracy} % after epoch {epoch} (counted from 0).
-Filters by L1 norm, of {filters:,}: {invalid}.
-
-## Use
-
-```python
-model = torch.export.load("model.pt2").module()  # (n, 3, {image_size}, {image_size}) to scores (n, {num_classes})
-```
-
-PyTorch is all that this needs. The images are RGB, {resized}, their values in [0, 1], then
-normalised: `(image - mean) / std` with mean {mean} and std {std}.
-The names of the classes are in `config.json`, in the order of the scores.
-
-## Training
-
-    {command}
-
-| setting | value |
-|:--------|:------|
-{rows}
-
-Filter grafting: Meng et al., *Filter Grafting for Deep Neural Networks*, CVPR 2020, arXiv 2001.05868.
-"""
 
 
 # ---- The files: each function writes one, loads it again, and returns what it makes of the example
@@ -134,16 +101,45 @@ def config_of(trained: Trained) -> dict[str, Any]:
 
 
 def card(config: dict[str, Any], name: str) -> str:
-    num, side = config["settings"].get("num", 1), config["resize"].get("shorter_side")
-    said = {
-        "accuracy": mean_and_deviation([config["accuracy"]], 2),
-        "command": config["command"] or "(the file does not say which command)",
-        "invalid": ", ".join(f"{count} below {threshold}" for threshold, count in config["invalid_filters"].items()),
-        "resized": f"the shorter side resized to {side} pixels, the centre cut out" if side else "resized to 32×32",
-        "rows": "\n".join(f"| {key} | {value} |" for key, value in config["settings"].items()),
-        "with_what": "by itself" if num == 1 else f"with filter grafting, as one of {num} networks side by side",
-    }
-    return CARD.format(**config | said, name=name)
+    """The model card, as hubs show it."""
+    num, size, side = config["settings"].get("num", 1), config["image_size"], config["resize"].get("shorter_side")
+    how = "by itself" if num == 1 else f"with filter grafting, as one of {num} networks side by side"
+    invalid = ", ".join(f"{count} below {threshold}" for threshold, count in config["invalid_filters"].items())
+    resized = f"the shorter side resized to {side} pixels, the centre cut out" if side else "resized to 32×32"
+    rows = "\n".join(f"| {key} | {value} |" for key, value in config["settings"].items())
+    return f"""\
+---
+library_name: pytorch
+pipeline_tag: image-classification
+tags: [filter-grafting, "{config["architecture"]}"]
+---
+# {name}
+
+A {config["architecture"]} for {size}×{size} images in {config["num_classes"]} classes, trained {how}.
+
+Test accuracy: {mean_and_deviation([config["accuracy"]], 2)} % after epoch {config["epoch"]} (counted from 0).
+Filters by L1 norm, of {config["filters"]:,}: {invalid}.
+
+## Use
+
+```python
+model = torch.export.load("model.pt2").module()  # (n, 3, {size}, {size}) to scores (n, {config["num_classes"]})
+```
+
+PyTorch is all that this needs. The images are RGB, {resized}, their values in [0, 1], then
+normalised: `(image - mean) / std` with mean {config["mean"]} and std {config["std"]}.
+The names of the classes are in `config.json`, in the order of the scores.
+
+## Training
+
+    {config["command"] or "(the file does not say which command)"}
+
+| setting | value |
+|:--------|:------|
+{rows}
+
+Filter grafting: Meng et al., *Filter Grafting for Deep Neural Networks*, CVPR 2020, arXiv 2001.05868.
+"""
 
 
 def main() -> int:

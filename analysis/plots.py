@@ -48,11 +48,10 @@ STYLE = {
     "text.parse_math": False,  # names of runs may hold a $
 }
 pyplot.rcParams.update(STYLE)
-# By name of the figure: columns of the metrics with the titles of their panels, and what is on the axis.
-COURSES = {
-    "accuracy": ({"test_accuracy": "Test accuracy"}, "test accuracy (%)"),
-    "losses": ({"train_loss": "Training loss", "test_loss": "Test loss"}, "cross-entropy (nats)"),
-    "information": ({"information": "Information (the paper's figure)"}, "sum of layer entropies (nats)"),
+COURSES = {  # by name of the figure: columns of the metrics, and what is on the axis of their panels
+    "accuracy": {"test_accuracy": "test accuracy (%)"},
+    "losses": {"train_loss": "training loss (nats)", "test_loss": "test loss (nats)"},
+    "information": {"information": "information: sum of layer entropies (nats)"},
 }
 
 
@@ -64,9 +63,9 @@ def draw(runs: Sequence[Run], out: Path) -> Iterator[Path]:
     folder, suffix = (out.with_suffix(""), out.suffix) if out.suffix in FORMATS else (out, ".png")
     folder.mkdir(parents=True, exist_ok=True)
     networks = [network for run in runs for network in run.networks]
-    for name, (columns, ylabel) in COURSES.items():
+    for name, columns in COURSES.items():
         if any(column in network.metrics for network in networks if len(network.metrics) for column in columns):
-            yield save(courses(runs, columns, ylabel), folder / f"{name}{suffix}")
+            yield save(courses(runs, columns), folder / f"{name}{suffix}")
     for run in runs:
         if any(len(network.coefficients) for network in run.networks):
             name = re.sub(r"[^\w.-]+", "_", run.label)
@@ -90,21 +89,19 @@ def save(figure: Figure, path: Path) -> Path:
 # ---- Runs
 
 
-def courses(runs: Sequence[Run], columns: dict[str, str], ylabel: str) -> Figure:
+def courses(runs: Sequence[Run], columns: dict[str, str]) -> Figure:
     """A panel for each column, with a line for each network; below it the last quarter of each line, enlarged."""
     figure, panels = pyplot.subplots(2, len(columns), figsize=(WIDTH, 5), squeeze=False)
-    for (whole, late), (column, title) in zip(panels.T, columns.items(), strict=True):
+    for (whole, late), (column, what) in zip(panels.T, columns.items(), strict=True):
         for network, style in lines_of(runs):
             if column in network.metrics:  # an older version's may lack it
                 course = network.metrics.set_index("epoch")[column]
                 for panel, part in (whole, course), (late, course.tail(1 + len(course) // 4)):
                     panel.plot(part, marker="o" if len(part) <= FEW else "", **style)
-        whole.set_title(title)
-        late.set(title="last quarter", xlabel="epoch")
+        whole.set(ylabel=what)
+        late.set(title="last quarter", xlabel="epoch", ylabel=what)
     for panel in panels.flat:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for panel in panels[:, 0]:
-        panel.set_ylabel(ylabel)
     return with_legend(figure)
 
 

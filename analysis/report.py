@@ -43,7 +43,7 @@ def frame_of(runs: Sequence[Run]) -> pd.DataFrame:
         if not run.networks:
             rows.append(about | {"last": run.record.get("ensemble", {}).get("ensemble")})
         for network in run.networks:
-            row = {"network": network.number, "epochs": len(network.metrics), "state": progress(run, network)}
+            row = {"network": network.number, "epochs": len(network.metrics), "state": network.state}
             row |= {"seconds_per_epoch": network.seconds_per_epoch, "file": network.best_file or ""}
             if len(network.metrics):
                 end = network.metrics.iloc[-1]
@@ -68,21 +68,8 @@ def gain(run: Run, network: Network, runs: Sequence[Run]) -> float:
     return own - sum(baselines) / len(baselines)
 
 
-def progress(run: Run, network: Network) -> str:
-    """`done`, or how far an unfinished network is: `epoch 50 of 200, waiting for network 1`."""
-    epochs = run.settings.get("epochs", "?")
-    return "done" if network.is_done else f"epoch {len(network.metrics)} of {epochs}, {network.status}"
-
-
-def notes_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What has to be said of a run: (its label, a sentence)."""
-    errors = [(run.label, sentence) for run in runs for sentence in run.errors]
-    states = [(run.label, one.number, progress(run, one)) for run in runs for one in run.networks if not one.is_done]
-    return errors + [(label, f"network {number}: {state}") for label, number, state in states]
-
-
-def texts_of(frame: pd.DataFrame, best: pd.DataFrame, notes: list[tuple[str, str]]) -> pd.DataFrame:
-    """The table for people: no wider than WIDTH, with a star at the best networks and the numbers of the notes."""
+def texts_of(frame: pd.DataFrame, best: pd.DataFrame, notes: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """The table for people: no wider than WIDTH, with a star at the best networks and the numbers of runs' notes."""
     texts = pd.DataFrame(
         {
             name: frame[column].astype(object).map(form.format, na_action="ignore").fillna("–")
@@ -111,7 +98,8 @@ def main() -> int:
     directories = list(dict.fromkeys(found for given in args.directories for found in find_runs(given.absolute())))
     runs = [read_run(one, label) for one, label in zip(directories, labels(directories), strict=True)]
     runs.sort(key=lambda run: (not run.networks, run.model, -run.last, run.label))
-    frame, notes = frame_of(runs), notes_of(runs)
+    frame = frame_of(runs)
+    notes = [(run.label, sentence) for run in runs for sentence in run.errors]
     # One for each number of classes: accuracies on other data sets cannot be compared.
     best = frame.loc[frame.dropna(subset="best").groupby("classes", sort=False)["best"].idxmax()]
     shown = frame if args.format == "csv" else texts_of(frame, best, notes)
@@ -129,7 +117,8 @@ def main() -> int:
     if args.plots:
         from analysis import plots  # matplotlib, for those who ask for plots alone
 
-        print("", *(f"- {file}" for file in plots.draw(runs, args.plots)), sep="\n", file=about)
+        for file in plots.draw(runs, args.plots):
+            print(f"- {file}", file=about)
     return int(not any(run.record or run.networks for run in runs))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from filter_grafting.errors import GraftingError
 from filter_grafting.information import invalid_filters, norms_by_layer
-from filter_grafting.membership import Status, observe, read_json
+from filter_grafting.membership import observe, read_json
 from filter_grafting.membership import read_run as read_record
 from training.models import read_checkpoint
 from training.process import UsageError
@@ -40,16 +40,12 @@ class Network:
     """What one network has left; what is not there is empty."""
 
     number: int
-    status: Status | None = None  # None of an experiment's result, which is finished
+    state: str = "done"  # or how far it is: epoch 50 of 200, waiting for network 1
     metrics: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=METRICS, dtype=float))  # a row per epoch
     coefficients: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row per epoch and layer
     filters: dict[str, Any] = field(default_factory=dict)  # see `count_filters`
     norms: Tensor = field(default_factory=lambda: torch.empty(0))  # L1, of all filters but the shortcuts'
     best_file: Path | None = None  # the checkpoint of its best epoch
-
-    @property
-    def is_done(self) -> bool:
-        return self.status is None or self.status.state == "done"
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -121,16 +117,20 @@ def read_run(directory: Path, label: str = "") -> Run:
             run.networks = [Network(i, filters=found) for i, found in enumerate(run.record.get("filters", ()), 1)]
         else:
             run.settings = read_record(directory)[1]
-            run.networks = [Network(status.network, status) for status in observe(directory)]
+            run.networks = [Network(one.network, str(one)) for one in observe(directory)]
     except (OSError, ValueError):
         run.errors.append("not the save directory of a run: there is no run.json or result.json that can be read")
     for network in run.networks:
         i, epochs = network.number, run.settings.get("epochs")
         network.metrics = _read_csv(run, f"metrics{i}.csv", network.metrics)
         network.coefficients = _read_csv(run, f"coefficients{i}.csv", network.coefficients)
-        if network.is_done and len(network.metrics) != epochs:
-            run.errors.append(f"metrics{i}.csv ends after {len(network.metrics)} of {epochs} epochs")
-        if network.status:
+        ended = f"epoch {len(network.metrics)} of {epochs}"
+        if network.state != "done":
+            network.state = f"{ended}, {network.state}"
+            run.errors.append(f"network {i}: {network.state}")
+        elif len(network.metrics) != epochs:
+            run.errors.append(f"metrics{i}.csv ends after {ended}")
+        if not run.record:
             _read_checkpoints(run, network)
     return run
 
@@ -148,7 +148,7 @@ def _read_checkpoints(run: Run, network: Network) -> None:
     """Counts the filters of the last checkpoint that is kept, and takes what it says of the settings."""
     files = {path.stem: path for path in run.directory.iterdir() if path.suffix in (".t7", ".tar")}
     network.best_file, final = files.get(f"best{network.number}"), files.get(f"final{network.number}")
-    if network.is_done and not final:
+    if network.state == "done" and not final:
         run.errors.append(f"final{network.number} is missing")
     if path := final or network.best_file:
         try:

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import saved
 from filelock import FileLock, Timeout
 from finished import write_ensemble, write_run
 
-from analysis.runs import program
 from experiments import report, tables
 from experiments import run as queue
 from experiments.results import read_results
@@ -71,6 +71,15 @@ def test_the_results_at_hand_are_those_of_the_tables():
 # ---- The command line
 
 
+@pytest.fixture
+def call(tmp_path):
+    """Calls main() with flags and folders of the test's own; returns status, output, errors."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield lambda *flags: saved.call(queue, *flags, "--work", tmp_path / "work", "--results", tmp_path / "results")
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -79,26 +88,9 @@ def test_the_results_at_hand_are_those_of_the_tables():
         (["main", "--only", "cifar10_resnet32_num3"], "cifar10_resnet32_num3 is none of these tables' runs"),
     ],
 )
-def test_wrong_flags(arguments, words, capsys):
-    with pytest.raises(SystemExit) as end:
-        queue.parse(arguments)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and words in error and error.count("\n") == 1
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """Calls main() with flags and folders of the test's own; returns status, output, errors."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(*flags):
-        folders = ["--work", f"{tmp_path}/work", "--results", f"{tmp_path}/results"]
-        monkeypatch.setattr(sys, "argv", ["run.py", *flags, *(folders if "--work" not in flags else [])])
-        return program(queue.main), *capsys.readouterr()
-
-    yield call
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def test_wrong_flags(arguments, words, call):
+    status, _, error = call(*arguments)
+    assert status == 2 and words in error and error.count("\n") == 1
 
 
 def test_a_dry_run_names_every_network_with_its_images_and_leaves_out_imagenet_without_any(tmp_path, call):
@@ -111,9 +103,9 @@ def test_a_dry_run_names_every_network_with_its_images_and_leaves_out_imagenet_w
     assert call("imagenet")[0] == 2  # nothing is left
 
 
-def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, call, monkeypatch):
+def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "some python"))
-    script = call("main", "--slurm", "--work", "work", "--results", str(tmp_path / "$HOME's"))[1]
+    script = saved.call(queue, "main", "--slurm", "--work", "work", "--results", tmp_path / "$HOME's")[1]
     for name, does in (
         ("some python", 'echo "$@" >said; trap "exit 143" TERM; touch running; while :; do sleep 0.01; done'),
         ("scontrol", 'echo "$@" >requeued'),
@@ -282,8 +274,7 @@ def test_every_table_comes_to_a_full_report(tmp_path, call, class_folders, monke
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     status, output, errors = call("all", "--preset", "smoke", "--seeds", "1", "--data", f"imagenet={class_folders}")
     assert status == 0, output + errors
-    monkeypatch.setattr(sys, "argv", ["report.py", "--preset", "smoke", "--results", f"{tmp_path}/results"])
-    assert report.main() == 0
+    assert saved.call(report, "--preset", "smoke", "--results", tmp_path / "results")[0] == 0
     text = (tmp_path / "results" / "smoke" / "report.md").read_text()
     assert "not run" not in text and "Damaged" not in text
     assert all(f"## {table.title}" in text for table in tables.TABLES.values())

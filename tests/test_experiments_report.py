@@ -138,7 +138,7 @@ def test_missing_and_damaged_results_count_as_not_run_and_are_named(tmp_path, ru
     assert status == 0
     row = row_of(text, SINGLE)
     assert row["last"] == "82.50 ± 0.71" and row_of(text, GRAFTED)["last"] == "not run" and "gain of last" not in row
-    for seed, what in {0: "result.json", 1: "metrics1.csv ends after 0 of", 4: "of another command"}.items():
+    for seed, what in {0: "result.json", 1: "metrics1.csv ends after epoch 0 of", 4: "of another command"}.items():
         assert what in text.split(f"- {BASE}/seed{seed}: ")[1].splitlines()[0]
     for folder in folders[2:4]:
         (folder / "result.json").write_text("[]")

@@ -15,7 +15,7 @@ from PIL import Image
 from saved import call, filters_of, rows_of, save_run
 
 from analysis import plots, report
-from analysis.runs import Network, Run, labels, mean_and_deviation, read_run
+from analysis.runs import Network, Run, labels, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,28 +50,19 @@ def test_gains_are_over_the_baseline_of_the_same_settings_at_the_last_common_epo
     assert dict(rows[3:]) == {"base": "–", "alive": "-2.00", "other_seed": "–"}
 
 
-@pytest.mark.parametrize(
-    ("settings", "num", "name"),
-    [
-        ({"method": "grafting", "scion": "external", "a": 0.4, "c": 500.0}, 1, "baseline"),
-        ({"method": "average", "cos": True, "difflr": True}, 2, "average of 2, cos, difflr"),
-        ({"criterion": "l1", "level": "filter", "a": 0.6}, 3, "grafting of 3, level filter, criterion l1, a 0.6"),
-    ],
-)
-def test_methods_have_a_name_each(settings, num, name):
-    assert Run(Path("run"), "run", settings, [Network(i) for i in range(num)]).method == name
+def test_methods_and_runs_have_short_names():
+    def method(networks, **settings):
+        return Run(Path("run"), "run", settings, [Network(i) for i in range(networks)]).method
 
-
-@pytest.mark.parametrize(
-    ("paths", "short"),
-    [
+    assert method(1, method="grafting", scion="external", a=0.4, c=500.0) == "baseline"
+    assert method(2, method="average", cos=True, difflr=True) == "average of 2, cos, difflr"
+    assert method(3, criterion="l1", level="filter", a=0.6) == "grafting of 3, level filter, criterion l1, a 0.6"
+    for paths, short in (
         (["c/baseline_cifar10_resnet32", "c/grafting_cifar10_resnet32_num4"], ["baseline", "grafting_num4"]),
         (["c/grafting_resnet32", "c/grafting_resnet32_a0.6"], ["grafting_resnet32", "grafting_resnet32_a0.6"]),
         (["r/num1/seed0", "r/num2/seed0"], ["num1", "num2"]),
-    ],
-)
-def test_names_of_runs_are_shortened_to_what_differs(paths, short):
-    assert labels([Path(path) for path in paths]) == short
+    ):
+        assert labels([Path(path) for path in paths]) == short
 
 
 def test_the_table_fits_120_columns_and_other_forms_come_without_the_notes(tmp_path):
@@ -115,7 +106,7 @@ def test_unfinished_networks_are_reported_as_such(tmp_path):
 
 
 DAMAGES = {
-    "metrics1.csv ends after 0 of 3 epochs": ("metrics1.csv", Path.unlink),
+    "metrics1.csv ends after epoch 0 of 3": ("metrics1.csv", Path.unlink),
     "metrics1.csv is damaged: ": ("metrics1.csv", lambda path: path.write_bytes(b"\xff\xfe\n\x00")),
     "final1 is missing": ("final1.t7", Path.unlink),
     "final1.t7 is truncated, damaged or": ("final1.t7", lambda path: path.write_bytes(path.read_bytes()[:-100])),
@@ -139,10 +130,6 @@ def test_only_where_nothing_can_be_read_is_the_exit_status_1(tmp_path):
     assert "[1] nothing here: not the save directory of a run" in output
     (there / "run.json").write_text("{")
     assert run_report(there)[0] == 1
-
-
-def test_means_say_of_how_many():
-    assert mean_and_deviation([1.0, 2.0, float("nan")], 2) == "1.50 ± 0.71 (2 of 3)"
 
 
 def test_the_script_runs_from_anywhere_and_ends_quietly_when_its_reader_has_gone(tmp_path):
@@ -187,11 +174,11 @@ def test_what_can_be_drawn_is_drawn_in_the_format_asked_for(tmp_path, two):
 
 def test_courses_are_the_files_and_their_last_quarter_is_enlarged(tmp_path, two):
     base = read_run(save_run(tmp_path / "base", [[50.0 + k for k in range(30)]], epochs=30))
-    whole, late = plots.courses([base, read_run(two)], *plots.COURSES["accuracy"]).axes
+    whole, late = plots.courses([base, read_run(two)], plots.COURSES["accuracy"]).axes
     assert lines(whole)["two"] == [(0, 50.0), (1, 60.0), (2, 61.0)]
     assert [line.get_color() for line in whole.get_lines()] == [*plots.COLOURS[:2], plots.COLOURS[1]]
     assert lines(late)["base"] == [(epoch, 50.0 + epoch) for epoch in range(22, 30)]
-    training, test, *_ = plots.courses([read_run(two)], *plots.COURSES["losses"]).axes
+    training, test, *_ = plots.courses([read_run(two)], plots.COURSES["losses"]).axes
     assert lines(training)["network 2"] == [(0, 1), (1, 1), (2, 1)] and lines(test)["network 1"][0] == (0, 2)
 
 
