@@ -213,11 +213,10 @@ def _load_glyphs() -> Images:
 
 def _load_class_folders(folder: Path) -> Images:
     listed = class_folders(folder)
-    state = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for split in listed[:3] if split for path in split.paths):
-        status = os.stat(path)
-        state.update(os.fsencode(f"{os.path.relpath(path, folder)}\0{status.st_size}\0{status.st_mtime_ns}\0"))
-    images = _cached(folder, "images", state.hexdigest(), lambda: _decode(folder, listed))
+    paths = sorted(path for split in listed[:3] if split for path in split.paths)
+    files = [(os.path.relpath(path, folder), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    state = hashlib.blake2b(ascii(files).encode(), digest_size=8).hexdigest()
+    images = _cached(folder, "images", state, lambda: _decode(folder, listed))
     return images._replace(notes=listed.notes + images.notes)
 
 

@@ -24,16 +24,16 @@ import torch
 from torch import nn
 
 from filter_grafting.grafting import graft
-from filter_grafting.rings import FileRing
 from filter_grafting.scions import internal, noise
 from filter_grafting.states import State, plain_state
 from grafting_cifar import data, models
 from training import loop
-from training.loop import add_to_mean, evaluate, stream_seed, train_one_epoch
+from training.loop import add_to_mean, evaluate, sgd, stream_seed, train_one_epoch
 from training.models import compiled, restore, to_resume
 from training.process import Signals, amp_dtype, computer, deterministic, ending, join_ring, pick_device
 from training.records import Records, follow, layer_rows
 
+PIXELS = {"image_size": data.SIZE, "mean": data.MEAN, "std": data.STD}
 EMA_SHARE = 0.05  # of all steps: the time constant of the moving average
 SWA_START, SWA_RATE = 0.75, 0.5  # of the epochs, of the first learning rate: as its authors trained their ResNets
 
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
 
         torch.manual_seed(stream_seed(args.seed, args.i, "weights"))
         model = models.build(args.model, len(images.classes)).to(device, memory_format=torch.channels_last)
-        optimizer, rate = make_optimizer(args, model), schedule(args)
+        optimizer, rate = sgd(args, model, args.weight_decay), schedule(args)
         loss = partial(loop.cross_entropy, smoothing=args.label_smoothing)
         published, trained = averaged(args, model, optimizer, len(train_batches))
         forward, forward_tested = (compiled(each, device, args.compile) for each in (model, published))
@@ -57,7 +57,8 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train.labels), "amp": bool(amp)}
         checkpoint = ring.newest()
         first = restore(checkpoint, published, optimizer, settings, trained) if checkpoint else 0
-        records = make_records(args, ring, model, settings, images, [computer(device), *notes])
+        images = images._replace(notes=[computer(device), *notes, *images.notes])
+        records = Records(ring, model, settings, images, PIXELS, args.tensorboard)
         records.resume(checkpoint)
         options = {"device": device, "amp": amp, "progress": partial(follow, ring, signals.check, args.print_frequence)}
         signals.finish_batch()
@@ -97,18 +98,6 @@ def make_batches(
     size = data.TEST_BATCH[device.type]
     test, val = (split and data.Batches(split, size, device, augment=False) for split in (images.test, images.val))
     return data.Batches(images.train, args.batch_size, device, augment=True), test, val
-
-
-def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    recipe = {"momentum": args.momentum, "weight_decay": args.weight_decay, "nesterov": args.nesterov}
-    return torch.optim.SGD(model.parameters(), args.lr, **recipe, fused=True)
-
-
-def make_records(args, ring: FileRing, model: nn.Module, settings: dict, images: data.Images, notes: list) -> Records:
-    """The log, tables and files of this network, which say what whoever uses it needs to know."""
-    about = {"model": args.model, "data": settings["data"], "classes": images.classes}
-    about |= {"image_size": data.SIZE, "mean": data.MEAN, "std": data.STD}
-    return Records(ring, model, settings, about, [*notes, *images.notes], args.tensorboard)
 
 
 def schedule(args: argparse.Namespace) -> Callable[[float], float]:

@@ -29,7 +29,7 @@ from filter_grafting.rings import Checkpoint, FileRing
 from filter_grafting.states import State, plain_state
 from grafting_imagenet import data, models
 from training import loop
-from training.loop import evaluate, stream_seed, train_one_epoch
+from training.loop import evaluate, sgd, stream_seed, train_one_epoch
 from training.models import compiled, read_checkpoint, restore, to_resume
 from training.process import Signals, amp_dtype, computer, deterministic, ending, join_ring, pick_device
 from training.ranks import Ranks
@@ -40,18 +40,20 @@ SHARED = ("arch", "num", "epochs", "a", "c", "criterion")
 OWN = ("lr", "steplr", "warmup", "batch_size", "momentum", "nesterov", "wd", "label_smoothing", "image_size")
 OWN += ("pretrained", "seed")
 STEP_EPOCHS = 30
+PIXELS = {"mean": data.MEAN, "std": data.STD}
 
 
 def main(args: argparse.Namespace, signals: Signals) -> None:
     device = pick_device(args.device, args.gpu)
     amp, notes = amp_dtype(args.amp, device)
     args.image_size = args.image_size or models.usual_size(args.arch)
-    with Ranks(device) as ranks, join(args, signals, ranks) as ring, deterministic(args.deterministic):
+    with Ranks(device) as ranks, join(args, signals, ranks.rank) as ring, deterministic(args.deterministic):
+        rank = ranks.rank
         images = data.load(args.data)
         train_batches, test_batches, val_batches = make_batches(args, images, device, ranks)
         torch.manual_seed(stream_seed(args.seed, args.i, "weights"))
         model = build_model(args, len(images.classes), notes).to(device, memory_format=torch.channels_last)
-        optimizer, rate, loss = make_optimizer(args, model), schedule(args), loss_function(args)
+        optimizer, rate, loss = sgd(args, model, args.wd), schedule(args), loss_function(args)
         checkpoint = ranks.tell(ring and ring.newest())
         start = first_epoch(args, checkpoint, model, optimizer, notes)
         facts = {"classes": len(images.classes), "start_epoch": start, "data": data.checksum(images.train.labels)}
@@ -59,7 +61,8 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         first = restore(checkpoint, model, optimizer, settings) if checkpoint else start
         if ring:
             ring.agree(facts)
-            records = make_records(args, ring, model, settings, images, [computer(device, ranks.size), *notes])
+            images = images._replace(notes=[computer(device, ranks.size), *notes, *images.notes])
+            records = Records(ring, model, settings, images, PIXELS | {"image_size": args.image_size}, args.tensorboard)
             records.resume(checkpoint)
         forward = compiled(ranks.wrap(model), device, args.compile)
         options = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}
@@ -72,9 +75,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                 neighbour = records.timed("wait", ring.wait, epoch - 1)
                 layers = records.timed("graft", graft_neighbour, args, model, neighbour, epoch)
             ranks.broadcast(model)  # what rank 0 has grafted
-            train = train_one_epoch(
-                forward, train_batches, optimizer, rate, loss, seed=seed, rank=ranks.rank, **options
-            )
+            train = train_one_epoch(forward, train_batches, optimizer, rate, loss, seed=seed, rank=rank, **options)
             ranks.broadcast(model)  # each rank has batch-norm statistics of its own images
             test = evaluate(forward, test_batches, **options)
             val = None if val_batches is None else evaluate(forward, val_batches, **options)  # of no images, perhaps
@@ -84,12 +85,12 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                 records.epoch(row, layers, state)
 
 
-def join(args: argparse.Namespace, signals: Signals, ranks: Ranks) -> AbstractContextManager[FileRing | None]:
+def join(args: argparse.Namespace, signals: Signals, rank: int) -> AbstractContextManager[FileRing | None]:
     """The network's place in the ring: the directory, the log and the grafting are rank 0's, the others have none."""
     if args.resume and not args.start_from:  # then it counts where an earlier start began
         args.start_from = read_status(args.s, args.i).get("start_from")
     args.start_from = args.start_from and Path(args.start_from).absolute()
-    if ranks.rank > 0:
+    if rank > 0:
         return nullcontext()
     details = {"start_from": args.start_from and str(args.start_from)}
     files = {"name": "pth{index}_{round}.tar", "key": "state_dict"}
@@ -112,11 +113,6 @@ def build_model(args: argparse.Namespace, num_classes: int, notes: list[str]) ->
     if args.pretrained:
         notes.append(models.load_pretrained(model, args.arch))
     return model
-
-
-def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    recipe = {"momentum": args.momentum, "weight_decay": args.wd, "nesterov": args.nesterov}
-    return torch.optim.SGD(model.parameters(), args.lr, **recipe, fused=True)
 
 
 def schedule(args: argparse.Namespace) -> Callable[[float], float]:
@@ -154,13 +150,6 @@ def first_epoch(
     if args.start_from and own is None:
         notes.append(f"started from {args.start_from}, at epoch {start}")
     return start
-
-
-def make_records(args, ring: FileRing, model: nn.Module, settings: dict, images: data.Images, notes: list) -> Records:
-    """The log, tables and files of this network, which say what whoever uses it needs to know."""
-    about = {"model": args.arch, "data": settings["data"], "classes": images.classes}
-    about |= {"image_size": args.image_size, "mean": data.MEAN, "std": data.STD}
-    return Records(ring, model, settings, about, [*notes, *images.notes], args.tensorboard)
 
 
 def graft_neighbour(args: argparse.Namespace, model: nn.Module, neighbour: State, epoch: int) -> list[list]:

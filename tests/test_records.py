@@ -14,6 +14,7 @@ from filter_grafting.grafting import Layer
 from filter_grafting.rings import Checkpoint
 from filter_grafting.states import State
 from training.flags import command
+from training.images import Images
 from training.loop import Diverged, Result
 from training.records import Records, follow, layer_rows, write_rows
 
@@ -39,6 +40,9 @@ def test_rows_of_an_epoch_take_the_place_of_it_and_of_later_ones(tmp_path):
 # Epochs
 
 
+SETTINGS = {"model": "m", "lr": 0.1, "epochs": 4, "data": "x"}
+
+
 @pytest.fixture
 def make_records(tmp_path):
     def make(tensorboard=False):
@@ -46,9 +50,8 @@ def make_records(tmp_path):
             directory=tmp_path, network=1, networks=2, key="net", file=lambda kind: tmp_path / f"{kind}1.t7"
         )
         ring.update = lambda state, **fields: setattr(ring, "status", fields)
-        return Records(
-            ring, model(), {"lr": 0.1, "epochs": 4}, {"model": "m", "classes": ["a", "b"]}, ["a note"], tensorboard
-        )
+        images = Images(None, None, None, ["a", "b"], ["a note"])
+        return Records(ring, model(), SETTINGS, images, {"image_size": 32}, tensorboard)
 
     return make
 
@@ -75,7 +78,7 @@ def test_the_line_of_an_epoch(make_records, capsys):
         "Network:1    epoch:0    accuracy:55.050    best:55.050    loss:2.0000    lr:0.1    "
         "train:1.00s    test:0.50s    wait:0.00s    graft:0.00s"
     )
-    assert head[-2:] == ["settings: lr=0.1 epochs=4", "a note"]
+    assert head[-2:] == ["settings: model=m lr=0.1 epochs=4 data=x", "a note"]
     assert told.ring.status == {"accuracy": 55.05, "best": 55.05}
     tell(told, 1, 50, val=60)
     assert "best:50.000    val:60.000    accuracy@5:90.000    loss:2.0000" in capsys.readouterr().out
@@ -94,7 +97,8 @@ def test_best_and_final_say_what_whoever_uses_them_needs_to_know(make_records, t
     told = make_records()
     tell(told, 0, 50)
     tell(told, 3, 40)
-    expected = {"settings": {"lr": 0.1, "epochs": 4}, "model": "m", "classes": ["a", "b"], "command": command()}
+    expected = {"settings": SETTINGS, "model": "m", "data": "x", "classes": ["a", "b"], "command": command()}
+    expected["image_size"] = 32
     for kind, epoch, accuracy in ("best", 0, 50), ("final", 3, 40):
         contents = load(tmp_path / f"{kind}1.t7")
         contents.pop("net")

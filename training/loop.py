@@ -9,6 +9,7 @@ What `train_one_epoch` and `evaluate` have in common:
     reduce: sums the totals over all processes that train this network.
 """
 
+import argparse
 import copy
 import hashlib
 import math
@@ -69,6 +70,11 @@ def learning_rate(
     if cosine:
         return initial * (1 + math.cos(math.pi * (progress - warmup) / (epochs - warmup))) / 2
     return initial * 0.1 ** (int(progress) // step_epochs)
+
+
+def sgd(args: argparse.Namespace, model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    recipe = {"momentum": args.momentum, "nesterov": args.nesterov, "weight_decay": weight_decay}
+    return torch.optim.SGD(model.parameters(), args.lr, **recipe, fused=True)
 
 
 # One epoch

@@ -20,6 +20,7 @@ from filter_grafting.grafting import Layer
 from filter_grafting.information import convolutions, entropy, invalid_filters
 from filter_grafting.rings import Checkpoint, FileRing
 from training.flags import command
+from training.images import Images
 from training.loop import Result, check_finite, means
 
 METRICS = (
@@ -46,12 +47,18 @@ def say(line: str) -> None:
 
 
 class Records:
-    """Of one network: its settings by flag, what else best and final are to say about it, notes for its log's head."""
+    """Of one network, which best and final describe: its settings by flag, the classes and pixels that it expects."""
 
     def __init__(
-        self, ring: FileRing, model: nn.Module, settings: dict, about: dict, notes: list[str], tensorboard: bool = False
+        self, ring: FileRing, model: nn.Module, settings: dict, images: Images, pixels: dict, tensorboard: bool
     ):
-        self.ring, self.about = ring, {"settings": dict(settings), **about, "command": command()}
+        self.ring = ring
+        about = {
+            "model": settings.get("model") or settings["arch"],
+            "data": settings["data"],
+            "classes": images.classes,
+        }
+        self.about = {"settings": dict(settings), **about, **pixels, "command": command()}
         self.best_score = self.best = -1.0
         self.seconds = {"wait": 0.0, "graft": 0.0}  # since the last epoch
         self.board = make_board(ring.directory / "tensorboard" / f"network{ring.network}") if tensorboard else None
@@ -59,7 +66,7 @@ class Records:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         values = (f"{key}={f'{value:g}' if isinstance(value, float) else value}" for key, value in settings.items())
         say(f"Network {ring.network} of {ring.networks} in {ring.directory}: {parameters:,} parameters")
-        for line in (f"settings: {' '.join(values)}", *notes):
+        for line in (f"settings: {' '.join(values)}", *images.notes):
             say(line)
 
     def timed(self, phase: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
