@@ -1,10 +1,8 @@
 #!/usr/bin/env python
 """Images per second of training: ours against plain.py, with the same model, images and batch size.
 
-    python benchmarks/training.py --models resnet20 --images 512
-    python benchmarks/training.py --models resnet32 --device cuda --images 50000 --variants plain amp amp+compile graph
-    python benchmarks/training.py --models resnet32 --device cuda --images 50000 --variants amp --processes 1 2 4
-    python benchmarks/training.py --models resnet32 --device cuda --images 2560 --variants ours amp graph --profile
+    python benchmarks/training.py --models resnet32 --images 50000 --variants plain amp graph --processes 1 2 4
+    python benchmarks/training.py --models resnet32 --images 2560 --variants ours amp graph --profile
     python benchmarks/training.py --dataset imagenet --data imagenet/train --models resnet50 --variants amp --workers 16
 
 Ours is what the scripts build and run, with the flags of the variant; "graph" is benchmarks/graphs.py, for CIFAR.
@@ -22,7 +20,6 @@ import multiprocessing
 import operator
 import os
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -84,42 +81,40 @@ def train_here(seed: int, device: torch.device) -> tuple[float, float]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, on_gpu
 
 
+class Team:
+    """N processes of one variant that train at the same time."""
+
+    def __init__(self, args: argparse.Namespace, name: str, variant: str, size: int, stack: ExitStack):
+        options = {"initializer": begin, "initargs": (args, name, variant, max(1, args.threads // size))}
+        self.pools = [stack.enter_context(ProcessPoolExecutor(1, tools.processes(), **options)) for _ in range(size)]
+        self.device, self.memory, self.error = args.device, [], None
+
+    def train(self, seed: int) -> None:
+        try:
+            parts = [pool.submit(train_here, seed, self.device) for pool in self.pools]
+            self.memory = [part.result() for part in parts]
+        except RuntimeError as error:  # that of a process, or for its end
+            self.error = error
+
+
 def measure(args: argparse.Namespace, name: str, table: tools.Table) -> bool:
     """Adds a row for each variant and number of processes that could be measured; whether all could."""
-    memory, failed = {}, {}
-
-    def make_way(variant: str, size: int, stack: ExitStack) -> Callable[[int], None]:
-        options = {"initializer": begin, "initargs": (args, name, variant, max(1, args.threads // size))}
-        pools = [stack.enter_context(ProcessPoolExecutor(1, tools.processes(), **options)) for _ in range(size)]
-
-        def train_together(seed: int) -> None:
-            try:
-                parts = [pool.submit(train_here, seed, args.device) for pool in pools]
-                memory[variant, size] = [part.result() for part in parts]
-            except RuntimeError as error:  # that of the process, or for its end
-                failed[variant, size] = error
-
-        return train_together
-
     with ExitStack() as stack:
         keys = list(itertools.product(args.variants, args.processes))
-        ways = {key: make_way(*key, stack) for key in keys}
-        samples = tools.in_turns(ways, args.repetitions, args.device)
-    rates = {
-        key: [key[1] * args.images / seconds for seconds in samples[key].wall] for key in keys if key not in failed
-    }
-    for (variant, size), rate in rates.items():
-        plains = rates.get(("plain", size)) or rates.get(("plain", 1))
-        alone = rates.get((variant, 1))
-        row = {"model": name, "variant": variant, "processes": size, "images/s": rate}
-        row[": plain"] = tools.ratio(rate, plains) if plains else ""
-        row[": 1 process"] = tools.ratio(rate, alone) if alone else ""
-        row["s per 50,000 images"] = 50_000 / statistics.median(rate)
-        row["memory (MB)"], row["GPU memory (MB)"] = map(max, zip(*memory[variant, size], strict=True))
+        teams = {key: Team(args, name, *key, stack) for key in keys}
+        samples = tools.in_turns({key: team.train for key, team in teams.items()}, args.repetitions, args.device)
+    well = [key for key in keys if not teams[key].error]
+    rates = {key: [key[1] * args.images / seconds for seconds in samples[key].wall] for key in well}
+    for (variant, size), team in teams.items():
+        if team.error:
+            print(f"{name}, {variant}, {size} at once: {team.error}", file=sys.stderr)
+            continue
+        row = {"model": name, "variant": variant, "processes": size, "images/s": rates[variant, size]}
+        for column, other in (": plain", ("plain", 1)), (": 1 process", (variant, 1)):
+            row[column] = tools.ratio(rates[variant, size], rates[other]) if other in rates else ""
+        row["memory (MB)"], row["GPU memory (MB)"] = map(max, zip(*team.memory, strict=True))
         table.add(**row, MPS=bool(os.environ.get("MPS")))
-    for (variant, size), error in failed.items():
-        print(f"{name}, {variant}, {size} at once: {error}", file=sys.stderr)
-    return not failed
+    return well == keys
 
 
 def profile(args: argparse.Namespace, name: str, variant: str, table: tools.Table) -> None:
