@@ -5,18 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grafting_cifar.models import NAMES
-from training.flags import (
-    Parser,
-    add_machine_flags,
-    add_recipe_flags,
-    add_ring_flags,
-    check_common,
-    number,
-    one_of,
-    path,
-    run_name,
-    world,
-)
+from training.flags import Parser, add_recipe_flags, add_run_flags, checked, number, one_of, path, run_name, world
 
 DESCRIPTION = """\
 Trains one network of a ring on CIFAR-10, CIFAR-100 or any folder of images, grafting its neighbour's weights.
@@ -63,10 +52,9 @@ def parser() -> Parser:
     add_method_flags(flag)
     lines = "print loss and accuracy every K batches; 0 prints one line an epoch"
     flag("--print_frequence", metavar="K", type=number(int, 0), default=0, help=lines)
-    add_ring_flags(parser, "the run's directory, shared by its networks (default: checkpoint/ and a name of settings)")
+    add_run_flags(parser, "the run's directory, shared by its networks (default: checkpoint/ and a name of settings)")
     newest = "continue from this network's newest good checkpoint, if there is one"
     parser.add_argument("--resume", action="store_true", help=newest)
-    add_machine_flags(parser)
     return parser
 
 
@@ -89,8 +77,7 @@ def add_method_flags(flag: Callable[..., argparse.Action]) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, checked; a wrong one ends the program with one line and exit status 2."""
     flags = parser()
-    args = flags.parse_args(argv)
-    check_common(flags, args)
+    args = checked(flags, argv)
     check(flags, args)
     args.s = args.s or default_directory(flags, args)
     if args.method == "average":

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from training.flags import (
     Parser,
-    add_machine_flags,
     add_recipe_flags,
-    add_ring_flags,
-    check_common,
+    add_run_flags,
+    checked,
     cores,
     number,
     one_of,
@@ -73,14 +72,13 @@ def parser() -> Parser:
     flag("--gpu", metavar="G", type=number(int, 0), help="the GPU to use (default: the first)")
     only = "print the accuracy of --resume PATH or --pretrained on the images to test on, and exit"
     flag("-e", "--evaluate", action="store_true", help=only)
-    add_ring_flags(parser, "the run's folder under checkpoint/, shared by its networks (default: a name of settings)")
+    add_run_flags(parser, "the run's folder under checkpoint/, shared by its networks (default: a name of settings)")
     resume = (
         "a checkpoint to start from, or the word auto, which may be left out: continue this network's run, if it has "
         "begun, from its newest good checkpoint; with both (--resume PATH --resume auto) a network without one starts "
         "from PATH"
     )
     parser.add_argument("--resume", metavar="PATH", nargs="?", const="auto", action="append", help=resume)
-    add_machine_flags(parser)
     return parser
 
 
@@ -90,8 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     `resume` becomes whether to continue the run, `start_from` the checkpoint to start from, if one was given.
     """
     flags = parser()
-    args = flags.parse_args(argv)
-    check_common(flags, args)
+    args = checked(flags, argv)
     if args.workers is None:
         args.workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1) if world()[1] > 1 else 1))
     args.s = Path("checkpoint", str(args.s or default_name(flags, args)).removeprefix("checkpoint/"))

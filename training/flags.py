@@ -92,7 +92,8 @@ def add_recipe_flags(group: argparse._ArgumentGroup) -> None:
     flag("--warmup", metavar="E", type=number(float, 0), default=0.0, help=rises)
 
 
-def add_ring_flags(parser: argparse.ArgumentParser, directory: str) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, directory: str) -> None:
+    """Of the ring and of the machine."""
     flag, count = parser.add_argument_group("grafting").add_argument, number(int, 1, 1000)
     # The second names are for torchrun, whose own parser would take --s and --num for beginnings of its flags.
     flag("--s", "--save_dir", metavar="DIR", type=path, help=directory)
@@ -109,9 +110,6 @@ def add_ring_flags(parser: argparse.ArgumentParser, directory: str) -> None:
     flag("--timeout", metavar="MINUTES", type=number(float, 0), default=60.0, help=ends)
     flag("--keep_all", action="store_true", help="keep the checkpoints of all epochs")
     flag("--tensorboard", action="store_true", help="write curves and coefficients into DIR/tensorboard as well")
-
-
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", choices=("cuda", "cpu"), help="where to train (default: cuda where there is one)")
     seed = "seed of weights, order and augmentation; each network makes its own of it"
@@ -123,12 +121,14 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     flag("--compile", action="store_true", help="torch.compile the model: a slow start, then faster")
 
 
-def check_common(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """The checks that need more than one flag."""
+def checked(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The flags, after the checks that both scripts have in common and that need more than one of them."""
+    args = parser.parse_args(argv)
     if args.i > args.num:
         parser.error(f"argument --i: got {args.i}, expected 1 to {args.num} (--num)")
     if args.warmup and args.warmup >= args.epochs:
         parser.error(f"argument --warmup: got {args.warmup:g}, expected less than {args.epochs} (--epochs)")
+    return args
 
 
 def cores() -> int:

@@ -22,17 +22,18 @@ LOCK = VENV / "made by venv.py"
 
 
 def main(*files: str) -> str:
-    if not lacking(*files):
+    if not (missing := lacking(*files)):
         return sys.executable
-    if not venv_has(files):
-        if VENV.exists() and not LOCK.exists():
-            sys.exit(f"{VENV} was not made by this program, and lacks some of {' '.join(files)}: install them there")
-        print(f"{sys.executable} lacks {lacking(*files)}: setting up {VENV} …", file=sys.stderr)
-        VENV.mkdir(exist_ok=True)
-        with open(LOCK, "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one call at a time
-            if not venv_has(files):
-                install(files)
+    if venv_has(files):
+        return str(PYTHON)
+    if VENV.exists() and not LOCK.exists():
+        sys.exit(f"{VENV} was not made by this program, and lacks some of {' '.join(files)}: install them there")
+    print(f"{sys.executable} lacks {missing}: setting up {VENV} …", file=sys.stderr)
+    VENV.mkdir(exist_ok=True)
+    with open(LOCK, "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one call at a time
+        if not venv_has(files):
+            install(files)
     return str(PYTHON)
 
 
