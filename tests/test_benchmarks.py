@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -23,18 +24,12 @@ def as_before():
 
 
 def test_everything_for_the_first_gpu_runs_dry_and_goes_on_where_it_ended(tmp_path, images, capsys, monkeypatch):
-    execute, start = gpu.execute, tools.start
+    def execute(words, log, limit, **variables):  # in this process, which has torch
+        monkeypatch.setattr(sys, "argv", words)
+        return import_module(".".join(Path(words[0]).with_suffix("").parts[-2:])).main() or 0
 
-    def execute_here(words, log, limit, **variables):  # benchmarks in this process, which has torch
-        if not words[0].startswith(str(gpu.ROOT / "benchmarks")):
-            return execute(words, log, limit, **variables)
-        return import_module(f"benchmarks.{Path(words[0]).stem}").main(words[1:]) or 0
-
-    def start_quickly(words, log):
-        return Process(Path(words[0]), words[1:], log) if words[0].endswith("grafting.py") else start(words, log)
-
-    monkeypatch.setattr(gpu, "execute", execute_here)
-    monkeypatch.setattr(tools, "start", start_quickly)
+    monkeypatch.setattr(gpu, "execute", execute)
+    monkeypatch.setattr(tools, "start", lambda words, log: Process(Path(words[0]), words[1:], log))
     results = tmp_path / "quick.jsonl"
     results.write_text('{"step": "grafting", "status": 0, "dev')  # of a call that was killed
     arguments = [str(tmp_path), "--device", "cpu", "--quick", "--cifar", str(images)]
