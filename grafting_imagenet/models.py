@@ -69,8 +69,7 @@ def load_weights(
 ) -> None:
     """Loads the state dict of a checkpoint, whatever wrapped the model that it is from.
 
-    Raises:
-        MismatchError: naming the file, and the first entry that differs, or that its contents say it is no arch.
+    Raises MismatchError, which names the first entry that differs, or the model that its contents say it is of.
     """
     try:
         load_plain_state(model, State(plain_names(state), str(path)))

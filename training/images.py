@@ -53,10 +53,7 @@ def class_folders(folder: str | Path) -> Images:
     hidden files and those that Pillow does not decode are left out, and counted in a note.
 
     A split counts if it has class folders. With both val/ and test/, val/ is to choose the best epoch on, and test/ to
-    be reported; with one of them, that one is reported.
-
-    Raises:
-        DataError: if the folder is laid out in another way, cannot be read, or its splits have other classes.
+    be reported; with one of them, that one is reported. Raises DataError if the folder is laid out in another way.
     """
     folder, left_out = Path(os.path.abspath(os.path.expanduser(folder))), []
     try:

@@ -26,7 +26,6 @@ from training.flags import command, settings_of, world
 # What torch and Python report though the program is not at fault, and what to do.
 REPORTS = {
     r"out of memory|can't allocate memory": "give a smaller batch or model, or another device",
-    r"busy or unavailable": "the GPU is taken by another process: choose one with CUDA_VISIBLE_DEVICES",
     r"C\+\+ compiler|C compiler|working triton": "--compile needs a C++ compiler (and on CUDA, triton)",
     r"Expected more than 1 value per channel": "a batch of one image has no statistics: choose another batch size",
     r"deterministic implementation": "a layer of this model has no deterministic gradient: leave out --deterministic",
@@ -89,13 +88,7 @@ class Signals:
 def join_ring(
     args: argparse.Namespace, signals: Signals, shared: Sequence[str], may_raise: Sequence[str] = (), **options: Any
 ) -> Iterator[FileRing]:
-    """This network's place in the ring that its flags name.
-
-    Args:
-        shared: the flags that all networks of the ring must have in common.
-        may_raise: those of them that a resumed run may raise.
-        options: further ones of FileRing.
-    """
+    """This network's place in the ring that its flags name; `shared` are those that all networks have in common."""
     # What the library has to say, as whom it waits for, belongs into the log.
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     logging.getLogger("filter_grafting").setLevel(logging.INFO)
@@ -144,14 +137,10 @@ def ending(args: argparse.Namespace) -> Iterator[Signals]:
 
 
 def pick_device(name: str | None, gpu: int | None = None) -> torch.device:
-    """The device to train on, which is made torch's current one.
+    """The device to train on, which is made torch's current one: without a name, cuda where there is a GPU.
 
-    Args:
-        name: "cuda", "cpu", or None: cuda where there is a GPU.
-        gpu: which GPU; None: the first, or this rank's of those that torchrun has started on this machine.
-
-    Raises:
-        UsageError: if there is no such GPU, or one that this torch cannot use.
+    `gpu` says which; without it, that is the first, or this rank's of those that torchrun has started on this machine.
+    Raises UsageError if there is no such GPU, or one that this torch cannot use.
     """
     # A GPU that the user has not hidden is there though its driver may be too old for this torch.
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")

@@ -53,12 +53,9 @@ class Records:
         self, ring: FileRing, model: nn.Module, settings: dict, images: Images, pixels: dict, tensorboard: bool
     ):
         self.ring = ring
-        about = {
-            "model": settings.get("model") or settings["arch"],
-            "data": settings["data"],
-            "classes": images.classes,
-        }
-        self.about = {"settings": dict(settings), **about, **pixels, "command": command()}
+        name, classes = settings.get("model") or settings["arch"], images.classes
+        self.about = {"settings": dict(settings), "model": name, "data": settings["data"], "classes": classes}
+        self.about |= {**pixels, "command": command()}
         self.best_score = self.best = -1.0
         self.seconds = {"wait": 0.0, "graft": 0.0}  # since the last epoch
         self.board = make_board(ring.directory / "tensorboard" / f"network{ring.network}") if tensorboard else None

@@ -50,8 +50,7 @@ def table(directory: Path, statuses: Iterable[Status]) -> str:
 def watch(directory: Path, num: int, started: Sequence["Network"]) -> int:
     """Shows how the networks are until all have ended; where there is no terminal, until they have begun to train.
 
-    Returns:
-        1 if one of those that were started has failed meanwhile, else 0.
+    Returns 1 if one of those that were started has failed meanwhile, else 0.
     """
     failed, drawn, deadline = set(), 0, time.monotonic() + START_SECONDS
     while True:
@@ -75,8 +74,7 @@ def watch(directory: Path, num: int, started: Sequence["Network"]) -> int:
 def follow(started: Sequence["Network"], epochs: int) -> "Network | None":
     """Shows one bar over all epochs of all networks, and the lines of their logs, until all have ended or one failed.
 
-    Returns:
-        The one that has failed.
+    Returns the one that has failed.
     """
     form = "{bar:40} {percentage:3.0f}%  {remaining} left"
     options = {"bar_format": form, "leave": False, "disable": None, "smoothing": 0, "file": sys.stdout}
