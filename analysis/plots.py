@@ -98,8 +98,8 @@ def courses(runs: Sequence[Run], columns: dict[str, str]) -> Figure:
                 course = network.metrics.set_index("epoch")[column]
                 for panel, part in (whole, course), (late, course.tail(1 + len(course) // 4)):
                     panel.plot(part, marker="o" if len(part) <= FEW else "", **style)
-        whole.set(ylabel=what)
-        late.set(title="last quarter", xlabel="epoch", ylabel=what)
+        whole.set(xlabel="epoch", ylabel=what)
+        late.set(xlabel="epoch, in the last quarter", ylabel=what)
     for panel in panels.flat:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return with_legend(figure)

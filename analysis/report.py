@@ -82,7 +82,7 @@ def texts_of(frame: pd.DataFrame, best: pd.DataFrame, notes: Sequence[tuple[str,
         first = frame.index[frame["run"] == label][:1]
         texts.loc[first, "epochs"] += f" [{number}]"
     others = [max(len(name), texts[name].str.len().max()) for name in texts if name != "run"]
-    room = WIDTH - sum(others) - 3 * len(texts.columns) - 1
+    room = max(12, WIDTH - sum(others) - 3 * len(texts.columns) - 1)
     texts["run"] = [name if len(name) <= room else f"{name[: room - 1]}…" for name in texts["run"]]
     return texts
 
@@ -105,10 +105,12 @@ def main() -> int:
     shown = frame if args.format == "csv" else texts_of(frame, best, notes)
     print(table(shown, args.format, right=list(shown)[1:]), flush=True)
     about = sys.stdout if args.format == "markdown" else sys.stderr  # a table for programs comes alone
-    print(file=about)
     if args.format == "markdown":
+        print()
         for _, one in best.iterrows():
-            print(f"* Best: network {one['network']} of {one['run']}, {one['best']:.2f} %: {one['file']}")
+            print(
+                f"* Best: network {one['network']} of {one['run']}, {one['best']:.2f} %: {one['file'] or one['directory']}"
+            )
         print(CAPTION)
         for model, total in frame.dropna(subset="total").groupby("model")["total"].first().items():
             print(f"A {model or 'network'} has {total:,} filters.")
