@@ -51,7 +51,7 @@ pyplot.rcParams.update(STYLE)
 COURSES = {  # by name of the figure: columns of the metrics, and what is on the axis of their panels
     "accuracy": {"test_accuracy": "test accuracy (%)"},
     "losses": {"train_loss": "training loss (nats)", "test_loss": "test loss (nats)"},
-    "information": {"information": "information: sum of layer entropies (nats)"},
+    "information": {"information": "sum of layer entropies (nats)"},
 }
 
 

@@ -108,9 +108,8 @@ def main() -> int:
     if args.format == "markdown":
         print()
         for _, one in best.iterrows():
-            print(
-                f"* Best: network {one['network']} of {one['run']}, {one['best']:.2f} %: {one['file'] or one['directory']}"
-            )
+            place = one["file"] or one["directory"]
+            print(f"* Best: network {one['network']} of {one['run']}, {one['best']:.2f} %: {place}")
         print(CAPTION)
         for model, total in frame.dropna(subset="total").groupby("model")["total"].first().items():
             print(f"A {model or 'network'} has {total:,} filters.")
