@@ -21,12 +21,17 @@ from training.models import load_optimizer, restore, to_resume
 # Kernels of a step in fp32 and with amp, about: as many as with torch 2.14, and 2 % for other versions. More of them
 # make a small network slower on a fast GPU.
 CEILINGS = {
+    "resnet20": (222, 265),
     "resnet32": (333, 400),
+    "resnet44": (443, 535),
+    "resnet56": (553, 669),
+    "resnet110": (1049, 1275),
+    "resnet32_leaky": (333, 400),
     "wrn28_10": (275, 340),
     "mobilenetv2": (492, 595),
     "vgg16": (152, 212),
 }
-TORCHVISION = ("resnet18", "mobilenet_v3_small")
+TORCHVISION = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5")
 precisions = pytest.mark.parametrize("amp", (None, torch.bfloat16), ids=("fp32", "amp"))
 
 
