@@ -164,7 +164,8 @@ def test_lines_of_progress_every_few_batches(capsys):
     steps, checks = [], []
     run(ring_of(steps.append), every=2, check=lambda: checks.append(0))
     for line, step in zip(capsys.readouterr().out.splitlines(), (0, 2), strict=True):
-        figures = r"Time +[\d.]+    Data +[\d.]+    Loss 1.0000e\+00    Acc@1  25\.00"
+        figures = r"Time +[\d.]+ \( *[\d.]+\)    Data +[\d.]+ \( *[\d.]+\)    Loss 1.0000e\+00 \(1.0000e\+00\)"
+        figures += r"    Acc@1  25\.00 \( 25\.00\)"
         assert re.fullmatch(rf"Epoch: \[4\]\[{step}/3\]    {figures}", line)
     assert steps == [0, 1, 2] and len(checks) == 3
 

@@ -205,13 +205,16 @@ def follow(
     label = f"epoch {epoch}" + (" test" if lr is None else "")
     with tqdm(total=steps, desc=label, disable=hidden, file=sys.stdout, **BAR) as bar:
         for step, batch in enumerate(batches):
-            data_seconds += time.perf_counter() - ended
+            prints = every > 0 and step % every == 0
+            before, waited = totals.clone() if prints else totals, time.perf_counter() - ended
+            data_seconds += waited
             yield batch
-            ended = time.perf_counter()
+            last, ended = ended, time.perf_counter()
             # The host waits for the device to print a line, or to show the bar once a second, and in no other step.
-            if every and step % every == 0:
-                seconds = [total / (step + 1) for total in (ended - began, data_seconds)]
-                say(progress_line(f"[{epoch}][{step:{len(str(steps))}d}/{steps}]", *seconds, means(totals)))
+            if prints:
+                seconds = (ended - last, (ended - began) / (step + 1)), (waited, data_seconds / (step + 1))
+                figures = means(totals - before), means(totals)
+                say(progress_line(f"[{epoch}][{step:{len(str(steps))}d}/{steps}]", *seconds, *figures))
             elif (bar.update() or step == 0) and not hidden:
                 so_far = means(totals)
                 bar.set_postfix_str(f"loss {so_far.loss:.4f}, accuracy {so_far.accuracy:.2f}")
@@ -220,8 +223,11 @@ def follow(
             check()
 
 
-def progress_line(where: str, seconds: float, data_seconds: float, so_far: Result) -> str:
-    """Means of the epoch so far, in the words of PyTorch's ImageNet example: seconds are those of a batch."""
-    fields = [f"Epoch: {where}", f"Time {seconds:6.3f}", f"Data {data_seconds:6.3f}", f"Loss {so_far.loss:.4e}"]
-    fields.append(f"Acc@1 {so_far.accuracy:6.2f}")
-    return "    ".join(fields if so_far.top5 is None else [*fields, f"Acc@5 {so_far.top5:6.2f}"])
+def progress_line(
+    where: str, seconds: tuple[float, float], data_seconds: tuple[float, float], batch: Result, mean: Result
+) -> str:
+    """A line as PyTorch's ImageNet example prints it: each figure of the last batch, then its mean so far."""
+    figures = [("Time", "6.3f", *seconds), ("Data", "6.3f", *data_seconds), ("Loss", ".4e", batch.loss, mean.loss)]
+    figures += [("Acc@1", "6.2f", batch.accuracy, mean.accuracy), ("Acc@5", "6.2f", batch.top5, mean.top5)]
+    fields = [f"{name} {last:{form}} ({so_far:{form}})" for name, form, last, so_far in figures if so_far is not None]
+    return "    ".join([f"Epoch: {where}", *fields])
