@@ -121,7 +121,7 @@ class Job:
             members = [str(self.saved / member) for member in self.run.members]
             words = ["analysis/ensemble.py", *members, *images, "--json", str(self.save / "ensemble.json")]
         else:
-            words = [f"{self.run.script}/grafting.py", *self.run.flags, *images, "--s", str(self.save)]
+            words = [self.run.script, *self.run.flags, *images, "--s", str(self.save)]
             words += ["--resume", "--i", str(i)]
         return [sys.executable, str(ROOT / words[0]), *words[1:]]
 

@@ -42,7 +42,7 @@ class Row(NamedTuple):
     @property
     def is_grafting(self) -> bool:
         """Whether networks are grafted onto each other by their weights' information."""
-        return not any(word in self.flags for word in ("--num 1", "--method"))
+        return not any(word in self.flags for word in ("--num 1", "--method", "--together"))
 
 
 class Run(NamedTuple):
@@ -50,10 +50,10 @@ class Run(NamedTuple):
 
     name: str
     seed: int
-    script: str  # its folder: grafting_cifar or grafting_imagenet
+    script: str  # its path from the checkout's root
     data: str
     flags: tuple[str, ...]
-    networks: int
+    networks: int  # processes, one a network
     epochs: int  # of training, over all networks
     cost: float  # about how long one core or GPU takes, in epochs of ResNet-20 on CIFAR
     members: tuple[str, ...] = ()  # NAME/seedK of an ensemble's runs
@@ -66,7 +66,7 @@ class Run(NamedTuple):
         """The command that its results are of, wherever they and the images lie."""
         if self.members:
             return shlex.join(["python", "analysis/ensemble.py", *self.members])
-        return shlex.join(["python", f"{self.script}/grafting.py", *self.flags])
+        return shlex.join(["python", self.script, *self.flags])
 
 
 class Preset(NamedTuple):
@@ -164,9 +164,10 @@ TABLES = {
         "What a user would do instead of grafting, on the same two schedules: tune the learning rate of a single "
         "network, or its recipe (Nesterov momentum, label smoothing); average its weights over time (ema; SWA: the "
         "mean of the epochs' ends, at a constant rate from 75 % of them on), average two networks as often as grafting "
-        "does (coefficient 1/2), pull two towards their mean once an epoch (PAPA), or train two and average their "
-        "predictions (ensemble; it costs twice as much to use). Training one network for twice the epochs costs as "
-        "much, too. The time constant of ema, 5 % of all steps, is not tuned.",
+        "does (coefficient 1/2), pull two towards their mean (PAPA, every 10 steps and once an epoch), let two learn "
+        "from each other's predictions (mutual learning), or train two and average theirs (ensemble; it costs twice as "
+        "much to use). Training one network for twice the epochs costs as much, too. The time constant of ema, 5 % of "
+        "all steps, is not tuned.",
         [
             ("resnet32", "baseline: step, lr 0.1", "--num 1", None),
             ("resnet32", "step, lr 0.05", "--num 1 --lr 0.05", None),
@@ -183,7 +184,9 @@ TABLES = {
             ("resnet32", "cosine, ema", "--num 1 --cos --method ema", None),
             ("resnet32", "cosine, SWA", "--num 1 --cos --method swa", None),
             ("resnet32", "cosine, average of 2 (dlr)", f"{DLR} --method average", None),
-            ("resnet32", "cosine, PAPA of 2", "--num 2 --cos --method papa", None),
+            ("resnet32", "cosine, PAPA of 2, once an epoch", "--num 2 --cos --method papa", None),
+            ("resnet32", "cosine, PAPA of 2", "--together papa --num 2 --cos", None),
+            ("resnet32", "cosine, mutual learning of 2", "--together mutual --num 2 --cos", None),
             ("resnet32", "cosine, ensemble of 2", "2 x --num 1 --cos", None),
             ("resnet32", "cosine, grafting at equal rates", "--num 2 --cos", None),
             ("resnet32", "cosine, grafting (dlr)", DLR, None),
@@ -388,7 +391,10 @@ def _runs(preset: Preset, data: str, model: str, flags: str, seed: int) -> list[
     epochs *= 2 if "--epochs 2x" in of_one else 1
     words = without_steps(words + of_one.replace("2x", str(epochs)).split())  # the last --epochs counts
     networks = int(words[words.index("--num") + 1])
-    script, epochs = f"grafting_{'imagenet' if of_imagenet else 'cifar'}", networks * epochs
+    epochs *= networks
+    script = f"grafting_{'imagenet' if of_imagenet else 'cifar'}/grafting.py"
+    if "--together" in words:  # all in one process, which keeps one of them, or their mean
+        script, networks = "experiments/together.py", 1
     return [Run(name, seed, script, data, (*words, "--seed", str(seed)), networks, epochs, epochs * MODELS[model][1])]
 
 

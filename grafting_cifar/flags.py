@@ -74,9 +74,12 @@ def add_method_flags(flag: Callable[..., argparse.Action]) -> None:
     flag("--scion", choices=("external", "noise", "internal"), default="external", help=scions)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, checked; a wrong one ends the program with one line and exit status 2."""
-    flags = parser()
+def parse(argv: list[str] | None = None, flags: Parser | None = None) -> argparse.Namespace:
+    """The flags, checked; a wrong one ends the program with one line and exit status 2.
+
+    A program with further ones gives a parser of its own, made by `parser`.
+    """
+    flags = flags or parser()
     args = checked(flags, argv)
     check(flags, args)
     args.s = args.s or default_directory(flags, args)

@@ -16,11 +16,14 @@ import saved
 from filelock import FileLock, Timeout
 from finished import write_ensemble, write_run
 
-from experiments import report, tables
+from experiments import report, tables, together
 from experiments import run as queue
 from experiments.results import read_results
 from grafting_cifar.flags import parse as parse_cifar
 from grafting_imagenet.flags import parse as parse_imagenet
+
+PARSERS = {"grafting_cifar/grafting.py": parse_cifar, "grafting_imagenet/grafting.py": parse_imagenet}
+PARSERS["experiments/together.py"] = together.parse
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = SimpleNamespace(received=None)  # no signal comes
@@ -49,8 +52,7 @@ def test_every_row_has_its_baseline_above_it_and_a_command_line_that_the_scripts
             seen.add((row.dataset, row.label))
     for run in runs.values():
         if not run.members:
-            parse = parse_imagenet if run.script == "grafting_imagenet" else parse_cifar
-            args = parse([*run.flags, "--data", "somewhere", "--device", "cpu", "--s", "somewhere"])
+            args = PARSERS[run.script]([*run.flags, "--data", "somewhere", "--device", "cpu", "--s", "somewhere"])
             assert (args.num, args.seed) == (run.networks, run.seed)
 
 
