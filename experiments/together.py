@@ -11,8 +11,8 @@ order and augmentation. Tested and kept is the mean of all.
 mutual (mutual learning, Zhang et al. 2018): to the loss of a network is added the mean Kullback-Leibler divergence of
 its predictions from those of each other network. All see the same batches. Tested and kept is the first network.
 
-The other flags, the log and the files are those of a single network of grafting_cifar/grafting.py. The training loss is
-the sum over the networks, the training accuracy their mean.
+The log, the files and all flags that are not about grafting are those of a single network of
+grafting_cifar/grafting.py. The training loss is the sum over the networks, the training accuracy their mean.
 """
 
 import argparse
@@ -39,17 +39,20 @@ from training.models import compiled, restore, to_resume
 from training.process import Signals, amp_dtype, computer, deterministic, ending, join_ring, pick_device
 from training.records import Records, follow
 
-EVERY, PULL = 10, 0.01  # steps from one pull to the next, and how far one goes at the first rate
-
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = flags.parser()
     parser.description = __doc__
     parser.add_argument("--together", choices=("papa", "mutual"), required=True, help="how the networks meet")
     args = flags.parse(argv, parser)
-    if args.num == 1 or args.method != "grafting" or args.difflr:
-        parser.error(f"{args.together} trains two networks or more, alike: give --num N, and no --method or --difflr")
-    args.networks, args.num, args.i = args.num, 1, 1  # for the log and the files they are one
+    if args.num == 1:
+        parser.error(f"argument --together: {args.together} needs two networks or more: got --num 1")
+    for name in ("i", "a", "c", "level", "criterion", "method", "difflr"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"argument --together does not go with --{name}")
+    if args.s == flags.default_directory(parser, args):
+        args.s = args.s.with_name(args.s.name.replace("grafting", args.together, 1))
+    args.networks, args.num = args.num, 1  # for the log and the files they are one
     return args
 
 
@@ -65,38 +68,38 @@ class Together(nn.Module):
         return torch.cat([network(part) for network, part in zip(self.networks, parts, strict=True)])
 
     def entries(self) -> Iterator[tuple[Tensor, ...]]:
-        """Each floating-point entry of the state dict, of all networks."""
-        states = (network.state_dict().values() for network in self.networks)
-        return (entries for entries in zip(*states, strict=True) if entries[0].is_floating_point())
+        """Each entry of the state dict, of all networks."""
+        return zip(*(network.state_dict().values() for network in self.networks), strict=True)
 
     @torch.no_grad()
     def pull(self, beta: float) -> None:
         for entries in self.entries():
-            mean = torch.stack(entries).mean(0)
-            for entry in entries:
-                entry.lerp_(mean, beta)
+            if entries[0].is_floating_point():
+                mean = torch.stack(entries).mean(0)
+                for entry in entries:
+                    entry.lerp_(mean, beta)
 
     @torch.no_grad()
     def mean_into(self, model: nn.Module) -> None:
-        own = (entry for entry in model.state_dict().values() if entry.is_floating_point())
-        for mean, entries in zip(own, self.entries(), strict=True):
-            mean.copy_(torch.stack(entries).mean(0))
+        """Makes a model the mean of all; what has none, as the number of batches, is the first network's."""
+        for own, entries in zip(model.state_dict().values(), self.entries(), strict=True):
+            own.copy_(torch.stack(entries).mean(0) if own.is_floating_point() else entries[0])
 
 
 class SideBySide:
-    """The batches of N networks one after the other in one tensor: the same for all, or each network's own."""
+    """Batches for N networks, one after the other in one tensor: of a stream for each network, or N times of one."""
 
-    def __init__(self, batches: data.Batches, networks: int, same: bool):
-        self.batches, self.networks, self.same = batches, networks, same
+    def __init__(self, batches: data.Batches, seeds: list[int], copies: int):
+        self.batches, self.seeds, self.copies = batches, seeds, copies
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def epoch(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        streams = [self.batches.epoch(seed if self.same else seed + k) for k in range(self.networks)]
-        for parts in zip(*streams, strict=True):
+        """The streams follow from the seeds that were given, as they do where each network trains alone."""
+        for parts in zip(*map(self.batches.epoch, self.seeds), strict=True):
             images, labels = zip(*parts, strict=True)
-            yield torch.cat(images), torch.cat(labels)
+            yield torch.cat(images * self.copies), torch.cat(labels * self.copies)
 
 
 def summed_loss(scores: Tensor, labels: Tensor, networks: int, smoothing: float, mutual: bool) -> Tensor:
@@ -129,7 +132,6 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         facts = cifar.facts_of(images)
         ring.agree(facts)
         batches, test_batches, val_batches = cifar.make_batches(args, images, device)
-        train_batches = SideBySide(batches, args.networks, same=not is_papa)
 
         together, kept = build(args, len(images.classes), device)
         optimizer, rate = sgd(args, together, args.weight_decay), cifar.schedule(args)
@@ -143,11 +145,11 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         images = images._replace(notes=[computer(device), *notes, *images.notes])
         records = Records(ring, together, settings, images, cifar.PIXELS, args.tensorboard)
         records.resume(checkpoint)
-        steps = itertools.count(first * len(train_batches) + 1)
+        steps = itertools.count(first * len(batches) + 1)
 
         def pull(*_: object) -> None:
-            if is_papa and next(steps) % EVERY == 0:
-                together.pull(PULL * optimizer.param_groups[0]["lr"] / args.lr)
+            if is_papa and next(steps) % loop.PAPA_STEPS == 0:
+                together.pull(loop.PAPA_PULL * optimizer.param_groups[0]["lr"] / args.lr)
 
         optimizer.register_step_post_hook(pull)
         options: dict[str, Any] = {"device": device, "amp": amp}
@@ -155,11 +157,15 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         signals.finish_batch()
 
         for epoch in range(first, args.epochs):
-            seed, options["epoch"] = stream_seed(args.seed, 1, epoch), epoch
-            train = train_one_epoch(forward, train_batches, optimizer, rate, loss, seed=seed, **options)
+            seeds = [stream_seed(args.seed, k, epoch) for k in range(1, args.networks + 1)]
+            train_batches = SideBySide(batches, seeds, 1) if is_papa else SideBySide(batches, seeds[:1], args.networks)
+            train = train_one_epoch(
+                forward, train_batches, optimizer, rate, loss, epoch=epoch, seed=seeds[0], **options
+            )
             if is_papa:
                 together.mean_into(kept)
-            test, val = (each and evaluate(forward_tested, each, **options) for each in (test_batches, val_batches))
+            test = evaluate(forward_tested, test_batches, epoch=epoch, **options)
+            val = evaluate(forward_tested, val_batches, epoch=epoch, **options) if val_batches else None
             row, state = records.row(epoch, rate(epoch), train, test, val, kept), plain_state(kept)
             ring.publish(epoch, state, to_resume(optimizer, row, [], settings, together))
             records.epoch(row, [], state)

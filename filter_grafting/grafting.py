@@ -48,6 +48,7 @@ Layers: TypeAlias = dict[str, Layer] | dict[str, FilterLayer]
 Level: TypeAlias = Literal["layer", "filter"]
 Selection: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool] | None
 Criterion: TypeAlias = Callable[[Tensor], float]
+Blends: TypeAlias = list[tuple[Tensor, Tensor]]  # a tensor of the model, and what it becomes
 
 
 def coefficient(own_entropy: float, neighbour_entropy: float, a: float = 0.4, c: float = 500) -> float:
@@ -57,7 +58,7 @@ def coefficient(own_entropy: float, neighbour_entropy: float, a: float = 0.4, c:
     alone keeps w within [0, 1].)
 
     Args:
-        own_entropy, neighbour_entropy: in nats.
+        own_entropy, neighbour_entropy: in nats, or what another criterion gave.
         a: A, within [0, 1]: w stays within [(1-A)/2, (1+A)/2].
         c: steepness, at least 0.
 
@@ -78,7 +79,7 @@ def check_ranges(a: float, c: float) -> None:
 
 
 def blend(own: Tensor, neighbour: Tensor, w: float | Tensor) -> Tensor:
-    """`w * own + (1 - w) * neighbour`, computed in fp32 or better, in the type of `own`.
+    """`w * own + (1 - w) * neighbour`, computed in fp32 or better, returned in the type of `own`.
 
     By `lerp`, own + (1 - w) * (neighbour - own), which leaves constants that both have exactly as they are.
     """
@@ -189,9 +190,6 @@ def graft_ring(
     return [found for found, _ in grafts]
 
 
-Blends: TypeAlias = list[tuple[Tensor, Tensor]]  # a tensor of the model, and what it becomes
-
-
 @torch.no_grad()
 def compute(
     model: nn.Module,
@@ -214,7 +212,7 @@ def compute(
         _check_finite(side, {key: whole(state[key]).detach() for key in entries})
     weights = _weights(model, entries, layers)  # of the layers that set a coefficient, by module
     entropies = {
-        name: (_information(own, key, entries, criterion), _information(other, key, entries, criterion))
+        name: (_measure(own, key, entries, criterion), _measure(other, key, entries, criterion))
         for name, key in weights.items()
     }
     found: Layers
@@ -266,8 +264,8 @@ def _check_finite(side: str, entries: Mapping[str, Tensor]) -> None:
             raise MismatchError(f"{key}: {side} holds a value that is not finite{advice(key)}")
 
 
-def _information(state: Mapping[str, Tensor], key: str, entries: Mapping[str, Tensor], criterion: Criterion) -> float:
-    """What a criterion, such as the entropy, says of a weight in one of the two state dicts."""
+def _measure(state: Mapping[str, Tensor], key: str, entries: Mapping[str, Tensor], criterion: Criterion) -> float:
+    """What the criterion, such as the entropy, gives for a weight in one of the two state dicts."""
     weight = whole(state[key]).detach().to(entries[key].device)
     mask = state.get(f"{key.removesuffix('_orig')}_mask")  # of a pruned layer, what is left counts
     try:
@@ -280,7 +278,7 @@ def _information(state: Mapping[str, Tensor], key: str, entries: Mapping[str, Te
 
 
 def _weights(model: nn.Module, entries: Mapping[str, Tensor], layers: Selection) -> dict[str, str]:
-    """By plain module name: the entry that each layer which sets a coefficient is judged by."""
+    """By plain name of each module that sets a coefficient: the entry whose values the criterion is given."""
     modules, selects = plain_modules(model), _selector(layers)
     parts: dict[str, list[str]] = defaultdict(list)
     for key in entries:

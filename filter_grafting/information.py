@@ -65,6 +65,9 @@ def l1_norm(weight: Tensor) -> float:
     return whole(weight).detach().abs().sum(dtype=torch.float64).item()
 
 
+CRITERIA = {"entropy": entropy, "l1": l1_norm}  # by the names that the scripts have for them
+
+
 def filter_norms(weight: Tensor, transposed: bool = False, groups: int = 1) -> Tensor:
     """L1 norm of each filter of a convolution: the sum of |w| over all but the output channel.
 

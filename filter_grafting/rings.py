@@ -1,6 +1,7 @@
 """How networks exchange weights: through files in a shared directory, or between the processes of one job.
 
-Network i of N sits in a ring: its neighbour is network i-1, and that of network 1 is network N.
+Network i of N sits in a ring: its neighbour is network i-1, and that of network 1 is network N. Its reader is network
+i+1, of which it is the neighbour itself.
 """
 
 import logging
@@ -207,11 +208,11 @@ class FileRing(Membership):
         now = time.monotonic()
         watch = _Watch(self, round, now)
         whom, before = f"network {self.neighbour} (round {round})", (self._status["state"], self._status["detail"])
-        began, look, message, is_told = now, now + LOOK_SECONDS, now + FIRST_MESSAGE_SECONDS, False
+        began, next_look, next_message, is_told = now, now + LOOK_SECONDS, now + FIRST_MESSAGE_SECONDS, False
         while (state := watch.try_to_load(now)) is None:
             self._check()
-            if now >= look:
-                look = now + LOOK_SECONDS
+            if now >= next_look:
+                next_look = now + LOOK_SECONDS
                 watch.look(now)
                 if not is_told:
                     is_told = True
@@ -223,8 +224,8 @@ class FileRing(Membership):
                     f"network {self.network} gave up after {waited} of waiting for {whom}: {watch.describe(now)}. "
                     f"Resume network {self.neighbour}, then this one"
                 )
-            if now >= message:
-                message = now + MESSAGE_SECONDS
+            if now >= next_message:
+                next_message = now + MESSAGE_SECONDS
                 logger.warning("network %d waits for %s for %s: %s", self.network, whom, waited, watch.describe(now))
             time.sleep(POLL_SECONDS)
             now = time.monotonic()
@@ -321,8 +322,8 @@ class ProcessGroupRing:
         dist.init_process_group("gloo")
         neighbour = ProcessGroupRing().swap(model.state_dict(), round=0)
 
-    Works on any backend that can send and receive. A process that dies or hangs ends the others by the timeout of the
-    group (see `torch.distributed.init_process_group`).
+    Works on NCCL, and on any backend that sends and receives tensors of the CPU, as Gloo. A process that dies or hangs
+    ends the others by the timeout of the group (see `torch.distributed.init_process_group`).
 
     Args:
         group: the processes, one a network; by default all of the job. With several processes for a network, the group

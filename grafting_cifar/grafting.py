@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from filter_grafting.grafting import graft
+from filter_grafting.information import CRITERIA
 from filter_grafting.scions import internal, noise
 from filter_grafting.states import State, plain_state
 from grafting_cifar import data, models
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         forward, forward_tested = (compiled(each, device, args.compile) for each in (model, published))
 
         settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train.labels), "amp": bool(amp)}
-        checkpoint = ring.newest()
+        checkpoint = ring.newest()  # there is none without --resume: a network that has run before was refused
         first = restore(checkpoint, published, optimizer, settings, trained) if checkpoint else 0
         images = images._replace(notes=[computer(device), *notes, *images.notes])
         records = Records(ring, model, settings, images, PIXELS, args.tensorboard)
@@ -63,30 +64,30 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         options = {"device": device, "amp": amp, "progress": partial(follow, ring, signals.check, args.print_frequence)}
         signals.finish_batch()
         for epoch in range(first, args.epochs):
-            layers, options["epoch"] = [], epoch
+            layers = []
             if epoch > 0 and args.num > 1:
                 neighbour = records.timed("wait", ring.wait, epoch - 1)
                 layers = records.timed("graft", graft_neighbour, args, model, neighbour, rate, epoch, train_batches)
             elif epoch > 0:
                 records.timed("graft", graft_scion, args, model, epoch - 1)
             seed = stream_seed(args.seed, args.i, epoch)
-            train = train_one_epoch(forward, train_batches, optimizer, rate, loss, seed=seed, **options)
+            train = train_one_epoch(forward, train_batches, optimizer, rate, loss, epoch=epoch, seed=seed, **options)
             if args.method == "swa":
                 add_to_mean(published, model, epoch - int(SWA_START * args.epochs), train_batches.epoch(seed))
-            test = evaluate(forward_tested, test_batches, **options)
-            val = evaluate(forward_tested, val_batches, **options) if val_batches else None
+            test = evaluate(forward_tested, test_batches, epoch=epoch, **options)
+            val = evaluate(forward_tested, val_batches, epoch=epoch, **options) if val_batches else None
             row, state = records.row(epoch, rate(epoch), train, test, val, published), plain_state(published)
             ring.publish(epoch, state, to_resume(optimizer, row, layers, settings, trained))
             records.epoch(row, layers, state)
 
 
 def may_raise(args: argparse.Namespace) -> tuple[str, ...]:
-    """The number of epochs, where it does not shape the run from its start."""
+    """The settings that a resumed run may raise: its epochs, unless a schedule or an average depends on them."""
     return () if args.cos or args.method in ("ema", "swa") else ("epochs",)
 
 
 def facts_of(images: data.Images) -> dict[str, Any]:
-    """On which the networks of a ring must agree."""
+    """What the networks of a ring must find alike in their data."""
     checksum = data.checksum(images.train.labels)
     return {"classes": len(images.classes), "test_images": len(images.test.labels), "data": checksum}
 
@@ -122,13 +123,19 @@ def averaged(
 
 
 def graft_neighbour(
-    args, model: nn.Module, neighbour: State, rate: Callable[[float], float], epoch: int, batches: data.Batches
+    args: argparse.Namespace,
+    model: nn.Module,
+    neighbour: State,
+    rate: Callable[[float], float],
+    epoch: int,
+    batches: data.Batches,
 ) -> list[list]:
     """Grafts the neighbour's weights onto the model, or does what --method says; returns what came of each layer."""
     if args.method == "papa":
-        loop.pull(model, neighbour, rate(epoch) / rate(args.warmup), exchanges=len(batches) / 10)
+        share_of_rate = rate(epoch) / loop.initial_rate(args.lr, args.i, args.num, args.difflr)
+        loop.pull(model, neighbour, args.num, share_of_rate, pulls=len(batches) / loop.PAPA_STEPS)
         return []
-    layers = graft(model, neighbour, args.a, args.c, args.level, criterion=loop.CRITERIA[args.criterion])
+    layers = graft(model, neighbour, args.a, args.c, args.level, criterion=CRITERIA[args.criterion])
     return layer_rows(epoch - 1, layers)
 
 

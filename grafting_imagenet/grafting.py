@@ -24,6 +24,7 @@ from torch import nn
 
 from filter_grafting.errors import GraftingError
 from filter_grafting.grafting import graft
+from filter_grafting.information import CRITERIA
 from filter_grafting.membership import read_status
 from filter_grafting.rings import Checkpoint, FileRing
 from filter_grafting.states import State, plain_state
@@ -48,7 +49,6 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
     amp, notes = amp_dtype(args.amp, device)
     args.image_size = args.image_size or models.usual_size(args.arch)
     with Ranks(device) as ranks, join(args, signals, ranks.rank) as ring, deterministic(args.deterministic):
-        rank = ranks.rank
         images = data.load(args.data)
         train_batches, test_batches, val_batches = make_batches(args, images, device, ranks)
         torch.manual_seed(stream_seed(args.seed, args.i, "weights"))
@@ -70,15 +70,19 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         signals.finish_batch()
 
         for epoch in range(first, args.epochs):
-            layers, options["epoch"], seed = [], epoch, stream_seed(args.seed, args.i, epoch)
+            layers, seed = [], stream_seed(args.seed, args.i, epoch)
             if ring and epoch > start and args.num > 1:
                 neighbour = records.timed("wait", ring.wait, epoch - 1)
                 layers = records.timed("graft", graft_neighbour, args, model, neighbour, epoch)
             ranks.broadcast(model)  # what rank 0 has grafted
-            train = train_one_epoch(forward, train_batches, optimizer, rate, loss, seed=seed, rank=rank, **options)
+            train = train_one_epoch(
+                forward, train_batches, optimizer, rate, loss, epoch=epoch, seed=seed, rank=ranks.rank, **options
+            )
             ranks.broadcast(model)  # each rank has batch-norm statistics of its own images
-            test = evaluate(forward, test_batches, **options)
-            val = None if val_batches is None else evaluate(forward, val_batches, **options)  # of no images, perhaps
+            test = evaluate(forward, test_batches, epoch=epoch, **options)
+            val = (
+                None if val_batches is None else evaluate(forward, val_batches, epoch=epoch, **options)
+            )  # of no images, perhaps
             if ring:
                 row, state = records.row(epoch, rate(epoch), train, test, val, model), plain_state(model)
                 ring.publish(epoch, state, to_resume(optimizer, row, layers, settings))
@@ -154,7 +158,7 @@ def first_epoch(
 
 def graft_neighbour(args: argparse.Namespace, model: nn.Module, neighbour: State, epoch: int) -> list[list]:
     """Grafts the neighbour's weights onto the model; returns what came of each layer."""
-    return layer_rows(epoch - 1, graft(model, neighbour, args.a, args.c, criterion=loop.CRITERIA[args.criterion]))
+    return layer_rows(epoch - 1, graft(model, neighbour, args.a, args.c, criterion=CRITERIA[args.criterion]))
 
 
 def evaluate_only(args: argparse.Namespace, signals: Signals) -> None:

@@ -165,17 +165,20 @@ def test_stochastic_weight_averaging_is_the_mean_of_epoch_ends_with_statistics_o
     assert [key for key, _ in average.named_parameters()] == [key for key, _ in model.named_parameters()]
 
 
-def test_papa_pulls_as_its_exchanges_would_one_after_the_other():
-    own, other = 1.0, 0.0
-    for _ in range(39):
-        own += 0.01 * 0.5 * (other - own)
-    model = make_model()
-    neighbour = {key: torch.full_like(entry, 3) for key, entry in model.state_dict().items()}
-    before = copy.deepcopy(model.state_dict())
-    loop.pull(model, neighbour, rate=0.5, exchanges=39)
-    for key, entry in model.state_dict().items():
-        expected = own * before[key] + (1 - own) * 3 if entry.is_floating_point() else before[key]
-        torch.testing.assert_close(entry, expected)
+def test_papa_once_an_epoch_pulls_two_networks_as_far_as_every_ten_steps():
+    models = [make_model(), make_model()]
+    with torch.no_grad():
+        models[1].load_state_dict({key: 1 - 2 * entry for key, entry in models[0].state_dict().items()})
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    for model, neighbour in zip(models, reversed(before), strict=True):
+        loop.pull(model, neighbour, networks=2, rate=0.5, pulls=39)
+    for key in before[0]:
+        one, two = (state[key].double() for state in before)
+        for _ in range(39 if before[0][key].is_floating_point() else 0):
+            mean = (one + two) / 2
+            one, two = (entry + 0.01 * 0.5 * (mean - entry) for entry in (one, two))
+        for model, expected in zip(models, (one, two), strict=True):
+            torch.testing.assert_close(model.state_dict()[key].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 # An optimizer's state

@@ -11,6 +11,8 @@ from torch import nn
 
 from experiments import together
 from filter_grafting.checkpoint import load
+from grafting_cifar import flags as cifar_flags
+from grafting_cifar import grafting as cifar
 
 HEARS_NOTHING = types.SimpleNamespace(check=lambda: None, finish_batch=lambda: None)
 
@@ -63,15 +65,27 @@ def test_each_network_has_the_gradient_of_its_own_loss(mutual):
         torch.testing.assert_close(network.weight.grad, expected)
 
 
-def test_only_papa_gives_each_network_an_order_of_its_own():
+def test_batches_of_several_networks_lie_one_after_the_other():
     class Numbers:
         def epoch(self, seed):
-            return [(torch.tensor([seed]), torch.tensor([seed]))]
+            return [(torch.tensor([[seed]]), torch.tensor([-seed]))]
 
-    ((images, _),) = together.SideBySide(Numbers(), 3, same=False).epoch(7)
-    assert len(set(images.tolist())) == 3
-    ((images, labels),) = together.SideBySide(Numbers(), 3, same=True).epoch(7)
-    assert images.tolist() == labels.tolist() == [7, 7, 7]
+    for seeds, copies, expected in ([7, 8, 9], 1, [7, 8, 9]), ([7], 3, [7, 7, 7]):
+        ((images, labels),) = together.SideBySide(Numbers(), seeds, copies).epoch(0)
+        assert images.flatten().tolist() == (-labels).tolist() == expected
+
+
+def test_without_pulls_each_network_is_trained_as_if_it_were_alone(train, monkeypatch, images, tmp_path):
+    monkeypatch.setattr(together.loop, "PAPA_PULL", 0.0)
+    mean = train("papa", "three", "--epochs", "1")
+    alone = []
+    for network in (1, 2, 3):
+        flags = f"--num 3 --i {network} --model test_together:small --batch_size 2 --cos --epochs 1 --device cpu"
+        args = cifar_flags.parse([*flags.split(), "--data", str(images), "--s", str(tmp_path / f"{network}")])
+        cifar.main(args, HEARS_NOTHING)
+        alone.append(load(tmp_path / f"{network}" / f"final{network}.t7")["net"])
+    for key, entry in mean.items():
+        torch.testing.assert_close(entry.float(), sum(state[key].float() for state in alone) / 3)
 
 
 @pytest.mark.parametrize("how", ["papa", "mutual"])
@@ -94,8 +108,13 @@ def test_interrupted_in_an_epoch_it_ends_with_the_same_bits(how, train, monkeypa
     assert [row["epoch"] for row in read_table(tmp_path / "resumed" / "metrics1.csv")] == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("flags", ["--num 1", "--method ema --num 1", "--difflr"])
+@pytest.mark.parametrize("flags", ["--num 1", "--num 1 --method ema", "--difflr", "--a 0.2", "--i 2"])
 def test_what_makes_no_sense_together_is_refused(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         together.parse(["--together", "papa", *flags.split()])
-    assert "give --num N, and no --method or --difflr" in capsys.readouterr().err
+    assert "argument --together" in capsys.readouterr().err
+
+
+def test_its_directory_is_not_that_of_a_ring():
+    assert together.parse(["--together", "papa", "--cos"]).s.name == "papa_cifar10_resnet32_cos"
+    assert together.parse(["--together", "papa", "--s", "mine"]).s.name == "mine"

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 
 from filter_grafting.errors import GraftingError
-from filter_grafting.information import entropy, l1_norm
 
-CRITERIA = {"entropy": entropy, "l1": l1_norm}  # of --criterion: what graft() compares of two layers
+PAPA_STEPS, PAPA_PULL = 10, 0.01  # from one pull to the next; how far one goes at the first rate
 
 
 class Diverged(GraftingError):
@@ -35,7 +34,7 @@ class Diverged(GraftingError):
 class Result(NamedTuple):
     """What came of an epoch over some images."""
 
-    loss: float  # mean cross-entropy
+    loss: float  # mean over the images: when training of what is minimised, when testing of the cross-entropy
     accuracy: float  # %
     top5: float | None  # %: the label is among the five highest scores (all, if the classes are fewer); if asked for
     seconds: float
@@ -45,7 +44,7 @@ class Result(NamedTuple):
 
 
 def stream_seed(seed: int, i: int, epoch: int | str) -> int:
-    """Seed of everything that is random for network i in one epoch; "weights" for its initial weights.
+    """Seed of everything that is random for network i in one epoch; words name what else is random, as "weights".
 
     As nothing random outlives an epoch, a resumed network needs no generator's state to go on exactly.
     """
@@ -103,10 +102,11 @@ def train_one_epoch(
     reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
     rank: int = 0,
 ) -> Result:
-    """Trains for one epoch, in which the host never waits for the device. Raises Diverged if the loss was not finite.
+    """Trains for one epoch. Raises Diverged if the loss was not finite.
 
-    `rate` is a function of the epochs that are done, with the fraction of this one. The seed is that of the order, the
-    augmentation and dropout, of which each rank has its own.
+    The host waits for the device at the end alone, and where `progress` shows figures. `rate` is a function of the
+    epochs that are done, with the fraction of this one. The seed is that of the order, the augmentation and dropout, of
+    which each rank has its own.
     """
     began, steps = time.perf_counter(), len(batches)
     torch.manual_seed(seed + rank)
@@ -122,7 +122,8 @@ def train_one_epoch(
         loss.backward()
         optimizer.step()
         totals += _totals(loss.detach() * len(labels), outputs, labels, top5)
-    result = means(reduce(totals), time.perf_counter() - began)
+    totals = reduce(totals).cpu()  # waits for the device: only then is the epoch over
+    result = means(totals, time.perf_counter() - began)
     check_finite(result.loss, "training", rate(epoch))
     return result
 
@@ -154,7 +155,8 @@ def evaluate(
         with torch.autocast(device.type, amp, enabled=amp is not None):
             scores = model(images)
         totals += _totals(F.cross_entropy(scores.float(), labels, reduction="sum"), scores, labels, top5)
-    return means(reduce(totals), time.perf_counter() - began)
+    totals = reduce(totals).cpu()
+    return means(totals, time.perf_counter() - began)
 
 
 def _totals(loss: Tensor, outputs: Tensor | tuple[Tensor, ...], labels: Tensor, top5: bool) -> Tensor:
@@ -183,11 +185,11 @@ def moving_average(model: nn.Module, optimizer: torch.optim.Optimizer, decay: fl
     """
     average = copy.deepcopy(model).requires_grad_(False)
     pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
-    means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
     update = get_ema_multi_avg_fn(decay)
 
     def follow(*_: object) -> None:
-        update(means, values, None)
+        update(averages, values, None)
         for own, other in pairs:
             if not own.is_floating_point():
                 own.copy_(other)
@@ -211,14 +213,19 @@ def add_to_mean(average: nn.Module, model: nn.Module, count: int, batches: Itera
 
 
 @torch.no_grad()
-def pull(model: nn.Module, neighbour: Mapping[str, Tensor], rate: float, exchanges: float) -> None:
+def pull(model: nn.Module, neighbour: Mapping[str, Tensor], networks: int, rate: float, pulls: float) -> None:
     """Pulls every floating-point entry towards the neighbour's, once an epoch (PAPA, Jolicoeur-Martineau et al. 2024).
 
-    PAPA pulls every network towards the mean of all by `beta = 0.01 * lr_t / lr_0` every 10 steps, `exchanges` times an
-    epoch: so much of it in one exchange is `W <- (1 - beta)^exchanges * W + (1 - (1 - beta)^exchanges) * W_neighbour`.
-    `rate` is lr_t / lr_0.
+    PAPA pulls each of N networks towards the mean of all every 10 steps, by `beta = 0.01 * lr_t / lr_0`: a number of
+    pulls leaves `(1 - beta)^pulls` of its distance to the mean. For two networks the same comes of
+    `W <- (1 - b) * W + b * W_neighbour` with `b = (1 - 1/N) * (1 - (1 - beta)^pulls)`; of more networks, the neighbour
+    stands for all others.
+
+    Args:
+        rate: lr_t / lr_0.
+        pulls: in an epoch.
     """
-    share = 1 - (1 - 0.01 * rate) ** exchanges
+    share = (1 - 1 / networks) * (1 - (1 - PAPA_PULL * rate) ** pulls)
     for key, entry in model.state_dict().items():
         if entry.is_floating_point():
             entry.lerp_(neighbour[key].to(entry.device), share)

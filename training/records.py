@@ -47,7 +47,7 @@ def say(line: str) -> None:
 
 
 class Records:
-    """Of one network, which best and final describe: its settings by flag, the classes and pixels that it expects."""
+    """Writes the log, tables, best and final of one network; settings, classes and pixels go into best and final."""
 
     def __init__(
         self, ring: FileRing, model: nn.Module, settings: dict, images: Images, pixels: dict, tensorboard: bool
@@ -56,7 +56,7 @@ class Records:
         name, classes = settings.get("model") or settings["arch"], images.classes
         self.about = {"settings": dict(settings), "model": name, "data": settings["data"], "classes": classes}
         self.about |= {**pixels, "command": command()}
-        self.best_score = self.best = -1.0
+        self.best_score = self.best = -1.0  # accuracy by which the best epoch is chosen, and its test accuracy
         self.seconds = {"wait": 0.0, "graft": 0.0}  # since the last epoch
         self.board = make_board(ring.directory / "tensorboard" / f"network{ring.network}") if tensorboard else None
         ring.update("starting", epochs=settings["epochs"])
@@ -90,7 +90,10 @@ class Records:
             **{f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()},
         }
         if layers := convolutions(model):
-            row |= {f"invalid_{threshold}": invalid_filters(model, threshold, False)[0] for threshold in THRESHOLDS}
+            row |= {
+                f"invalid_{threshold}": invalid_filters(model, threshold, shortcuts=False)[0]
+                for threshold in THRESHOLDS
+            }
             row["information"] = sum(entropy(layer.weight) for layer in layers.values())
         if val:
             row["val_accuracy"] = val.accuracy
@@ -99,9 +102,10 @@ class Records:
         return row
 
     def epoch(self, row: dict[str, Any], layers: Sequence[Sequence[Any]], state: Mapping[str, Tensor]) -> None:
-        """Records an epoch that was published, and leaves nothing of it or of later ones twice; the last is `final`.
+        """Records an epoch that was published; the last one is saved as `final`, too.
 
-        `layers` are the rows that `layer_rows` made of the grafting before this epoch, if there was one.
+        Rows of this epoch and of later ones are replaced: it may be called again after a kill. `layers` are the rows
+        that `layer_rows` made of the grafting before this epoch, if there was one.
         """
         epoch, network = row["epoch"], self.ring.network
         self.best_score, self.best = row["best_score"], row["best"]
@@ -206,7 +210,8 @@ def follow(
     with tqdm(total=steps, desc=label, disable=hidden, file=sys.stdout, **BAR) as bar:
         for step, batch in enumerate(batches):
             prints = every > 0 and step % every == 0
-            before, waited = totals.clone() if prints else totals, time.perf_counter() - ended
+            before = totals.clone() if prints else totals
+            waited = time.perf_counter() - ended
             data_seconds += waited
             yield batch
             last, ended = ended, time.perf_counter()
