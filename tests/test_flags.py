@@ -11,6 +11,7 @@ import torchvision.models as zoo
 from processes import ROOT
 from torch.distributed.run import get_args_parser
 
+from filter_grafting.information import CRITERIA
 from grafting_cifar import flags as cifar
 from grafting_imagenet import flags as imagenet
 from training.flags import command, world
@@ -34,6 +35,11 @@ def refused(module, capsys, *flags):
     said = capsys.readouterr().err
     assert (end.value.code, said.count("\n")) == (2, 1)
     return said
+
+
+def test_each_criterion_has_its_function(script):
+    (flag,) = (action for action in script.parser()._actions if action.dest == "criterion")
+    assert set(flag.choices) == set(CRITERIA)
 
 
 @pytest.mark.parametrize("folder", ["grafting_cifar", "grafting_imagenet"])

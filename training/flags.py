@@ -104,6 +104,7 @@ def add_run_flags(parser: argparse.ArgumentParser, directory: str) -> None:
     flag("--a", metavar="A", type=number(float, 0, 1), default=0.4, help=within)
     steepness = "c: how steeply the coefficient follows the difference of the entropies"
     flag("--c", metavar="C", type=number(float, 0), default=500.0, help=steepness)
+    # A further one is a function in filter_grafting.information.CRITERIA, and a name here, where there is no torch.
     compared = "what is compared of two layers: their entropies, or their L1 norms"
     flag("--criterion", choices=("entropy", "l1"), default="entropy", help=compared)
     ends = "end with status 3 when the neighbour has made no progress for so long (0.25 at the least); 0 waits for ever"
@@ -128,6 +129,13 @@ def checked(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse
         parser.error(f"argument --i: got {args.i}, expected 1 to {args.num} (--num)")
     if args.warmup and args.warmup >= args.epochs:
         parser.error(f"argument --warmup: got {args.warmup:g}, expected less than {args.epochs} (--epochs)")
+    if args.lr == 0:
+        parser.error("argument --lr: got 0, expected a number above 0")
+    for name in ("momentum", "label_smoothing"):
+        if getattr(args, name) == 1:
+            parser.error(f"argument --{name}: got 1, expected a number below 1")
+    if args.nesterov and args.momentum == 0:
+        parser.error("argument --nesterov: got --momentum 0, expected a number above 0")
     return args
 
 
