@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import re
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -141,6 +142,14 @@ def test_a_pickle_that_would_run_a_command_is_refused_and_runs_nothing(path, tmp
     assert not mark.exists()
     pickle.loads(pickle.dumps(Bomb(mark)))
     assert mark.exists()  # as it would have
+
+
+def test_an_archive_that_would_fill_the_memory_is_refused(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10_000_000))
+    assert path.stat().st_size < 20_000
+    with pytest.raises(CheckpointError, match=rf"{path} "):
+        load(path)
 
 
 def test_a_file_that_cannot_be_read_just_now_is_told_from_a_bad_one(path, tmp_path, monkeypatch):

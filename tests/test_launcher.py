@@ -32,6 +32,7 @@ def test_help_is_given_anywhere_and_nothing_is_touched(project):
     ("folder", "words", "status", "sentence"),
     [
         ("cifar", "--modle resnet20", 2, "did you mean --model?"),
+        ("cifar", "--gpus-per-netwrok 2", 2, "did you mean --gpus-per-network?"),
         ("cifar", "stauts checkpoint", 2, "there is no command 'stauts'; did you mean status?"),
         ("cifar", "--i=2", 2, "argument --i: is for grafting.py"),
         ("cifar", "resume", 2, "DIR"),

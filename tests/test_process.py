@@ -28,6 +28,7 @@ def restored_handlers():
         (UsageError("no such GPU"), 2, "no such GPU"),
         (NeighbourTimeout("nobody came"), 3, "nobody came (--timeout says how long to wait)"),
         (ZeroDivisionError("division\nby zero"), 1, "ZeroDivisionError: division by zero"),
+        (OSError("AF_UNIX path too long"), 1, "OSError: AF_UNIX path too long (choose a shorter TMPDIR)"),
         (RuntimeError("x_cuda does not have a deterministic implementation"), 1, "leave out --deterministic)"),
     ],
 )
@@ -80,12 +81,13 @@ def test_the_device_is_the_gpu_that_was_asked_for_or_the_first_or_the_cpu(gpus, 
         assert pick_device(None) == process.current == torch.device("cuda:1")
 
 
-def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(gpus, monkeypatch):
-    def ones(*size, device):
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with")
+@pytest.mark.parametrize("module, name", [(torch.cuda, "set_device"), (torch, "ones")])  # as where it is taken; old
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(gpus, monkeypatch, module, name):
+    def fail(*arguments, **options):
+        raise RuntimeError("CUDA error: busy, or no kernel image is available for execution\nCompile with")
 
     monkeypatch.setattr(process, "glob", lambda pattern: ["/dev/nvidia0"])  # so it is where the driver is too old
-    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(module, name, fail)
     with pytest.raises(UsageError, match="--device cpu trains on the CPU"):
         pick_device(None)
     assert pick_device("cpu") == torch.device("cpu")

@@ -64,6 +64,10 @@ def with_flags_of_script(parser: Parser, asked: argparse.Namespace, words: list[
         what = f"{asked.command} says itself what each network does, and where"
         parser.error(f"argument {name}: is for grafting.py; {what}")
     script = import_module(f"{asked.folder}.flags")
+    known = script.parser()
+    for word in sorted(names - known._option_string_actions.keys()):
+        if word.startswith("--") and (hint := did_you_mean(word, parser._option_string_actions)):
+            parser.error(f"unrecognized argument {word}{hint}")
     asked.words = [*(DEMO if is_demo else ()), *(DEMO_DATA if is_demo and "--data" not in names else ()), *words]
-    asked.args, asked.default_data = script.parse(asked.words), script.parser().get_default("data")
+    asked.args, asked.default_data = script.parse(asked.words), known.get_default("data")
     return asked

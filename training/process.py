@@ -154,8 +154,8 @@ def pick_device(name: str | None, gpu: int | None = None) -> torch.device:
         found = f"torch can use {count} here (see CUDA_VISIBLE_DEVICES, and nvidia-smi for the driver)"
         raise UsageError(f"GPU {gpu} is asked for, and {found}; --device cpu trains on the CPU")
     device = torch.device("cuda", gpu)
-    torch.cuda.set_device(device)  # first of all: else memory, streams and messages would be of GPU 0
     try:
+        torch.cuda.set_device(device)  # first of all: else memory, streams and messages would be of GPU 0
         torch.ones(1, device=device)  # the first kernel, which a torch that was built for other GPUs lacks
     except RuntimeError as error:
         problem = f"this torch cannot use GPU {gpu} ({str(error).splitlines()[0]})"
