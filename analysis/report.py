@@ -60,11 +60,11 @@ def gain(run: Run, network: Network, runs: Sequence[Run]) -> float:
     """
     alike = [other for other in runs if other.is_baseline and other.recipe(GRAFTING) == run.recipe(GRAFTING)]
     alike = [other for other in alike if other.settings.get("seed") == run.settings.get("seed")] or alike
-    courses = [one.metrics["test_accuracy"] for one in (network, *(other.networks[0] for other in alike))]
-    epochs = min(map(len, courses))
-    if run.is_baseline or not alike or not epochs:
+    compared = [one.metrics.set_index("epoch") for one in (network, *(other.networks[0] for other in alike))]
+    courses = pd.concat([one["test_accuracy"] for one in compared], axis=1, join="inner")
+    if run.is_baseline or not alike or courses.empty:
         return math.nan
-    own, *baselines = (course[epochs - 1] for course in courses)
+    own, *baselines = courses.iloc[-1]
     return own - sum(baselines) / len(baselines)
 
 

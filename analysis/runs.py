@@ -7,6 +7,7 @@ Whatever is missing or damaged is a sentence in `run.errors`; the rest is read, 
 is alive.
 """
 
+import io
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from filter_grafting.errors import GraftingError
 from filter_grafting.information import invalid_filters, norms_by_layer
-from filter_grafting.membership import observe, read_json
+from filter_grafting.membership import observe, printable, read_json
 from filter_grafting.membership import read_run as read_record
 from training.models import read_checkpoint
 from training.process import UsageError
@@ -30,6 +31,7 @@ from training.records import THRESHOLDS
 
 SECONDS = ["train_seconds", "test_seconds", "wait_seconds", "graft_seconds"]
 METRICS = ["epoch", "test_accuracy", "best", *SECONDS]  # columns that every version has written
+COEFFICIENTS = ["epoch", "layer", "coefficient"]
 USUAL = {"cos": False, "steplr": False, "difflr": False, "level": "layer", "scion": "external", "criterion": "entropy"}
 USUAL |= {"a": 0.4, "c": 500}  # settings that a method's name leaves out
 tabulate.MIN_PADDING = 0  # columns no wider than need be
@@ -42,7 +44,7 @@ class Network:
     number: int
     state: str = "done"  # or how far it is: epoch 50 of 200, waiting for network 1
     metrics: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=METRICS, dtype=float))  # a row per epoch
-    coefficients: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row per epoch and layer
+    coefficients: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=COEFFICIENTS))  # and layer
     filters: dict[str, Any] = field(default_factory=dict)  # see `count_filters`
     norms: Tensor = field(default_factory=lambda: torch.empty(0))  # L1, of all filters but the shortcuts'
     best_file: Path | None = None  # the checkpoint of its best epoch
@@ -118,17 +120,18 @@ def read_run(directory: Path, label: str = "") -> Run:
         else:
             run.settings = read_record(directory)[1]
             run.networks = [Network(one.network, str(one)) for one in observe(directory)]
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError):
         run.errors.append("not the save directory of a run: there is no run.json or result.json that can be read")
     for network in run.networks:
         i, epochs = network.number, run.settings.get("epochs")
         network.metrics = _read_csv(run, f"metrics{i}.csv", network.metrics)
         network.coefficients = _read_csv(run, f"coefficients{i}.csv", network.coefficients)
-        ended = f"epoch {len(network.metrics)} of {epochs}"
+        done = network.metrics["epoch"].iloc[-1] + 1 if len(network.metrics) else 0
+        ended = f"epoch {done} of {epochs}"
         if network.state != "done":
             network.state = f"{ended}, {network.state}"
             run.errors.append(f"network {i}: {network.state}")
-        elif len(network.metrics) != epochs:
+        elif done != epochs:
             run.errors.append(f"metrics{i}.csv ends after {ended}")
         if not run.record:
             _read_checkpoints(run, network)
@@ -136,10 +139,19 @@ def read_run(directory: Path, label: str = "") -> Run:
 
 
 def _read_csv(run: Run, name: str, empty: pd.DataFrame) -> pd.DataFrame:
-    """The file is replaced as a whole after every epoch; there is none before, and of what a network does not do."""
+    """A frame of whole rows: a last one without its newline is half of one, and is left out.
+
+    There is no file before the first epoch, and of what a network does not do.
+    """
     try:
-        return pd.read_csv(run.directory / name, dtype={"layer": str}) if (run.directory / name).exists() else empty
-    except ValueError as error:  # as pandas' errors are
+        whole = (run.directory / name).read_text().rpartition("\n")[0]
+        frame = pd.read_csv(io.StringIO(whole), dtype=dict.fromkeys(empty, float) | {"epoch": int, "layer": str})
+        if missing := [column for column in empty if column not in frame]:
+            raise ValueError(f"it has no column {missing[0]}")
+        return frame
+    except FileNotFoundError:
+        return empty
+    except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
         run.errors.append(f"{name} is damaged: {error}")
         return empty
 
@@ -157,7 +169,7 @@ def _read_checkpoints(run: Run, network: Network) -> None:
             network.norms = torch.cat(list(norms_by_layer(state, shortcuts=False).values()))
             # With the images' checksum: accuracies on other images are not compared.
             run.settings = contents["settings"] | {"data": contents.get("data", "")} | run.settings
-        except GraftingError as error:
+        except (OSError, GraftingError) as error:
             run.errors.append(str(error))
 
 
@@ -203,7 +215,7 @@ def table(frame: pd.DataFrame, style: str = "markdown", right: Iterable[str] = (
         return frame.to_csv(index=False).rstrip("\n")
     sides = ["right" if column in set(right) else "left" for column in frame]
     form = {"markdown": "pipe", "latex": "latex_booktabs"}[style]
-    return frame.to_markdown(index=False, tablefmt=form, colalign=sides, disable_numparse=True)
+    return frame.map(printable).to_markdown(index=False, tablefmt=form, colalign=sides, disable_numparse=True)
 
 
 def program(main: Callable[[], int]) -> int:

@@ -152,7 +152,7 @@ def test_all_tables_have_their_place(run_report, preset):
     names = set(TABLES) if preset == "paper" else set(TABLES) - {"imagenet"}
     assert status == 0 and all(f"## {TABLES[name].title}\n" in text for name in names)
     assert all(f"`python experiments/run.py {name} --preset {preset}`" in text for name in names)
-    assert ("mutual learning" in text) == ("92.83" in text) == ("36/1136" in text) == (preset == "paper")
+    assert ("RePr" in text) == ("92.83" in text) == ("36/1136" in text) == (preset == "paper")
 
 
 def test_filters_information_flags_machine_and_time_stand_beside_the_accuracies_and_are_drawn(tmp_path, run_report):

@@ -50,6 +50,16 @@ def test_gains_are_over_the_baseline_of_the_same_settings_at_the_last_common_epo
     assert dict(rows[3:]) == {"base": "–", "alive": "-2.00", "other_seed": "–"}
 
 
+def test_a_run_that_starts_from_a_checkpoint_is_compared_epoch_by_epoch(tmp_path):
+    save_run(tmp_path / "base", [[50.0, 60.0, 60.0]])
+    late = save_run(tmp_path / "late", [[70.0, 71.0, 61.0]] * 2)
+    for i in 1, 2:
+        rows = (late / f"metrics{i}.csv").read_text().splitlines(keepends=True)
+        (late / f"metrics{i}.csv").write_text(rows[0] + "".join(rows[2:]))
+    _, rows, output = run_report(tmp_path)
+    assert [row["gain"] for row in rows] == ["+1.00", "+1.00", "–"] and "[1]" not in output
+
+
 def test_methods_and_runs_have_short_names():
     def method(networks, **settings):
         return Run(Path("run"), "run", settings, [Network(i) for i in range(networks)]).method
@@ -108,6 +118,16 @@ def test_unfinished_networks_are_reported_as_such(tmp_path):
 DAMAGES = {
     "metrics1.csv ends after epoch 0 of 3": ("metrics1.csv", Path.unlink),
     "metrics1.csv is damaged: ": ("metrics1.csv", lambda path: path.write_bytes(b"\xff\xfe\n\x00")),
+    "metrics1.csv ends after epoch 2 of 3": ("metrics1.csv", lambda path: path.write_text(path.read_text()[:-1])),
+    "metrics1.csv is damaged: it has no column best": (
+        "metrics1.csv",
+        lambda path: path.write_text("epoch,test_accuracy\n0,1\n"),
+    ),
+    "coefficients1.csv is damaged: it has no column coefficient": (
+        "coefficients1.csv",
+        lambda path: path.write_text("epoch,layer\n0,conv1\n"),
+    ),
+    "coefficients1.csv is damaged: [Errno": ("coefficients1.csv", lambda path: (path.unlink(), path.mkdir())),
     "final1 is missing": ("final1.t7", Path.unlink),
     "final1.t7 is truncated, damaged or": ("final1.t7", lambda path: path.write_bytes(path.read_bytes()[:-100])),
 }
