@@ -93,8 +93,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def images(text: str) -> tuple[tuple[str, ...], str]:
     """A converter for argparse: the names of data sets, and the folder of their images."""
-    name, _, folder = text.rpartition("=")
-    if name not in ("", "cifar10", "cifar100", "imagenet") or not path(folder).is_dir():
+    name, _, folder = text.partition("=")
+    if name not in ("cifar10", "cifar100", "imagenet"):
+        name, folder = "", text
+    if not path(folder).is_dir():
         raise argparse.ArgumentTypeError(f"got {text}, expected a folder, or cifar10=, cifar100= or imagenet= and one")
     return (name,) if name else ("cifar10", "cifar100"), str(path(folder).resolve())
 

@@ -96,10 +96,12 @@ def test_wrong_flags(arguments, words, call):
 
 
 def test_a_dry_run_names_every_network_with_its_images_and_leaves_out_imagenet_without_any(tmp_path, call):
-    flags = ["main", "imagenet", "--seeds", "2", "--data", "cifar100=/", str(tmp_path)]
+    folder = tmp_path / "format=jpg"
+    folder.mkdir()
+    flags = ["main", "imagenet", "--seeds", "2", "--data", "cifar100=/", str(folder)]
     status, output, errors = call(*flags, "--dry-run")
     assert len(output.splitlines()) == 5 * 2 * 2 * (1 + 2 + 1 + 2) == len({*output.splitlines()})
-    assert status == 0 and f" --data {tmp_path} --s {tmp_path}/work/paper/cifar10_" in output
+    assert status == 0 and f" --data {folder} --s {tmp_path}/work/paper/cifar10_" in output
     assert f" --data / --s {tmp_path}/work/paper/cifar100_" in output and "grafting_imagenet" not in output
     assert errors == "left out, as no images were given: the runs on imagenet (--data imagenet=DIR)\n"
     assert call("imagenet")[0] == 2  # nothing is left

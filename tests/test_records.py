@@ -13,6 +13,7 @@ from filter_grafting.checkpoint import load
 from filter_grafting.grafting import Layer
 from filter_grafting.rings import Checkpoint
 from filter_grafting.states import State
+from training import loop, records
 from training.flags import command
 from training.images import Images
 from training.loop import Diverged, Result
@@ -168,6 +169,19 @@ def test_lines_of_progress_every_few_batches(capsys):
         figures += r"    Acc@1  25\.00 \( 25\.00\)"
         assert re.fullmatch(rf"Epoch: \[4\]\[{step}/3\]    {figures}", line)
     assert steps == [0, 1, 2] and len(checks) == 3
+
+
+def test_the_wait_for_the_device_is_of_the_batch_and_not_of_the_next_ones_data(capsys, monkeypatch):
+    def means(totals):  # which wait for the device
+        now[0] += 1.0
+        return loop.means(totals)
+
+    now = [0.0]
+    monkeypatch.setattr(records, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(records, "means", means)
+    run(ring_of(), every=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("Time  2.000 ( 2.000)    Data  0.000 ( 0.000)" in line for line in lines)
 
 
 @pytest.mark.parametrize(("lr", "label"), [(0.1, "epoch 4:"), (None, "epoch 4 test:")])

@@ -214,11 +214,11 @@ def follow(
             waited = time.perf_counter() - ended
             data_seconds += waited
             yield batch
-            last, ended = ended, time.perf_counter()
             # The host waits for the device to print a line, or to show the bar once a second, and in no other step.
+            figures = (means(totals - before), means(totals)) if prints else ()
+            last, ended = ended, time.perf_counter()  # with the device's part of a batch that is printed
             if prints:
                 seconds = (ended - last, (ended - began) / (step + 1)), (waited, data_seconds / (step + 1))
-                figures = means(totals - before), means(totals)
                 say(progress_line(f"[{epoch}][{step:{len(str(steps))}d}/{steps}]", *seconds, *figures))
             elif (bar.update() or step == 0) and not hidden:
                 so_far = means(totals)
