@@ -77,7 +77,9 @@ class Run:
             return f"ensemble of {len(self.record['ensemble']['members'])}"
         if not self.networks:
             return "unreadable"
-        name, num = self.settings.get("method", "grafting"), len(self.networks)
+        # Those of experiments/together.py leave one network.
+        name, num = self.settings.get("together") or self.settings.get("method", "grafting"), len(self.networks)
+        num = self.settings.get("networks", num)
         name = f"{name} of {num}" if num > 1 else "baseline" if name == "grafting" else name
         said = {key: self.settings.get(key, usual) for key, usual in USUAL.items()}
         unusual = [f"{key} {value}" for key, value in said.items() if value != USUAL[key]]

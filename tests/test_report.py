@@ -66,6 +66,7 @@ def test_methods_and_runs_have_short_names():
 
     assert method(1, method="grafting", scion="external", a=0.4, c=500.0) == "baseline"
     assert method(2, method="average", cos=True, difflr=True) == "average of 2, cos, difflr"
+    assert method(1, together="mutual", networks=3) == "mutual of 3"
     assert method(3, criterion="l1", level="filter", a=0.6) == "grafting of 3, level filter, criterion l1, a 0.6"
     for paths, short in (
         (["c/baseline_cifar10_resnet32", "c/grafting_cifar10_resnet32_num4"], ["baseline", "grafting_num4"]),
