@@ -61,8 +61,8 @@ def test_a_run_that_starts_from_a_checkpoint_is_compared_epoch_by_epoch(tmp_path
 
 
 def test_methods_and_runs_have_short_names():
-    def method(networks, **settings):
-        return Run(Path("run"), "run", settings, [Network(i) for i in range(networks)]).method
+    def method(count, **settings):
+        return Run(Path("run"), "run", settings, [Network(i) for i in range(count)]).method
 
     assert method(1, method="grafting", scion="external", a=0.4, c=500.0) == "baseline"
     assert method(2, method="average", cos=True, difflr=True) == "average of 2, cos, difflr"
