@@ -55,6 +55,13 @@ def test_help_and_refusals_do_not_wait_for_torch(folder, flags, tmp_path):
     assert result.stderr.count("\n") == result.returncode // 2
 
 
+def test_every_flag_has_a_help_and_says_its_default(script):
+    assert all(action.help for action in script.parser()._actions)
+    text = " ".join(script.parser().format_help().split())
+    for words in ("(default: 2)", "(default: 500.0)", "(default: 60.0)", "(default: entropy)"):
+        assert words in text
+
+
 def test_the_published_lines_are_understood():
     args = parse(cifar, "--s checkpoint/x --cifar 10 --model resnet32 --num 2 --i 2")
     assert (args.s, args.model, args.num, args.i) == (Path("checkpoint/x"), "resnet32", 2, 2)
