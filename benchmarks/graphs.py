@@ -68,7 +68,7 @@ class GraphedTraining:
                 self._aside(batch)
             else:
                 self._replay(batch)
-        result = means(self.totals, time.perf_counter() - began)
+        result = means(self.totals, began)
         check_finite(result.loss, "training", rate(epoch))
         return result
 

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +88,16 @@ def test_evaluation_counts_every_image_once_and_learns_nothing():
     assert result[:3] == pytest.approx(expected)
     assert evaluate(model, batches, device=CPU).top5 is None
     assert all(torch.equal(entry, before[key]) for key, entry in model.state_dict().items())
+
+
+def test_the_seconds_of_an_epoch_have_the_wait_for_the_device_in_them():
+    def reduce(totals):  # to what a GPU has not computed yet
+        return SimpleNamespace(tolist=lambda: (time.sleep(0.3), totals.tolist())[1])
+
+    model = make_model()
+    options = {"seed": 0, "device": CPU, "reduce": reduce}
+    assert train_one_epoch(model, Batches(), make_optimizer(model), lambda _: 0.1, **options).seconds > 0.3
+    assert evaluate(model, Batches(), device=CPU, reduce=reduce).seconds > 0.3
 
 
 def test_dropout_follows_from_the_seed_and_the_rank():

@@ -122,8 +122,7 @@ def train_one_epoch(
         loss.backward()
         optimizer.step()
         totals += _totals(loss.detach() * len(labels), outputs, labels, top5)
-    totals = reduce(totals).cpu()  # waits for the device: only then is the epoch over
-    result = means(totals, time.perf_counter() - began)
+    result = means(reduce(totals), began)
     check_finite(result.loss, "training", rate(epoch))
     return result
 
@@ -155,8 +154,7 @@ def evaluate(
         with torch.autocast(device.type, amp, enabled=amp is not None):
             scores = model(images)
         totals += _totals(F.cross_entropy(scores.float(), labels, reduction="sum"), scores, labels, top5)
-    totals = reduce(totals).cpu()
-    return means(totals, time.perf_counter() - began)
+    return means(reduce(totals), began)
 
 
 def _totals(loss: Tensor, outputs: Tensor | tuple[Tensor, ...], labels: Tensor, top5: bool) -> Tensor:
@@ -169,8 +167,10 @@ def _totals(loss: Tensor, outputs: Tensor | tuple[Tensor, ...], labels: Tensor, 
     return torch.stack([loss.double(), images, hits[:, 0].sum().double(), hits.sum().double()])
 
 
-def means(totals: Tensor, seconds: float = 0) -> Result:
-    loss, images, *correct = totals.tolist()
+def means(totals: Tensor, began: float = math.nan) -> Result:
+    """The figures of what has been summed, and the seconds since it began, by `time.perf_counter`."""
+    loss, images, *correct = totals.tolist()  # waits for the device: only then is the work done
+    seconds = time.perf_counter() - began
     accuracy, *top5 = (100 * count / images for count in correct)
     return Result(loss / images, accuracy, top5[0] if top5 else None, seconds)
 
