@@ -28,8 +28,8 @@ def main() -> int:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--r", dest="checkpoints", metavar="CKPT", type=path, nargs="+", required=True, help="checkpoints to compare")
-    below, at_least_0 = "L1 norms below which a filter is invalid", number(float, 0)
-    add("--threshold", metavar="T", nargs="+", type=at_least_0, default=list(THRESHOLDS), help=below)
+    below, above_0 = "L1 norms below which a filter is invalid", number(float, 0, low_open=True)
+    add("--threshold", metavar="T", nargs="+", type=above_0, default=list(THRESHOLDS), help=below)
     add("--format", choices=("markdown", "csv", "latex"), default="markdown", help="of the table")
     args = parser.parse_args()
     rows, status = [], 0

@@ -233,5 +233,5 @@ def program(main: Callable[[], int]) -> int:
         return 130
     except (OSError, GraftingError, torch.OutOfMemoryError) as error:
         has_place = isinstance(error, OSError) and error.filename
-        print(f"{error.filename}: {error.strerror}" if has_place else error, file=sys.stderr)
+        print(printable(f"{error.filename}: {error.strerror}" if has_place else error, 1000), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -80,6 +80,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.tables = list(TABLES) if "all" in args.tables else args.tables
     args.work, args.results = args.work.resolve(), args.results.resolve()
+    if len({names for names, _ in args.data}) < len(args.data):
+        parser.error("argument --data: got two folders for the same images, expected one")
     one_last = sorted(args.data, key=lambda given: -len(given[0]))
     args.data = {"glyphs": "glyphs"} | {name: folder for names, folder in one_last for name in names}
     args.runs = runs(args.tables, args.preset, args.seeds)
@@ -157,6 +159,7 @@ class Job:
         for i, process in self.processes.items():
             if status := process.poll():
                 how = f"exit status {status}" if status > 0 else f"signal {-status}"
+                how += " (out of memory?)" * (status == -signal.SIGKILL)
                 raise RuntimeError(f"network {i} ended with {how}: {last_words(self.save / f'{i}.log')}")
         self.alive = {one.network for one in observe(self.save, self.alive) if one.alive}
         if self.alive or any(process.poll() is None for process in self.processes.values()):

@@ -142,8 +142,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         settings |= {"images": len(images.train.labels), "amp": bool(amp)}
         checkpoint = ring.newest()
         first = restore(checkpoint, kept, optimizer, settings, together) if checkpoint else 0
-        images = images._replace(notes=[computer(device), *notes, *images.notes])
-        records = Records(ring, together, settings, images, cifar.PIXELS, args.tensorboard)
+        records = Records(ring, together, settings, images, cifar.PIXELS, [computer(device), *notes], args.tensorboard)
         records.resume(checkpoint)
         steps = itertools.count(first * len(batches) + 1)
 

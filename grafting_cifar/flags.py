@@ -42,7 +42,7 @@ def parser() -> Parser:
     flag("--val", metavar="N", type=number(int, 0), default=0, help=f"{hold_out}, as the paper did")
     flag("--epochs", metavar="E", type=number(int, 1), default=200, help="epochs to train")
     flag("--batch_size", metavar="B", type=number(int, 1), default=128, help="images per step")
-    flag("--lr", type=number(float, 0), default=0.1, help="first learning rate")
+    flag("--lr", type=number(float, 0, low_open=True), default=0.1, help="first learning rate")
     flag("--cos", action="store_true", help="a cosine from the first rate to 0, per step, instead of x0.1 now and then")
     steps = "without --cos: the learning rate falls x0.1 every E epochs"
     flag("--step_epochs", metavar="E", type=number(int, 1), default=60, help=steps)

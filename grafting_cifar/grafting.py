@@ -58,8 +58,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train.labels), "amp": bool(amp)}
         checkpoint = ring.newest()  # there is none without --resume: a network that has run before was refused
         first = restore(checkpoint, published, optimizer, settings, trained) if checkpoint else 0
-        images = images._replace(notes=[computer(device), *notes, *images.notes])
-        records = Records(ring, model, settings, images, PIXELS, args.tensorboard)
+        records = Records(ring, model, settings, images, PIXELS, [computer(device), *notes], args.tensorboard)
         records.resume(checkpoint)
         options = {"device": device, "amp": amp, "progress": partial(follow, ring, signals.check, args.print_frequence)}
         signals.finish_batch()

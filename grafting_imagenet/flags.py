@@ -58,7 +58,7 @@ def parser() -> Parser:
     batch = "images per step, in total over the GPUs of this network"
     flag("-b", "--batch-size", metavar="B", type=number(int, 1), default=256, help=batch)
     rate = "learning rate at the start"
-    flag("--lr", "--learning-rate", metavar="LR", type=number(float, 0), default=0.1, help=rate)
+    flag("--lr", "--learning-rate", metavar="LR", type=number(float, 0, low_open=True), default=0.1, help=rate)
     steps = "x0.1 every 30 epochs instead of a cosine from the first rate to 0, per step"
     flag("--steplr", action="store_true", help=steps)
     flag("--wd", "--weight-decay", metavar="W", type=number(float, 0), default=1e-4, help="weight decay")

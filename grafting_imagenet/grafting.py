@@ -61,8 +61,8 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         first = restore(checkpoint, model, optimizer, settings) if checkpoint else start
         if ring:
             ring.agree(facts)
-            images = images._replace(notes=[computer(device, ranks.size), *notes, *images.notes])
-            records = Records(ring, model, settings, images, PIXELS | {"image_size": args.image_size}, args.tensorboard)
+            pixels, notes = PIXELS | {"image_size": args.image_size}, [computer(device, ranks.size), *notes]
+            records = Records(ring, model, settings, images, pixels, notes, args.tensorboard)
             records.resume(checkpoint)
         forward = compiled(ranks.wrap(model), device, args.compile)
         options = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}
@@ -80,9 +80,9 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
             )
             ranks.broadcast(model)  # each rank has batch-norm statistics of its own images
             test = evaluate(forward, test_batches, epoch=epoch, **options)
-            val = (
-                None if val_batches is None else evaluate(forward, val_batches, epoch=epoch, **options)
-            )  # of no images, perhaps
+            val = None
+            if val_batches is not None:  # though it may hold no images for this rank
+                val = evaluate(forward, val_batches, epoch=epoch, **options)
             if ring:
                 row, state = records.row(epoch, rate(epoch), train, test, val, model), plain_state(model)
                 ring.publish(epoch, state, to_resume(optimizer, row, layers, settings))

@@ -87,6 +87,7 @@ def call(tmp_path):
     [
         (["mane"], "got 'mane'; did you mean main?"),
         (["main", "--data", "cifar7=."], "got cifar7=., expected a folder, or cifar10="),
+        (["main", "--data", ".", "/"], "got two folders for the same images"),
         (["main", "--only", "cifar10_resnet32_num3"], "cifar10_resnet32_num3 is none of these tables' runs"),
     ],
 )

@@ -71,3 +71,8 @@ def test_what_cannot_be_read_is_named_in_a_line_and_the_rest_is_shown(tmp_path):
     assert status == 1 and {row["file"] for row in rows_of(output)} == {str(tmp_path / "good.t7")}
     for (name, reason), line in zip(reasons.items(), errors.splitlines(), strict=True):
         assert str(tmp_path / name) in line and reason in line
+
+
+def test_a_wrong_flag_is_one_line_and_exit_status_2():
+    status, _, errors = call(filter_comparison, "--r", "a.t7", "--threshold", "0")
+    assert status == 2 and errors.count("\n") == 1

@@ -52,7 +52,7 @@ def make_records(tmp_path):
         )
         ring.update = lambda state, **fields: setattr(ring, "status", fields)
         images = Images(None, None, None, ["a", "b"], ["a note"])
-        return Records(ring, model(), SETTINGS, images, {"image_size": 32}, tensorboard)
+        return Records(ring, model(), SETTINGS, images, {"image_size": 32}, [], tensorboard)
 
     return make
 

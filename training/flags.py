@@ -63,15 +63,20 @@ def one_of(known: Iterable[str]) -> Callable[[str], str]:
     return convert
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """A converter for argparse: a finite number from low to high."""
-    bounds = f"at least {low}" + (f" and at most {high}" if high < math.inf else "")
+def number(
+    kind: type, low: float, high: float = math.inf, low_open: bool = False, high_open: bool = False
+) -> Callable[[str], Any]:
+    """A converter for argparse: a finite number from low to high, without the ends that are open."""
+    what = "an integer" if kind is int else "a number"
+    bounds = f"{'above' if low_open else 'at least'} {low}"
+    bounds += f" and {'below' if high_open else 'at most'} {high}" if high < math.inf else ""
 
     def convert(text: str) -> Any:
         with suppress(ValueError):
-            if low <= (value := kind(text)) <= high and math.isfinite(value):
+            value = kind(text)
+            is_inside = low <= value <= high and math.isfinite(value)
+            if is_inside and not (low_open and value == low) and not (high_open and value == high):
                 return value
-        what = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"got {text!r}, expected {what} {bounds}")
 
     return convert
@@ -84,7 +89,7 @@ def path(text: str) -> Path:
 
 def add_recipe_flags(group: argparse._ArgumentGroup) -> None:
     """Momentum, and what the paper's recipe does without and others use."""
-    flag, share = group.add_argument, number(float, 0, 1)
+    flag, share = group.add_argument, number(float, 0, 1, high_open=True)
     flag("--momentum", metavar="M", type=share, default=0.9, help="of SGD")
     flag("--nesterov", action="store_true", help="Nesterov's momentum")
     flag("--label_smoothing", metavar="S", type=share, default=0.0, help="share of a label spread over all classes")
@@ -129,11 +134,6 @@ def checked(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse
         parser.error(f"argument --i: got {args.i}, expected 1 to {args.num} (--num)")
     if args.warmup and args.warmup >= args.epochs:
         parser.error(f"argument --warmup: got {args.warmup:g}, expected less than {args.epochs} (--epochs)")
-    if args.lr == 0:
-        parser.error("argument --lr: got 0, expected a number above 0")
-    for name in ("momentum", "label_smoothing"):
-        if getattr(args, name) == 1:
-            parser.error(f"argument --{name}: got 1, expected a number below 1")
     if args.nesterov and args.momentum == 0:
         parser.error("argument --nesterov: got --momentum 0, expected a number above 0")
     return args

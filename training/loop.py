@@ -186,13 +186,13 @@ def moving_average(model: nn.Module, optimizer: torch.optim.Optimizer, decay: fl
     average = copy.deepcopy(model).requires_grad_(False)
     pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
     averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    integers = [pair for pair in pairs if not pair[0].is_floating_point()]
     update = get_ema_multi_avg_fn(decay)
 
     def follow(*_: object) -> None:
         update(averages, values, None)
-        for own, other in pairs:
-            if not own.is_floating_point():
-                own.copy_(other)
+        for own, other in integers:
+            own.copy_(other)
 
     optimizer.register_step_post_hook(follow)
     return average

@@ -50,7 +50,14 @@ class Records:
     """Writes the log, tables, best and final of one network; settings, classes and pixels go into best and final."""
 
     def __init__(
-        self, ring: FileRing, model: nn.Module, settings: dict, images: Images, pixels: dict, tensorboard: bool
+        self,
+        ring: FileRing,
+        model: nn.Module,
+        settings: dict,
+        images: Images,
+        pixels: dict,
+        notes: list[str],
+        tensorboard: bool,
     ):
         self.ring = ring
         name, classes = settings.get("model") or settings["arch"], images.classes
@@ -63,7 +70,7 @@ class Records:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         values = (f"{key}={f'{value:g}' if isinstance(value, float) else value}" for key, value in settings.items())
         say(f"Network {ring.network} of {ring.networks} in {ring.directory}: {parameters:,} parameters")
-        for line in (f"settings: {' '.join(values)}", *images.notes):
+        for line in (f"settings: {' '.join(values)}", *notes, *images.notes):
             say(line)
 
     def timed(self, phase: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
