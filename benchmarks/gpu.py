@@ -31,11 +31,11 @@ from training.machine import versions
 LEAST_SECONDS = 30  # a step is not begun with less time left
 TESTS = "cuda graphs information graft_layer_level graft_filter_level checkpoint cifar_data"
 VARIANTS = "ours amp compile amp+compile graph amp+graph"
-TRAINING = "benchmarks/training.py --images 50000 --models resnet32"
+TRAINING = "benchmarks/training.py --images 12800 --models resnet32"
 SMOKE = "benchmarks/ring.py --epochs 2 --images 2000 --model resnet20"
 EPOCHS = "benchmarks/ring.py --epochs 6 --model resnet32"
-IMAGENET = "--dataset imagenet --repetitions 3 --images 12800"
-TRAINING_IMAGENET = f"benchmarks/training.py {IMAGENET} --batch_size 256 --variants amp amp+compile"
+IMAGENET = "--dataset imagenet --repetitions 3 --images 6400"
+TRAINING_IMAGENET = f"benchmarks/training.py {IMAGENET} --batch_size 256"
 TINY = "--repetitions 1 --images 8 --batch_size 4 --threads 1 --models resnet20"
 TINY_IMAGENET = "--repetitions 1 --images 4 --batch_size 2 --size 32 --workers 0 --threads 1"
 # Each step in its order: its command, and what makes it small; a dry run leaves out those without. Of words that come
@@ -50,24 +50,31 @@ PLAN = {
     "smoke, noise": (f"{SMOKE} --networks 1 --flags='--scion noise'", "--images 8"),
     "smoke, internal": (f"{SMOKE} --networks 1 --flags='--scion internal'", None),
     "deterministic": (f"{SMOKE} --epochs 3 --flags=--deterministic --killed", "--images 8"),
-    "profile": (f"{TRAINING} --images 2560 --variants {VARIANTS} --profile", f"{TINY} --variants graph"),
     "training, resnet32": (f"{TRAINING} --variants plain {VARIANTS}", f"{TINY} --variants plain amp"),
-    "training, mobilenetv2": (f"{TRAINING} --models mobilenetv2 --variants plain {VARIANTS}", None),
-    "training, vgg16": (f"{TRAINING} --models vgg16 --variants plain {VARIANTS}", None),
-    "training, resnet110": (f"{TRAINING} --models resnet110 --variants plain {VARIANTS}", None),
-    "epochs, plain": (EPOCHS, None),
-    "epochs, amp": (f"{EPOCHS} --flags=--amp", "--model resnet20 --epochs 2 --images 8"),
-    "epochs, amp, compiled": (f"{EPOCHS} --flags='--amp --compile'", None),
     "networks": (f"{TRAINING} --variants amp --processes 1 2 4 8", f"{TINY} --processes 2"),
     "networks with MPS": (f"{TRAINING} --variants amp --processes 1 2 4 8", f"{TINY} --processes 1"),
+    "epochs, amp": (f"{EPOCHS} --flags=--amp", "--model resnet20 --epochs 2 --images 8"),
+    "grafting": ("benchmarks/grafting.py", "--repetitions 1 --models resnet20"),
+    "ImageNet loader": (f"benchmarks/data.py {IMAGENET} --batch_size 64", TINY_IMAGENET),
+    "ImageNet resnet50": (
+        f"{TRAINING_IMAGENET} --variants amp --models resnet50",
+        f"{TINY_IMAGENET} --models resnet18",
+    ),
+    "profile": (f"{TRAINING} --images 2560 --variants {VARIANTS} --profile", f"{TINY} --variants graph"),
+    "exchange": (
+        "benchmarks/exchange.py --sizes 2 20 200 --networks 2 --sleep 0.1 --repetitions 1 --epochs 30",
+        "--sizes 2 --epochs 2",
+    ),
+    "training, mobilenetv2": (f"{TRAINING} --models mobilenetv2 --variants plain {VARIANTS}", None),
+    "training, vgg16": (f"{TRAINING} --models vgg16 --variants plain {VARIANTS}", None),
+    "epochs, plain": (EPOCHS, None),
+    "epochs, amp, compiled": (f"{EPOCHS} --flags='--amp --compile'", None),
     "networks, amp+compile": (f"{TRAINING} --variants amp+compile --processes 1 2 4 8", None),
     "networks, amp+graph": (f"{TRAINING} --variants amp+graph --processes 1 2 4 8", None),
-    "grafting": ("benchmarks/grafting.py", "--repetitions 1 --models resnet20"),
-    "rings": ("benchmarks/exchange.py --epochs 4", "--repetitions 1 --networks 2 --epochs 2 --sleep 0.1"),
-    "exchange": ("benchmarks/exchange.py --sizes 2 20 200 --networks 2 --sleep 0.1 --repetitions 1 --epochs 30", None),
-    "ImageNet loader": (f"benchmarks/data.py {IMAGENET} --batch_size 64", TINY_IMAGENET),
-    "ImageNet resnet18": (f"{TRAINING_IMAGENET} --models resnet18", f"{TINY_IMAGENET} --variants amp"),
-    "ImageNet resnet50": (f"{TRAINING_IMAGENET} --models resnet50", None),
+    "ImageNet resnet50, compiled": (f"{TRAINING_IMAGENET} --variants amp+compile --models resnet50", None),
+    "ImageNet resnet18": (f"{TRAINING_IMAGENET} --variants amp amp+compile --models resnet18", None),
+    "training, resnet110": (f"{TRAINING} --models resnet110 --variants plain {VARIANTS}", None),
+    "rings": ("benchmarks/exchange.py --epochs 4", None),
     "tables": ("experiments/run.py all", "--preset smoke --dry-run"),  # cheapest row first; goes on in the next call
 }
 
