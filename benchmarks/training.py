@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Images per second of training: ours against plain.py, with the same model, images and batch size.
 
-    python benchmarks/training.py --models resnet32 --images 50000 --variants plain amp graph --processes 1 2 4
-    python benchmarks/training.py --models resnet32 --images 2560 --variants ours amp graph --profile
+    python benchmarks/training.py --models resnet32 --images 50000 --variants plain amp --processes 1 2 4
+    python benchmarks/training.py --models resnet32 --images 2560 --variants eager ours amp --profile
     python benchmarks/training.py --dataset imagenet --data imagenet/train --models resnet50 --variants amp --workers 16
 
-Ours is what the scripts build and run, with the flags of the variant; "graph" is benchmarks/graphs.py, for CIFAR.
+Ours is what the scripts build and run, with the flags of the variant; "eager" is without the CUDA graph.
 Every variant lives in a process of its own, so that its peak memory is its own; they take turns, and one repetition
 each is not counted, in which they compile, choose algorithms and start workers. With --processes N, N of them train at
 the same time on the same device, as the networks of a ring do; the figure is what they do together.
@@ -32,14 +32,13 @@ from torch.autograd import DeviceType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
 from benchmarks import data, plain, tools
-from benchmarks.graphs import GraphedTraining
 from training.flags import cores
-from training.loop import train_one_epoch
+from training.loop import TrainingStep, train_one_epoch
 from training.models import compiled
 from training.process import amp_dtype, deterministic
 
 MODELS = ("resnet20", "resnet32", "resnet56", "resnet110", "mobilenetv2", "vgg16")
-VARIANTS = ("plain", "ours", "amp", "compile", "amp+compile", "graph", "amp+graph")
+VARIANTS = ("plain", "eager", "amp+eager", "ours", "amp", "compile", "amp+compile")
 RATE = 0.01  # low enough for random labels
 
 
@@ -54,12 +53,10 @@ def prepare(args: argparse.Namespace, name: str, variant: str) -> Callable[[int]
     optimizer = torch.optim.SGD(model.parameters(), **recipe, fused=True)
     amp, notes = amp_dtype("amp" in words, device)
     print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
-    if "graph" in words:
-        graphed = GraphedTraining(model, task.ours, optimizer, device=device, amp=amp)
-        return lambda seed: graphed.epoch(lambda progress: RATE, seed=seed)
-    forward, options = compiled(model, device, "compile" in words), {"device": device, "amp": amp}
-    options["top5"] = args.dataset == "imagenet"
-    return lambda seed: train_one_epoch(forward, task.ours, optimizer, lambda progress: RATE, seed=seed, **options)
+    is_cifar = args.dataset == "cifar"
+    options = {"device": device, "amp": amp, "top5": not is_cifar, "graph": is_cifar and "eager" not in words}
+    step = TrainingStep(compiled(model, "compile" in words), optimizer, **options)
+    return lambda seed: train_one_epoch(step, task.ours, lambda progress: RATE, seed=seed)
 
 
 train: Callable[[int], object]  # of a process that trains

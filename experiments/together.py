@@ -34,7 +34,7 @@ from grafting_cifar import data, flags, models
 from grafting_cifar import grafting as cifar
 from training import loop
 from training.flags import settings_of
-from training.loop import evaluate, sgd, stream_seed, train_one_epoch
+from training.loop import TrainingStep, evaluate, sgd, stream_seed, train_one_epoch
 from training.models import compiled, restore, to_resume
 from training.process import Signals, amp_dtype, computer, deterministic, ending, join_ring, pick_device
 from training.records import Records, follow
@@ -136,7 +136,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         together, kept = build(args, len(images.classes), device)
         optimizer, rate = sgd(args, together, args.weight_decay), cifar.schedule(args)
         loss = partial(summed_loss, networks=args.networks, smoothing=args.label_smoothing, mutual=not is_papa)
-        forward, forward_tested = (compiled(each, device, args.compile) for each in (together, kept))
+        forward, forward_tested = (compiled(each, args.compile) for each in (together, kept))
 
         settings = settings_of(args, (*flags.SHARED, *flags.OWN, "together", "networks")) | facts
         settings |= {"images": len(images.train.labels), "amp": bool(amp)}
@@ -151,16 +151,16 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                 together.pull(loop.PAPA_PULL * optimizer.param_groups[0]["lr"] / args.lr)
 
         optimizer.register_step_post_hook(pull)
-        options: dict[str, Any] = {"device": device, "amp": amp}
-        options["progress"] = partial(follow, ring, signals.check, args.print_frequence)
+        # PAPA counts its steps on the host.
+        step = TrainingStep(forward, optimizer, loss, device=device, amp=amp, graph=not is_papa)
+        progress = partial(follow, ring, signals.check, args.print_frequence)
+        options: dict[str, Any] = {"device": device, "amp": amp, "progress": progress}
         signals.finish_batch()
 
         for epoch in range(first, args.epochs):
             seeds = [stream_seed(args.seed, k, epoch) for k in range(1, args.networks + 1)]
             train_batches = SideBySide(batches, seeds, 1) if is_papa else SideBySide(batches, seeds[:1], args.networks)
-            train = train_one_epoch(
-                forward, train_batches, optimizer, rate, loss, epoch=epoch, seed=seeds[0], **options
-            )
+            train = train_one_epoch(step, train_batches, rate, epoch=epoch, seed=seeds[0], progress=progress)
             if is_papa:
                 together.mean_into(kept)
             test = evaluate(forward_tested, test_batches, epoch=epoch, **options)

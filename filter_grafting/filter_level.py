@@ -77,7 +77,7 @@ def coefficients(chain: Chain, own: Mapping[str, Tensor], neighbour: Mapping[str
                 raise MismatchError("the model is sharded (DTensor): level 'filter' needs it whole; use level 'layer'")
         gamma = own[f"{norm}.weight"].detach()
         kind = torch.promote_types(gamma.dtype, torch.float32)
-        mine, other = gamma.to(kind).abs(), neighbour[f"{norm}.weight"].to(kind).abs()
+        mine, other = gamma.to(kind).abs(), neighbour[f"{norm}.weight"].to(gamma.device, kind).abs()
         total = mine + other
         result[name] = (mine / total).masked_fill(total == 0, 0.5)
     return result

@@ -29,7 +29,7 @@ from filter_grafting.scions import internal, noise
 from filter_grafting.states import State, plain_state
 from grafting_cifar import data, models
 from training import loop
-from training.loop import add_to_mean, evaluate, sgd, stream_seed, train_one_epoch
+from training.loop import TrainingStep, add_to_mean, evaluate, sgd, stream_seed, train_one_epoch
 from training.models import compiled, restore, to_resume
 from training.process import Signals, amp_dtype, computer, deterministic, ending, join_ring, pick_device
 from training.records import Records, follow, layer_rows
@@ -53,14 +53,17 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         optimizer, rate = sgd(args, model, args.weight_decay), schedule(args)
         loss = partial(loop.cross_entropy, smoothing=args.label_smoothing)
         published, trained = averaged(args, model, optimizer, len(train_batches))
-        forward, forward_tested = (compiled(each, device, args.compile) for each in (model, published))
+        forward, forward_tested = (compiled(each, args.compile) for each in (model, published))
+        # Anyone's own model may do on the host what a graph would not repeat.
+        step = TrainingStep(forward, optimizer, loss, device=device, amp=amp, graph=args.model in models.NAMES)
 
         settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train.labels), "amp": bool(amp)}
         checkpoint = ring.newest()  # there is none without --resume: a network that has run before was refused
         first = restore(checkpoint, published, optimizer, settings, trained) if checkpoint else 0
         records = Records(ring, model, settings, images, PIXELS, [computer(device), *notes], args.tensorboard)
         records.resume(checkpoint)
-        options = {"device": device, "amp": amp, "progress": partial(follow, ring, signals.check, args.print_frequence)}
+        progress = partial(follow, ring, signals.check, args.print_frequence)
+        options = {"device": device, "amp": amp, "progress": progress}
         signals.finish_batch()
         for epoch in range(first, args.epochs):
             layers = []
@@ -70,7 +73,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
             elif epoch > 0:
                 records.timed("graft", graft_scion, args, model, epoch - 1)
             seed = stream_seed(args.seed, args.i, epoch)
-            train = train_one_epoch(forward, train_batches, optimizer, rate, loss, epoch=epoch, seed=seed, **options)
+            train = train_one_epoch(step, train_batches, rate, epoch=epoch, seed=seed, progress=progress)
             if args.method == "swa":
                 add_to_mean(published, model, epoch - int(SWA_START * args.epochs), train_batches.epoch(seed))
             test = evaluate(forward_tested, test_batches, epoch=epoch, **options)

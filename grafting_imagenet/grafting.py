@@ -30,7 +30,7 @@ from filter_grafting.rings import Checkpoint, FileRing
 from filter_grafting.states import State, plain_state
 from grafting_imagenet import data, models
 from training import loop
-from training.loop import evaluate, sgd, stream_seed, train_one_epoch
+from training.loop import TrainingStep, evaluate, sgd, stream_seed, train_one_epoch
 from training.models import compiled, read_checkpoint, restore, to_resume
 from training.process import Signals, amp_dtype, computer, deterministic, ending, join_ring, pick_device
 from training.ranks import Ranks
@@ -64,9 +64,10 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
             pixels, notes = PIXELS | {"image_size": args.image_size}, [computer(device, ranks.size), *notes]
             records = Records(ring, model, settings, images, pixels, notes, args.tensorboard)
             records.resume(checkpoint)
-        forward = compiled(ranks.wrap(model), device, args.compile)
-        options = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}
-        options["progress"] = partial(follow, ring, signals.check, args.print_freq)
+        forward = compiled(ranks.wrap(model), args.compile)
+        kind = {"device": device, "amp": amp, "top5": True}
+        step = TrainingStep(forward, optimizer, loss, **kind)
+        options = {"progress": partial(follow, ring, signals.check, args.print_freq), "reduce": ranks.sum}
         signals.finish_batch()
 
         for epoch in range(first, args.epochs):
@@ -75,14 +76,12 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                 neighbour = records.timed("wait", ring.wait, epoch - 1)
                 layers = records.timed("graft", graft_neighbour, args, model, neighbour, epoch)
             ranks.broadcast(model)  # what rank 0 has grafted
-            train = train_one_epoch(
-                forward, train_batches, optimizer, rate, loss, epoch=epoch, seed=seed, rank=ranks.rank, **options
-            )
+            train = train_one_epoch(step, train_batches, rate, epoch=epoch, seed=seed, rank=ranks.rank, **options)
             ranks.broadcast(model)  # each rank has batch-norm statistics of its own images
-            test = evaluate(forward, test_batches, epoch=epoch, **options)
+            test = evaluate(forward, test_batches, epoch=epoch, **kind, **options)
             val = None
             if val_batches is not None:  # though it may hold no images for this rank
-                val = evaluate(forward, val_batches, epoch=epoch, **options)
+                val = evaluate(forward, val_batches, epoch=epoch, **kind, **options)
             if ring:
                 row, state = records.row(epoch, rate(epoch), train, test, val, model), plain_state(model)
                 ring.publish(epoch, state, to_resume(optimizer, row, layers, settings))
@@ -177,7 +176,7 @@ def evaluate_only(args: argparse.Namespace, signals: Signals) -> None:
         model.to(device, memory_format=torch.channels_last)
         _, batches, _ = make_batches(args, images, device, ranks)
         options = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}
-        test = evaluate(compiled(model, device, args.compile), batches, **options)
+        test = evaluate(compiled(model, args.compile), batches, **options)
         left_out = int(ranks.sum(torch.tensor(len(batches.bad), device=device)))
         count = len(images.test) - left_out
         found = f"* Acc@1 {test.accuracy:.3f}    Acc@5 {test.top5:.3f}    Loss {test.loss:.4f}    Images {count}"

@@ -4,12 +4,12 @@ import io
 
 import pytest
 import torch
-from test_graphs import CPU, CUDA, make_training, rate
+from test_graphs import CPU, CUDA, make_training
 
 from filter_grafting import FileRing, graft, plain_state
 from filter_grafting.scions import internal, noise
 from grafting_cifar import models
-from training.loop import evaluate, train_one_epoch
+from training.loop import TrainingStep, evaluate, train_one_epoch
 from training.models import compiled
 from training.process import amp_dtype, deterministic, pick_device
 
@@ -49,27 +49,29 @@ def test_what_is_published_from_the_gpu_is_loaded_there_without_a_map_location(t
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_a_step_is_the_cpus_within_rounding(amp):
+def test_a_step_is_the_cpus_within_rounding(amp, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     images, labels = next(iter(make_training()[2].epoch(0)))
     results = []
     for device in (CPU, CUDA):
         model, optimizer, _ = make_training(device)
-        with torch.autocast(device.type, amp, enabled=amp is not None and device == CUDA):
-            scores = model(images.to(device))
-        torch.nn.functional.cross_entropy(scores.float(), labels.to(device)).backward()
-        optimizer.step()
+        step = TrainingStep(model, optimizer, device=device, amp=amp if device == CUDA else None)
+        step(images.to(device), labels.to(device), 0.1)
         results.append(on_cpu(model.state_dict()))
     torch.testing.assert_close(*results, **({"rtol": 0.1, "atol": 3e-2} if amp else {"rtol": 1e-2, "atol": 1e-3}))
 
 
-def test_a_compiled_model_is_the_eager_one_within_rounding_after_a_graft():
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_a_compiled_model_is_captured_and_trains_about_as_the_eager_one_with_a_graft(amp):
     outcomes = []
     for compiling in (False, True):
         with deterministic(True):
             model, optimizer, batches = make_training(CUDA, 64)
             neighbour = {key: entry.clone() for key, entry in model.state_dict().items()}
-            forward = compiled(model, CUDA, compiling)
-            train_one_epoch(forward, batches, optimizer, rate, seed=0, device=CUDA)
-            graft(model, neighbour)  # in place: what was compiled must see it
-            outcomes.append(evaluate(forward, batches, device=CUDA)[:2])
+            step = TrainingStep(compiled(model, compiling), optimizer, device=CUDA, amp=amp, graph=compiling)
+            losses = [train_one_epoch(step, batches, lambda _: 0.01, seed=0).loss]
+            graft(model, neighbour)  # in place: what was captured must see it
+            losses += [train_one_epoch(step, batches, lambda _: 0.01, seed=seed).loss for seed in (1, 2)]
+            outcomes.append([*losses, evaluate(step.model, batches, device=CUDA).loss])
+            assert (step.graph is not None) == compiling
     assert outcomes[0] == pytest.approx(outcomes[1], rel=5e-2)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import saved
+import torch
 from filelock import FileLock, Timeout
 from finished import write_ensemble, write_run
 
@@ -243,8 +244,13 @@ def test_a_signal_ends_the_networks_and_says_how_to_go_on(tmp_path, call, monkey
     assert not (tmp_path / "results" / "smoke").exists()
 
 
+def hide_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # from the networks
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # from this process, which may have looked before
+
+
 def test_a_queue_leaves_what_a_report_needs_and_has_then_nothing_to_do(tmp_path, call, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    hide_gpus(monkeypatch)
     flags = ["main", "--preset", "smoke", "--seeds", "1", "--only", RING]
     status, output, errors = call(*flags)
     assert status == 0 and f"{RING}/seed0: done\n" in output, errors
@@ -276,7 +282,7 @@ def test_networks_that_outlive_a_killed_queue_are_the_next_ones_and_a_run_has_on
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_table_comes_to_a_full_report(tmp_path, call, class_folders, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    hide_gpus(monkeypatch)
     status, output, errors = call("all", "--preset", "smoke", "--seeds", "1", "--data", f"imagenet={class_folders}")
     assert status == 0, output + errors
     assert saved.call(report, "--preset", "smoke", "--results", tmp_path / "results")[0] == 0

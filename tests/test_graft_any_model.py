@@ -105,7 +105,9 @@ def partly(wrap):
 
 WRAPS = {
     "plain": lambda model: model,
-    "data parallel of compiled": lambda model: nn.DataParallel(torch.compile(model)),
+    "data parallel of compiled": lambda model: nn.DataParallel(
+        torch.compile(model)
+    ).cpu(),  # which it leaves where there is a GPU
     "partly compiled": partly(torch.compile),
     "checkpointed": partly(checkpoint_wrapper),
 }

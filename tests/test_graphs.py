@@ -5,15 +5,13 @@ import copy
 import pytest
 import torch
 
-from benchmarks.graphs import GraphedTraining
 from filter_grafting import graft
 from grafting_cifar import data, models
-from training.loop import train_one_epoch
-from training.models import compiled
+from training.loop import TrainingStep, moving_average, train_one_epoch
+from training.models import compiled, load_optimizer
 from training.process import deterministic
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-KINDS = [(CPU, None)] + [pytest.param(CUDA, amp, marks=pytest.mark.cuda) for amp in (None, torch.bfloat16)]
 
 
 def make_training(device=CPU, images=104):
@@ -34,30 +32,57 @@ def rate(progress):
     return 0.1 / (1 + progress)
 
 
-def assert_trains_as_eager(model, train, batches, device, amp, rtol, atol):
+def assert_trains_as_eager(step, batches, rtol, atol):
     """Over three epochs, with a graft after each."""
-    eager = copy.deepcopy(model)
-    optimizer = make_optimizer(eager)
+    eager = copy.deepcopy(step.model)
+    plain = TrainingStep(eager, make_optimizer(eager), device=step.device, amp=step.amp)
     for epoch in range(3):
-        ours = train(epoch)
-        options = {"seed": epoch, "device": device, "epoch": epoch, "amp": amp}
-        expected = train_one_epoch(eager, batches, optimizer, rate, **options)
+        ours, expected = (train_one_epoch(one, batches, rate, seed=epoch, epoch=epoch) for one in (step, plain))
         assert ours.loss == pytest.approx(expected.loss, rel=rtol)
-        torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=rtol, atol=atol)
+        torch.testing.assert_close(step.model.state_dict(), eager.state_dict(), rtol=rtol, atol=atol)
         neighbour = {key: entry.flip(0) if entry.dim() else entry for key, entry in eager.state_dict().items()}
-        assert graft(model, neighbour) and graft(eager, neighbour)
+        assert graft(step.model, neighbour) and graft(eager, neighbour)
 
 
-@pytest.mark.parametrize(("device", "amp"), KINDS)
-def test_an_epoch_that_is_augmented_at_once_and_captured_trains_the_same_and_sees_grafts(device, amp):
-    model, optimizer, batches = make_training(device)
-    graphed = GraphedTraining(model, batches, optimizer, device=device, amp=amp)
-    tolerance = (1e-4, 1e-5) if device == CPU else (2e-2, 2e-3)
-    with deterministic(device == CUDA):
-        assert_trains_as_eager(
-            model, lambda epoch: graphed.epoch(rate, seed=epoch, epoch=epoch), batches, device, amp, *tolerance
-        )
-    assert (graphed.graph is not None) == (device == CUDA)
+@pytest.mark.cuda
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_a_step_that_is_captured_trains_the_same_and_sees_rates_and_grafts(amp):
+    model, optimizer, batches = make_training(CUDA)
+    step = TrainingStep(model, optimizer, device=CUDA, amp=amp, graph=True)
+    with deterministic(True):
+        assert_trains_as_eager(step, batches, 0, 0)
+    assert step.graph is not None
+
+
+@pytest.mark.cuda
+def test_a_captured_step_goes_on_from_a_checkpoint_and_its_average_follows():
+    outcomes = []
+    for resumed in (False, True):
+        with deterministic(True):
+            step, average, batches = make_averaged()
+            for epoch in range(2):
+                if epoch == 1 and resumed:
+                    saved = copy.deepcopy((step.model.state_dict(), average.state_dict(), step.optimizer.state_dict()))
+                    step, average, _ = make_averaged()
+                    step.model.load_state_dict(saved[0])
+                    average.load_state_dict(saved[1])
+                    load_optimizer(step.optimizer, saved[2])
+                train_one_epoch(step, batches, rate, seed=epoch, epoch=epoch)
+        outcomes.append([*step.model.state_dict().values(), *average.state_dict().values()])
+    assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
+
+
+def make_averaged():
+    model, optimizer, batches = make_training(CUDA)
+    average = moving_average(model, optimizer, 0.9)
+    return TrainingStep(model, optimizer, device=CUDA, graph=True), average, batches
+
+
+def test_on_a_cpu_nothing_is_captured():
+    model, optimizer, batches = make_training()
+    step = TrainingStep(model, optimizer, device=CPU, graph=True)
+    assert_trains_as_eager(step, batches, 1e-4, 1e-5)
+    assert step.graph is None and isinstance(optimizer.param_groups[0]["lr"], float)
 
 
 def test_a_compiled_model_is_compiled_once_for_all_rates_and_grafts(monkeypatch):
@@ -67,16 +92,14 @@ def test_a_compiled_model_is_compiled_once_for_all_rates_and_grafts(monkeypatch)
         graphs.append(graph)
         return graph.forward
 
-    def compile_counted(model, dynamic, mode):
+    def compile_counted(model, dynamic):
         return compile_as_it_is(model, dynamic=dynamic, backend=counted, fullgraph=True)  # raises on a graph break
-
-    def train(epoch):
-        result = train_one_epoch(forward, batches, optimizer, rate, seed=epoch, device=CPU, epoch=epoch)
-        assert len(graphs) == 2, "one graph for the whole batches and one for the last"
-        return result
 
     monkeypatch.setattr(torch, "compile", compile_counted)
     torch._dynamo.reset()
     model, optimizer, batches = make_training(images=40)
-    forward = compiled(model, CPU)
-    assert_trains_as_eager(model, train, batches, CPU, None, 1e-3, 1e-4)
+    step = TrainingStep(compiled(model), optimizer, device=CPU)
+    for epoch in range(3):
+        train_one_epoch(step, batches, rate, seed=epoch, epoch=epoch)
+        assert len(graphs) == 2, "one graph for the whole batches and one for the last"
+        assert graft(model, {key: entry.clone() for key, entry in model.state_dict().items()})

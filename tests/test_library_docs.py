@@ -81,6 +81,7 @@ def networks(count: int, folder: Path, *blocks: str) -> None:
 
 def _network(rank: int, count: int, folder: Path, port: int, blocks: tuple[str, ...]) -> None:
     os.chdir(folder)
+    torch.cuda.is_available = lambda: False  # a fork cannot use a GPU that its parent has looked at
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     space = {"i": rank + 1, "count": count, "port": str(port)}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from training import loop
-from training.loop import Diverged, evaluate, initial_rate, learning_rate, train_one_epoch
+from training.loop import Diverged, TrainingStep, evaluate, initial_rate, learning_rate, train_one_epoch
 from training.models import load_optimizer
 
 CPU = torch.device("cpu")
@@ -69,8 +69,8 @@ def test_an_epoch_of_training_is_that_of_a_plain_loop():
     def smoothed(outputs, labels):
         return loop.cross_entropy(outputs, labels, smoothing=0.1)
 
-    options = {"seed": 5, "device": CPU, "epoch": 2, "loss_function": smoothed, "top5": True}
-    result = train_one_epoch(model.train(), batches, make_optimizer(model), rate, **options)
+    step = TrainingStep(model, make_optimizer(model), smoothed, device=CPU, top5=True)
+    result = train_one_epoch(step, batches, rate, seed=5, epoch=2)
     for key, entry in model.state_dict().items():
         torch.testing.assert_close(entry, plain.state_dict()[key])
     assert result[:3] == pytest.approx((sum(losses) / 22, 100 * correct / 22, 100 * correct5 / 22))
@@ -95,8 +95,8 @@ def test_the_seconds_of_an_epoch_have_the_wait_for_the_device_in_them():
         return SimpleNamespace(tolist=lambda: (time.sleep(0.3), totals.tolist())[1])
 
     model = make_model()
-    options = {"seed": 0, "device": CPU, "reduce": reduce}
-    assert train_one_epoch(model, Batches(), make_optimizer(model), lambda _: 0.1, **options).seconds > 0.3
+    step = TrainingStep(model, make_optimizer(model), device=CPU)
+    assert train_one_epoch(step, Batches(), lambda _: 0.1, seed=0, reduce=reduce).seconds > 0.3
     assert evaluate(model, Batches(), device=CPU, reduce=reduce).seconds > 0.3
 
 
@@ -104,7 +104,8 @@ def test_dropout_follows_from_the_seed_and_the_rank():
     def weights(seed, rank):
         model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(48, 7, bias=False))
         nn.init.ones_(model[2].weight)
-        train_one_epoch(model, Batches(), make_optimizer(model), lambda _: 0.1, seed=seed, rank=rank, device=CPU)
+        step = TrainingStep(model, make_optimizer(model), device=CPU)
+        train_one_epoch(step, Batches(), lambda _: 0.1, seed=seed, rank=rank)
         return model[2].weight
 
     assert torch.equal(weights(1, 0), weights(1, 0))
@@ -113,8 +114,9 @@ def test_dropout_follows_from_the_seed_and_the_rank():
 
 def test_a_loss_that_is_no_number_is_said():
     model = make_model()
+    step = TrainingStep(model, make_optimizer(model), device=CPU)
     with pytest.raises(Diverged, match=r"the training loss became nan at a learning rate of 1e\+30"):
-        train_one_epoch(model.train(), Batches(), make_optimizer(model), lambda _: 1e30, seed=0, device=CPU)
+        train_one_epoch(step, Batches(), lambda _: 1e30, seed=0)
 
 
 # Rates
@@ -148,7 +150,7 @@ def test_a_moving_average_follows_every_step():
     average = loop.moving_average(model, optimizer, 0.75)
     expected = [weight.detach().double() for weight in model.parameters()]
     optimizer.register_step_post_hook(lambda *_: steps.append([one.detach().clone() for one in model.parameters()]))
-    train_one_epoch(model, Batches(), optimizer, lambda _: 0.1, seed=0, device=CPU)
+    train_one_epoch(TrainingStep(model, optimizer, device=CPU), Batches(), lambda _: 0.1, seed=0)
     assert len(steps) == 3
     for weights in steps:
         expected = [0.75 * mean + 0.25 * new for mean, new in zip(expected, weights, strict=True)]

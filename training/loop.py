@@ -86,18 +86,88 @@ def cross_entropy(outputs: Tensor | tuple[Tensor, ...], labels: Tensor, smoothin
     return loss + aux * sum(F.cross_entropy(other.float(), labels, label_smoothing=smoothing) for other in others)
 
 
+class TrainingStep:
+    """Forward, loss, backward and update on one batch; with `graph`, on a GPU, as one CUDA graph.
+
+    A step of a small network is bound by the launches of its some 300 kernels, between which a fast GPU idles; a graph
+    is launched once. The first steps run as they are, in which cuDNN chooses its algorithms; then one is captured, and
+    replayed for each batch of that size. Weights, buffers and momentum may be changed in place between steps, as
+    grafting does. Whatever the host decides is decided once: a model or a hook whose step depends on the host, as on
+    Python's random numbers or on how many steps are done, cannot be captured.
+
+    Args:
+        optimizer: with `graph` a fused one, which reads the rate on the device.
+        loss_function: of what the model returns and the labels; the mean over the batch.
+    """
+
+    WARM_UP = 3  # steps ahead of the capture
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_function: Callable[[Any, Tensor], Tensor] = cross_entropy,
+        *,
+        device: torch.device,
+        amp: torch.dtype | None = None,
+        top5: bool = False,
+        graph: bool = False,
+    ):
+        self.model, self.optimizer, self.loss_function = model, optimizer, loss_function
+        self.device, self.amp, self.top5 = device, amp, top5
+        self.totals = torch.zeros(3 + top5, dtype=torch.float64, device=device)  # of all batches since they were zeroed
+        self.rate = torch.zeros((), device=device) if graph and device.type == "cuda" else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.batch: tuple[Tensor, ...] = ()  # what the graph reads
+        self.warm = 0
+
+    def __call__(self, images: Tensor, labels: Tensor, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate if self.rate is None else self.rate.fill_(rate)
+        if self.rate is None or (self.batch and self.batch[0].shape != images.shape):
+            self.compute(images, labels)
+        elif self.warm < self.WARM_UP:
+            self.compute_aside(images, labels)
+        else:
+            self.replay(images, labels)
+
+    def compute(self, images: Tensor, labels: Tensor) -> None:
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            outputs = self.model(images)
+            loss = self.loss_function(outputs, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.totals += _totals(loss.detach() * len(labels), outputs, labels, self.top5)
+
+    def compute_aside(self, images: Tensor, labels: Tensor) -> None:
+        """On a stream of its own, as steps ahead of a capture have to be."""
+        self.batch = self.batch or (images.clone(), labels.clone())
+        self.warm += 1
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.compute(images, labels)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def replay(self, images: Tensor, labels: Tensor) -> None:
+        if self.graph is None:
+            self.optimizer.zero_grad(set_to_none=True)  # the gradients are to lie in the graph's memory
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # notes the step, and does not run it
+                self.compute(*self.batch)
+        for own, given in zip(self.batch, (images, labels), strict=True):
+            own.copy_(given)
+        self.graph.replay()
+
+
 def train_one_epoch(
-    model: nn.Module,
+    step: TrainingStep,
     batches: Any,
-    optimizer: torch.optim.Optimizer,
     rate: Callable[[float], float],
-    loss_function: Callable[[Any, Tensor], Tensor] = cross_entropy,
     *,
     seed: int,
-    device: torch.device,
     epoch: int = 0,
-    amp: torch.dtype | None = None,
-    top5: bool = False,
     progress: Callable[..., Iterable[Any]] = lambda batches, *_: batches,
     reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
     rank: int = 0,
@@ -110,19 +180,11 @@ def train_one_epoch(
     """
     began, steps = time.perf_counter(), len(batches)
     torch.manual_seed(seed + rank)
-    model.train()
-    totals = torch.zeros(3 + top5, dtype=torch.float64, device=device)
-    for step, (images, labels) in enumerate(progress(batches.epoch(seed), totals, steps, epoch, rate(epoch))):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(epoch + step / steps)
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            outputs = model(images)
-            loss = loss_function(outputs, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        totals += _totals(loss.detach() * len(labels), outputs, labels, top5)
-    result = means(reduce(totals), began)
+    step.model.train()
+    step.totals.zero_()
+    for k, (images, labels) in enumerate(progress(batches.epoch(seed), step.totals, steps, epoch, rate(epoch))):
+        step(images, labels, rate(epoch + k / steps))
+    result = means(reduce(step.totals), began)
     check_finite(result.loss, "training", rate(epoch))
     return result
 

@@ -38,14 +38,10 @@ def own_model(name: str, num_classes: int, image_size: int) -> nn.Module:
     return model.train()
 
 
-def compiled(model: nn.Module, device: torch.device, enabled: bool = True) -> nn.Module:
+def compiled(model: nn.Module, enabled: bool = True) -> nn.Module:
     """The model with its forward and backward compiled, or as it is if that is not enabled."""
-    if not enabled:
-        return model
-    # One graph for each size of a batch: there are two, and a graph for any size would be slower. A small network on a
-    # GPU is bound by its kernels' launches, which CUDA graphs ("reduce-overhead") save; they do not go with DDP.
-    single = not isinstance(model, nn.parallel.DistributedDataParallel)
-    return torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" and single else None)
+    # One graph for each size of a batch: there are two, and a graph for any size would be slower.
+    return torch.compile(model, dynamic=False) if enabled else model
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
