@@ -183,6 +183,7 @@ TABLES = {
             ("resnet32", "cosine, twice the epochs", "--num 1 --cos --epochs 2x", None),
             ("resnet32", "cosine, ema", "--num 1 --cos --method ema", None),
             ("resnet32", "cosine, SWA", "--num 1 --cos --method swa", None),
+            ("resnet32", "cosine, average of 2 at equal rates", "--num 2 --cos --method average", None),
             ("resnet32", "cosine, average of 2 (dlr)", f"{DLR} --method average", None),
             ("resnet32", "cosine, PAPA of 2, once an epoch", "--num 2 --cos --method papa", None),
             ("resnet32", "cosine, PAPA of 2", "--together papa --num 2 --cos", None),

@@ -76,12 +76,12 @@ def networks(count: int, folder: Path, *blocks: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_network, (count, folder, port, blocks), nprocs=count, start_method="fork")
+    method = "spawn" if torch.cuda.is_initialized() else "fork"  # a fork could not go on with a GPU
+    mp.start_processes(_network, (count, folder, port, blocks), nprocs=count, start_method=method)
 
 
 def _network(rank: int, count: int, folder: Path, port: int, blocks: tuple[str, ...]) -> None:
     os.chdir(folder)
-    torch.cuda.is_available = lambda: False  # a fork cannot use a GPU that its parent has looked at
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     space = {"i": rank + 1, "count": count, "port": str(port)}
