@@ -1,4 +1,4 @@
-"""What only a GPU can show: skipped without one; benchmarks/gpu.py runs it on the first machine with one."""
+"""What only a GPU can show: skipped without one; benchmarks/gpu.py runs it where there is one."""
 
 import io
 
