@@ -151,8 +151,8 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
                 together.pull(loop.PAPA_PULL * optimizer.param_groups[0]["lr"] / args.lr)
 
         optimizer.register_step_post_hook(pull)
-        # PAPA counts its steps on the host.
-        step = TrainingStep(forward, optimizer, loss, device=device, amp=amp, graph=not is_papa)
+        graph = args.model in models.NAMES and not (args.eager or is_papa)  # which counts its steps on the host
+        step = TrainingStep(forward, optimizer, loss, device=device, amp=amp, graph=graph)
         progress = partial(follow, ring, signals.check, args.print_frequence)
         options: dict[str, Any] = {"device": device, "amp": amp, "progress": progress}
         signals.finish_batch()

@@ -55,6 +55,8 @@ def parser() -> Parser:
     add_run_flags(parser, "the run's directory, shared by its networks (default: checkpoint/ and a name of settings)")
     newest = "continue from this network's newest good checkpoint, if there is one"
     parser.add_argument("--resume", action="store_true", help=newest)
+    eager = "on a GPU, launch every kernel by itself, not the step as one CUDA graph: slower, to look for faults"
+    parser.add_argument("--eager", action="store_true", help=eager)
     return parser
 
 

@@ -55,7 +55,8 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         published, trained = averaged(args, model, optimizer, len(train_batches))
         forward, forward_tested = (compiled(each, args.compile) for each in (model, published))
         # Anyone's own model may do on the host what a graph would not repeat.
-        step = TrainingStep(forward, optimizer, loss, device=device, amp=amp, graph=args.model in models.NAMES)
+        graph = args.model in models.NAMES and not args.eager
+        step = TrainingStep(forward, optimizer, loss, device=device, amp=amp, graph=graph)
 
         settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train.labels), "amp": bool(amp)}
         checkpoint = ring.newest()  # there is none without --resume: a network that has run before was refused
