@@ -54,8 +54,9 @@ def prepare(args: argparse.Namespace, name: str, variant: str) -> Callable[[int]
     amp, notes = amp_dtype("amp" in words, device)
     print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     is_cifar = args.dataset == "cifar"
-    options = {"device": device, "amp": amp, "top5": not is_cifar, "graph": is_cifar and "eager" not in words}
-    step = TrainingStep(compiled(model, "compile" in words), optimizer, **options)
+    graph = is_cifar and "eager" not in words
+    forward = compiled(model, device, "compile" in words, graph)
+    step = TrainingStep(forward, optimizer, device=device, amp=amp, top5=not is_cifar, graph=graph)
     return lambda seed: train_one_epoch(step, task.ours, lambda progress: RATE, seed=seed)
 
 

@@ -136,7 +136,9 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         together, kept = build(args, len(images.classes), device)
         optimizer, rate = sgd(args, together, args.weight_decay), cifar.schedule(args)
         loss = partial(summed_loss, networks=args.networks, smoothing=args.label_smoothing, mutual=not is_papa)
-        forward, forward_tested = (compiled(each, args.compile) for each in (together, kept))
+        # PAPA counts its steps on the host, which a graph would not repeat.
+        graph = args.model in models.NAMES and not (args.eager or is_papa)
+        forward, forward_tested = (compiled(each, device, args.compile, graph) for each in (together, kept))
 
         settings = settings_of(args, (*flags.SHARED, *flags.OWN, "together", "networks")) | facts
         settings |= {"images": len(images.train.labels), "amp": bool(amp)}
@@ -147,11 +149,11 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         steps = itertools.count(first * len(batches) + 1)
 
         def pull(*_: object) -> None:
-            if is_papa and next(steps) % loop.PAPA_STEPS == 0:
+            if next(steps) % loop.PAPA_STEPS == 0:
                 together.pull(loop.PAPA_PULL * optimizer.param_groups[0]["lr"] / args.lr)
 
-        optimizer.register_step_post_hook(pull)
-        graph = args.model in models.NAMES and not (args.eager or is_papa)  # which counts its steps on the host
+        if is_papa:
+            optimizer.register_step_post_hook(pull)
         step = TrainingStep(forward, optimizer, loss, device=device, amp=amp, graph=graph)
         progress = partial(follow, ring, signals.check, args.print_frequence)
         options: dict[str, Any] = {"device": device, "amp": amp, "progress": progress}

@@ -53,9 +53,9 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         optimizer, rate = sgd(args, model, args.weight_decay), schedule(args)
         loss = partial(loop.cross_entropy, smoothing=args.label_smoothing)
         published, trained = averaged(args, model, optimizer, len(train_batches))
-        forward, forward_tested = (compiled(each, args.compile) for each in (model, published))
         # Anyone's own model may do on the host what a graph would not repeat.
         graph = args.model in models.NAMES and not args.eager
+        forward, forward_tested = (compiled(each, device, args.compile, graph) for each in (model, published))
         step = TrainingStep(forward, optimizer, loss, device=device, amp=amp, graph=graph)
 
         settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train.labels), "amp": bool(amp)}

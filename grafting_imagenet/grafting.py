@@ -64,9 +64,9 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
             pixels, notes = PIXELS | {"image_size": args.image_size}, [computer(device, ranks.size), *notes]
             records = Records(ring, model, settings, images, pixels, notes, args.tensorboard)
             records.resume(checkpoint)
-        forward = compiled(ranks.wrap(model), args.compile)
-        kind = {"device": device, "amp": amp, "top5": True}
-        step = TrainingStep(forward, optimizer, loss, **kind)
+        forward = compiled(ranks.wrap(model), device, args.compile)
+        computing = {"device": device, "amp": amp, "top5": True}
+        step = TrainingStep(forward, optimizer, loss, **computing)
         options = {"progress": partial(follow, ring, signals.check, args.print_freq), "reduce": ranks.sum}
         signals.finish_batch()
 
@@ -78,10 +78,10 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
             ranks.broadcast(model)  # what rank 0 has grafted
             train = train_one_epoch(step, train_batches, rate, epoch=epoch, seed=seed, rank=ranks.rank, **options)
             ranks.broadcast(model)  # each rank has batch-norm statistics of its own images
-            test = evaluate(forward, test_batches, epoch=epoch, **kind, **options)
+            test = evaluate(forward, test_batches, epoch=epoch, **computing, **options)
             val = None
             if val_batches is not None:  # though it may hold no images for this rank
-                val = evaluate(forward, val_batches, epoch=epoch, **kind, **options)
+                val = evaluate(forward, val_batches, epoch=epoch, **computing, **options)
             if ring:
                 row, state = records.row(epoch, rate(epoch), train, test, val, model), plain_state(model)
                 ring.publish(epoch, state, to_resume(optimizer, row, layers, settings))
@@ -176,7 +176,7 @@ def evaluate_only(args: argparse.Namespace, signals: Signals) -> None:
         model.to(device, memory_format=torch.channels_last)
         _, batches, _ = make_batches(args, images, device, ranks)
         options = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}
-        test = evaluate(compiled(model, args.compile), batches, **options)
+        test = evaluate(compiled(model, device, args.compile), batches, **options)
         left_out = int(ranks.sum(torch.tensor(len(batches.bad), device=device)))
         count = len(images.test) - left_out
         found = f"* Acc@1 {test.accuracy:.3f}    Acc@5 {test.top5:.3f}    Loss {test.loss:.4f}    Images {count}"

@@ -68,7 +68,9 @@ def test_a_compiled_model_is_captured_and_trains_about_as_the_eager_one_with_a_g
         with deterministic(True):
             model, optimizer, batches = make_training(CUDA, 64)
             neighbour = {key: entry.clone() for key, entry in model.state_dict().items()}
-            step = TrainingStep(compiled(model, compiling), optimizer, device=CUDA, amp=amp, graph=compiling)
+            step = TrainingStep(
+                compiled(model, CUDA, compiling, True), optimizer, device=CUDA, amp=amp, graph=compiling
+            )
             losses = [train_one_epoch(step, batches, lambda _: 0.01, seed=0).loss]
             graft(model, neighbour)  # in place: what was captured must see it
             losses += [train_one_epoch(step, batches, lambda _: 0.01, seed=seed).loss for seed in (1, 2)]

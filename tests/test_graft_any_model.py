@@ -105,9 +105,8 @@ def partly(wrap):
 
 WRAPS = {
     "plain": lambda model: model,
-    "data parallel of compiled": lambda model: nn.DataParallel(
-        torch.compile(model)
-    ).cpu(),  # which it leaves where there is a GPU
+    # DataParallel moves a model to the GPU, if there is one.
+    "data parallel of compiled": lambda model: nn.DataParallel(torch.compile(model)).cpu(),
     "partly compiled": partly(torch.compile),
     "checkpointed": partly(checkpoint_wrapper),
 }

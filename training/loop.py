@@ -90,8 +90,8 @@ class TrainingStep:
     """Forward, loss, backward and update on one batch; with `graph`, on a GPU, as one CUDA graph.
 
     A step of a small network is bound by the launches of its some 300 kernels, between which a fast GPU idles; a graph
-    is launched once. The first steps run as they are, in which cuDNN chooses its algorithms; then one is captured, and
-    replayed for each batch of that size. Weights, buffers and momentum may be changed in place between steps, as
+    is launched once. The first steps are computed as on a CPU, and cuDNN chooses its algorithms; then one is captured,
+    and replayed for each batch of that size. Weights, buffers and momentum may be changed in place between steps, as
     grafting does. Whatever the host decides is decided once: a model or a hook whose step depends on the host, as on
     Python's random numbers or on how many steps are done, cannot be captured.
 

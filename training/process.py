@@ -29,6 +29,7 @@ REPORTS = {
     r"C\+\+ compiler|C compiler|working triton": "--compile needs a C++ compiler (and on CUDA, triton)",
     r"Expected more than 1 value per channel": "a batch of one image has no statistics: choose another batch size",
     r"deterministic implementation": "a layer of this model has no deterministic gradient: leave out --deterministic",
+    r"captur": "--eager trains without a CUDA graph",
     r"AF_UNIX path too long": "choose a shorter TMPDIR",
     r"Too many open files": "raise `ulimit -n`, or give fewer --workers",
 }
