@@ -13,6 +13,7 @@ from analysis.plots import BLACK, COLOURS, FEW, WIDTH, coefficients, pyplot, sav
 from analysis.runs import THRESHOLDS
 from experiments.results import Cells, gain
 
+OFF = 4  # a loss of so many times the highest gain is off the scale
 LINES = 4  # that are told apart in one panel, beside the baseline
 QUARTER = 75  # % of a run, after which the last quarter begins
 
@@ -64,8 +65,14 @@ def gains(cells: Cells, title: str) -> Figure:
     figure, panel = pyplot.subplots(figsize=(WIDTH, 1 + 0.34 * len(compared)))
     by = "by validation" if any(one.results["picked"].notna().any() for one in compared) else "on the test set"
     shown = ("last", "last epoch", "o", -0.14), ("best", f"best epoch, {by}", "D", 0.14)
+    found = {name: np.array([gain(one, cells[one.row.baseline], name) for one in compared]).T for name, *_ in shown}
+    lowest = -OFF * max(1, np.nanmax([mean for mean, *_ in found.values()]))
     for (name, label, marker, offset), colour in zip(shown, COLOURS, strict=False):
-        mean, low, high = np.array([gain(one, cells[one.row.baseline], name) for one in compared]).T
+        mean, low, high = found[name]
+        for y in np.flatnonzero(mean < lowest):  # a row that failed would leave no room for the others
+            place = {"transform": panel.get_yaxis_transform(), "va": "center"}
+            panel.text(0.01, y + offset, f"◂ {mean[y]:.1f}", color=colour, fontsize=7, **place)
+        mean = np.where(mean < lowest, np.nan, mean)
         style = {"fmt": marker, "color": colour, "label": label, "markersize": 5}
         panel.errorbar(mean, np.arange(len(compared)) + offset, xerr=(mean - low, high - mean), **style)
     papers = [(one.row.paper, cells[one.row.baseline].row.paper) for one in compared]
