@@ -71,7 +71,7 @@ def gains(cells: Cells, title: str) -> Figure:
         mean, low, high = found[name]
         for y in np.flatnonzero(mean < lowest):  # a row that failed would leave no room for the others
             place = {"transform": panel.get_yaxis_transform(), "va": "center"}
-            panel.text(0.01, y + offset, f"◂ {mean[y]:.1f}", color=colour, fontsize=7, **place)
+            panel.text(0.01, y + offset, f"◂ −{-mean[y]:.1f}", color=colour, fontsize=7, **place)
         mean = np.where(mean < lowest, np.nan, mean)
         style = {"fmt": marker, "color": colour, "label": label, "markersize": 5}
         panel.errorbar(mean, np.arange(len(compared)) + offset, xerr=(mean - low, high - mean), **style)

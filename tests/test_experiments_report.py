@@ -10,6 +10,7 @@ from saved import call
 from scipy import stats
 
 from experiments import plots, report
+from experiments.results import cells_of, read_results
 from experiments.tables import TABLES, Table
 
 BASE, TWO, COSINE, DLR = (f"cifar10_resnet20_{flags}" for flags in ("num1", "num2", "num1_cos", "num2_difflr_cos"))
@@ -177,3 +178,14 @@ def test_filters_information_flags_machine_and_time_stand_beside_the_accuracies_
         assert f"](plots/{name})" in text and path.stat().st_size < 200_000
         pixels = numpy.asarray(Image.open(path).convert("RGB"))
         assert pixels.shape[1] == 1400 and 0.01 < (pixels < 200).any(-1).mean() < 0.9
+
+
+def test_a_row_that_failed_is_named_at_the_edge_of_the_gains_and_leaves_the_others_their_scale(tmp_path, monkeypatch):
+    monkeypatch.setitem(TABLES, "main", make_table("grafted", "ema"))
+    for seed in (0, 1, 2):
+        for name, accuracy in ((BASE, 60.0), (TWO, 61.0 + seed / 10), (EMA, 10.0)):
+            write_run(tmp_path, name, seed, [[accuracy]] * (1 + (name == TWO)))
+    cells = cells_of("main", "small", read_results(tmp_path / "small", "small")[0])["CIFAR-10"]
+    panel = plots.gains(cells, "Gains").axes[0]
+    assert [text.get_text() for text in panel.texts] == ["◂ −50.0"] * 2
+    assert -2 < panel.get_xlim()[0] < panel.get_xlim()[1] < 3
