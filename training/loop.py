@@ -1,6 +1,6 @@
 """One epoch of training, evaluation, learning rates, seeds and averages: the same for both data sets.
 
-What `train_one_epoch` and `evaluate` have in common:
+What `TrainingStep`, `train_one_epoch` and `evaluate` have in common:
     batches: with `len`, and `epoch(seed)`, which yields (images (b, c, h, w), labels (b,)) on the device.
     amp: the type for autocast; None computes in that of the weights.
     top5: whether to count the labels that are among the five highest scores, too.
@@ -90,8 +90,8 @@ class TrainingStep:
     """Forward, loss, backward and update on one batch; with `graph`, on a GPU, as one CUDA graph.
 
     A step of a small network is bound by the launches of its some 300 kernels, between which a fast GPU idles; a graph
-    is launched once. The first steps are computed as on a CPU, and cuDNN chooses its algorithms; then one is captured,
-    and replayed for each batch of that size. Weights, buffers and momentum may be changed in place between steps, as
+    is launched once. The first steps launch each kernel, and cuDNN chooses its algorithms; then one is captured, and
+    replayed for each batch of that size. Weights, buffers and momentum may be changed in place between steps, as
     grafting does. Whatever the host decides is decided once: a model or a hook whose step depends on the host, as on
     Python's random numbers or on how many steps are done, cannot be captured.
 
