@@ -8,17 +8,27 @@ import pytest
 from processes import DEADLINE, assert_same_runs, until
 
 
-def storm(run, kills: int, seed: int) -> int:
-    """Kills random networks at random moments, spread over the whole run, and continues each; returns how many."""
-    schedule = random.Random(seed)
-    processes = {network: run.start(network) for network in range(1, run.networks + 1)}
-    total, struck = run.networks * (run.epochs - 1), 0
+@pytest.mark.parametrize(
+    ("networks", "epochs", "kills", "least"),
+    [
+        (2, 8, 8, 1),  # on a fast machine, networks are done before the last kills
+        pytest.param(8, 30, 100, 10, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+    ],
+)
+def test_kills_of_random_networks_at_random_moments_change_nothing(
+    make_run, undisturbed, networks, epochs, kills, least
+):
+    run, schedule, struck = make_run(networks, epochs), random.Random(1), 0
+    processes = {network: run.start(network) for network in range(1, networks + 1)}
 
     def progress() -> int:
         return sum(run.status(network).get("epoch") or 0 for network in processes)
 
-    for moment in sorted(schedule.uniform(0, 0.95 * total) for _ in range(kills)):
-        until(lambda moment=moment: progress() >= int(moment), 5 * DEADLINE, lambda: outputs(processes))
+    def outputs() -> str:
+        return "\n".join(process.output() for process in processes.values())
+
+    for moment in sorted(schedule.uniform(0, 0.95 * networks * (epochs - 1)) for _ in range(kills)):
+        until(lambda moment=moment: progress() >= int(moment), 5 * DEADLINE, outputs)
         time.sleep(schedule.uniform(0, 0.3))
         victims = [network for network, process in processes.items() if process.poll() is None]
         schedule.shuffle(victims)
@@ -30,22 +40,5 @@ def storm(run, kills: int, seed: int) -> int:
                 break
     for process in processes.values():
         assert process.wait(5 * DEADLINE) == 0, process.output()
-    return struck
-
-
-def outputs(processes) -> str:
-    return "\n".join(process.output() for process in processes.values())
-
-
-def test_eight_kills_change_nothing(make_run, undisturbed):
-    run = make_run(2, 8)
-    assert storm(run, kills=8, seed=1) >= 1  # on a fast machine, networks are done before the last kills
-    assert_same_runs(run, undisturbed(2, 8))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_a_hundred_kills_of_eight_networks_change_nothing(make_run, undisturbed):
-    run = make_run(8, 30)
-    assert storm(run, kills=100, seed=2) >= 10
-    assert_same_runs(run, undisturbed(8, 30))
+    assert struck >= least
+    assert_same_runs(run, undisturbed(networks, epochs))
