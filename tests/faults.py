@@ -6,7 +6,6 @@ A moment is an event, named by a regular expression, and how often it must have 
 
 import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -47,16 +46,10 @@ def _fill(path: str) -> None:
                 pass
 
 
-def _remove(folder: str) -> None:
-    while os.path.exists(folder):  # others may write there at the same moment
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 ACTIONS: dict[str, Callable[..., Any]] = {
     "kill": lambda: signal.raise_signal(signal.SIGKILL),
     "signal": signal.raise_signal,
     "fill": _fill,
-    "remove": _remove,
     "sleep": time.sleep,
 }
 

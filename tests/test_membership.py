@@ -271,9 +271,11 @@ def test_a_deleted_directory_is_noticed_by_whoever_writes_or_waits(tmp_path, rin
     for call in (lambda: first.publish(1, STATE), lambda: first.wait(0), lambda: first.update("testing")):
         with pytest.raises(WriteError, match=r"directory .*/run of network 1 is gone: there is no run\.json any more"):
             call()
+    assert not directory.exists()
     ring(directory=directory).leave("done")
-    with pytest.raises(WriteError, match="it is now that of another run"):
+    with pytest.raises(WriteError, match="it is now that of another run"), first:
         first.publish(1, STATE)
+    assert not (directory / "ckpt1_1.t7").exists() and observe(directory)[0].state == "done"
 
 
 def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp_path, ring):
