@@ -1,4 +1,4 @@
-"""Entropy, L1 norms and invalid filters, against plain loops and numbers by hand."""
+"""Entropy, L1 norms, invalid filters and scions on them, against plain loops and numbers by hand."""
 
 import math
 
@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 from filter_grafting import MismatchError, entropy, invalid_filters
 from filter_grafting.information import norms_by_layer
+from filter_grafting.scions import internal, noise
 from grafting_cifar import models
 
 
@@ -106,3 +107,44 @@ def test_convolutions_alone_are_counted_and_a_shared_one_once():
         invalid_filters(nn.Linear(3, 4), 0.1)
     with pytest.raises(MismatchError, match=r"^0\..*: a weight is computed from it; count the filters of the model"):
         invalid_filters(nn.Sequential(LAYERS[-1]).state_dict(), 0.1)
+
+
+# Noise and a layer's own filters as scions
+
+
+def with_invalid_filters():
+    """Filters 1 and 3 of the first layer are invalid; of the second, all but filter 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 1, bias=False), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight[[1, 3]] *= 1e-4
+        model[1].weight[1:] *= 1e-4
+    return model
+
+
+def test_noise_is_added_to_invalid_filters_alone():
+    model, before = with_invalid_filters(), with_invalid_filters().state_dict()
+    assert noise(model, 0.5, generator=torch.Generator().manual_seed(7)) == 5
+    generator = torch.Generator().manual_seed(7)
+    for key, invalid in ("0.weight", [1, 3]), ("1.weight", [1, 2, 3]):
+        before[key][invalid] += 0.5 * torch.randn(len(invalid), *before[key].shape[1:], generator=generator)
+    torch.testing.assert_close(dict(model.state_dict()), dict(before))
+
+
+@pytest.mark.parametrize(("threshold", "count"), [(0.1, 5), (1e9, 9)])
+def test_the_i_th_largest_filter_is_added_to_the_i_th_smallest(threshold, count):
+    model, before = with_invalid_filters(), with_invalid_filters().state_dict()
+    assert internal(model, threshold) == count
+    for layer, key in zip(with_invalid_filters()[:2], ("0.weight", "1.weight"), strict=True):
+        norms, expected = looped_norms(layer), before[key].clone()
+        ranked = sorted(range(len(norms)), key=norms.__getitem__)
+        for i, j in enumerate(ranked):
+            if norms[j] < threshold:
+                expected[j] = before[key][j] + before[key][ranked[-1 - i]]
+        torch.testing.assert_close(model.state_dict()[key], expected)
+
+
+def test_a_layer_that_no_scion_can_be_grafted_onto_is_named():
+    for scion in internal, lambda model: noise(model, 1.0):
+        with pytest.raises(MismatchError, match=r"^0"):
+            scion(nn.Sequential(nn.ConvTranspose2d(3, 4, 2)))
