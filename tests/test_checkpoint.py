@@ -7,6 +7,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy
 import pytest
@@ -59,21 +60,13 @@ def test_what_could_not_be_loaded_again_is_refused_before_it_is_written(path, va
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
-    calls, fsync, replace = [], os.fsync, os.replace
-
-    def tell_fsync(descriptor: int) -> None:
-        calls.append("fsync" if os.path.isfile(f"/dev/fd/{descriptor}") else "fsync folder")
-        fsync(descriptor)
-
-    def tell_replace(source: Path, target: Path) -> None:
-        assert re.fullmatch(r"\.ckpt1_3\.t7\.[0-9a-f]+\.tmp", source.name)
-        calls.append("rename")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", tell_fsync)
-    monkeypatch.setattr(os, "replace", tell_replace)
+    calls = Mock()
+    for name in "fsync", "replace":
+        calls.attach_mock(Mock(wraps=getattr(os, name)), name)
+        monkeypatch.setattr(os, name, getattr(calls, name))
     save(path, CONTENTS)
-    assert calls == ["fsync", "rename", "fsync folder"]
+    assert [name for name, *_ in calls.mock_calls] == ["fsync", "replace", "fsync"]  # the last is of the folder
+    assert re.fullmatch(r"\.ckpt1_3\.t7\.[0-9a-f]+\.tmp", calls.replace.call_args.args[0].name)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -12,8 +12,6 @@ import torch
 from imagenet import ImageRun
 from processes import Run, make_images, read_table
 
-from training.loop import stream_seed
-
 CPU = torch.backends.cpu.get_cpu_capability()
 COLUMNS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
@@ -67,10 +65,6 @@ def assert_digits(run, expected):
         assert figures[0] == pytest.approx(numbers(recorded.first), rel=1e-4)
         assert figures[1][::2] == pytest.approx(numbers(recorded.second)[::2], rel=1e-4 if is_same else 0.03)
         assert figures[1][1::2] == pytest.approx(numbers(recorded.second)[1::2], abs=0.01 if is_same else 13)
-
-
-def test_seeds_of_streams():
-    assert [stream_seed(0, 1, "weights"), stream_seed(0, 2, 1)] == [57695085603664960, 59992265423910614]
 
 
 def test_the_cifar_scripts_digits(images, tmp_path):

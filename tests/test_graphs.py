@@ -79,13 +79,6 @@ def make_averaged():
     return TrainingStep(model, optimizer, device=CUDA, graph=True), average, batches
 
 
-def test_on_a_cpu_nothing_is_captured():
-    model, optimizer, batches = make_training()
-    step = TrainingStep(model, optimizer, device=CPU, graph=True)
-    train_one_epoch(step, batches, rate, seed=0)
-    assert step.graph is None and isinstance(optimizer.param_groups[0]["lr"], float)
-
-
 def test_a_compiled_model_is_compiled_once_for_all_rates_and_grafts(monkeypatch):
     graphs, compile_as_it_is = [], torch.compile
 
