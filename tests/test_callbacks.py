@@ -29,7 +29,7 @@ def data():
 
 
 class Neighbour:
-    """An exchange whose neighbour never changes; what happens around it is listed as well, with its epoch."""
+    """An exchange whose neighbour never changes; it lists what happens, each with its epoch."""
 
     def __init__(self):
         self.happened, self.network = [], build(2)
@@ -38,27 +38,20 @@ class Neighbour:
         self.happened.append(("graft", round))
         return state_of(self.network)
 
+    def watch(self, what, steps):
+        if what != "begin":
+            self.happened.append((what, steps // STEPS - 1))
+
 
 class Killed(Exception):
     pass
 
 
-class Watch:
-    """Of a trainer: lists when the network is tested and saved, and ends the training after a step."""
+def by_lightning(folder, exchange, options, save=(), epochs=6, rate=0.05, watch=lambda what, steps: None):
+    """Trains a network in a Lightning Trainer; returns the callback and the network.
 
-    def __init__(self, exchange, kill):
-        self.happened, self.kill = getattr(exchange, "happened", []), kill
-
-    def tell(self, what, state):
-        self.happened.append((what, state.global_step // STEPS - 1))
-
-    def done(self, state):
-        if state.global_step == self.kill:
-            raise Killed
-
-
-def by_lightning(folder, exchange, options, save=(), epochs=6, rate=0.05, kill=None):
-    """Trains a network in a Lightning Trainer; returns the callback and the network."""
+    `watch` is told what happens after so many steps: "test", "save", or "begin" of an epoch, or of a step.
+    """
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -78,21 +71,14 @@ def by_lightning(folder, exchange, options, save=(), epochs=6, rate=0.05, kill=N
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), rate, momentum=0.9)
 
-    class WatchLightning(Watch, Callback):
-        def on_validation_end(self, trainer, module):
-            if not trainer.sanity_checking:
-                self.tell("test", trainer)
-
-        def on_save_checkpoint(self, trainer, module, checkpoint):
-            self.tell("save", trainer)
-
-        def on_train_epoch_start(self, trainer, module):  # all of the epoch's end, its checkpoint too, is over
-            self.done(trainer)
-
+    watching = Callback()
+    watching.on_validation_end = lambda trainer, _: trainer.sanity_checking or watch("test", trainer.global_step)
+    watching.on_save_checkpoint = lambda trainer, *_: watch("save", trainer.global_step)
+    watching.on_train_epoch_start = lambda trainer, _: watch("begin", trainer.global_step)  # its end is over
     module, callback = Module(), GraftingCallback(exchange, **options)
     saving = ModelCheckpoint(folder / "trainer", save_last=True, **dict(save))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    callbacks = [WatchLightning(exchange, kill), callback, saving]
+    callbacks = [watching, callback, saving]
     trainer = Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, **quiet)
     batches = DataLoader(data(), batch_size=8)
     trainer.fit(module, batches, batches, ckpt_path="last")
@@ -111,25 +97,20 @@ class Network(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def by_transformers(folder, exchange, options, save=(), epochs=6, rate=0.05, kill=None, images=None):
+def by_transformers(
+    folder, exchange, options, save=(), epochs=6, rate=0.05, watch=lambda what, steps: None, images=None
+):
     """The same in the Trainer of transformers; `save` may have any of its arguments."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
     from filter_grafting.callbacks.transformers import GraftingCallback
 
-    class WatchTransformers(Watch, TrainerCallback):
-        def on_evaluate(self, args, state, control, **kwargs):
-            self.tell("test", state)
-
-        def on_save(self, args, state, control, **kwargs):
-            self.tell("save", state)
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.done(state)
-
-        on_epoch_begin = on_step_begin
-
+    watching = TrainerCallback()
+    watching.on_evaluate = lambda args, state, control, **_: watch("test", state.global_step)
+    watching.on_save = lambda args, state, control, **_: watch("save", state.global_step)
+    watching.on_epoch_begin = lambda args, state, control, **_: watch("begin", state.global_step)
+    watching.on_step_begin = watching.on_epoch_begin
     model, output, callback = Network(), folder / "trainer", GraftingCallback(exchange, **options)
     settings = {"num_train_epochs": epochs, "per_device_train_batch_size": 8, "learning_rate": rate}
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
@@ -139,7 +120,7 @@ def by_transformers(folder, exchange, options, save=(), epochs=6, rate=0.05, kil
         TrainingArguments(output, **settings, **quiet, **dict(save)),
         train_dataset=images,
         eval_dataset=images,
-        callbacks=[WatchTransformers(exchange, kill), callback],
+        callbacks=[watching, callback],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.is_dir() else None)
     return callback, model.network
@@ -163,7 +144,7 @@ def test_a_network_is_tested_and_saved_before_it_grafts_and_its_last_epoch_is_fo
     neighbour, options = Neighbour(), {"c": 5, "layers": nn.Linear}
     save = {"eval_strategy": "epoch", "save_strategy": "epoch"} if package == "transformers" else {}
     chosen = {"every_n_epochs": 2, "warmup": 2, **options}
-    callback, network = train(tmp_path, neighbour, chosen, save, epochs=8, rate=0.0)
+    callback, network = train(tmp_path, neighbour, chosen, save, epochs=8, rate=0.0, watch=neighbour.watch)
     events = [(what, epoch) for epoch in range(8) for what in ("test", "save", "graft")]
     events = [(what, epoch) for what, epoch in events if what != "graft" or epoch in (3, 5)]
     assert list(dict.fromkeys(neighbour.happened)) == events  # Lightning saves its last checkpoint twice
@@ -215,15 +196,19 @@ KILLS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("package", "options", "save", "kill"), KILLS, indirect=["package"])
 def test_a_network_that_is_killed_and_resumed_comes_to_the_same_weights(train, tmp_path, options, save, kill):
-    def run(folder, kill=None):
+    def killing(what, steps):
+        if (what, steps) == ("begin", kill):
+            raise Killed
+
+    def run(folder, **watch):
         with FileRing(folder, 1, 2, resume=True) as ring:
             for round in range(6 * STEPS):  # its neighbour is far ahead
                 torch.save({"net": state_of(build(100 + round))}, ring.path(round, 2))
-            return train(folder, ring, options, save, kill=kill)[1].state_dict()
+            return train(folder, ring, options, save, **watch)[1].state_dict()
 
     expected = run(tmp_path / "undisturbed")
     with pytest.raises(Killed):
-        run(tmp_path / "killed", kill)
+        run(tmp_path / "killed", watch=killing)
     found = run(tmp_path / "killed")
     assert all(torch.equal(found[key], entry) for key, entry in expected.items())
 
