@@ -1,11 +1,9 @@
 """Tools of the tests of rings: a clock that runs ahead, neighbours on paper, and processes of a group."""
 
-import fcntl
 import heapq
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,14 +26,6 @@ def _work(rank: int, work: Callable[[int, Path], None], count: int, folder: Path
         work(rank, folder)
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def held(directory: Path, network: int) -> Iterator[None]:
-    """A network's place is taken, as by a process that lives; afterwards, that process has died."""
-    with open(directory / f"network{network}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def write_status(directory: Path, network: int, **fields: object) -> None:

@@ -1,5 +1,7 @@
 """Models that lie in several processes: FSDP2's shards, DistributedDataParallel's copies, and what FSDP1 is told."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from naive import chain, coefficients_of, pair, randomised
@@ -21,15 +23,6 @@ def holds(model, state):
     return all(torch.equal(entry, state[key]) for key, entry in plain_state(model).items())
 
 
-class Giver:
-    def __init__(self, state):
-        self.state = state
-
-    def swap(self, state, round):
-        assert all(type(entry) is torch.Tensor for entry in state.values())
-        return self.state
-
-
 def in_each_of_two(rank, folder):
     mesh = init_device_mesh("cpu", (2,))
     model, neighbour = pair(make)
@@ -46,7 +39,9 @@ def in_each_of_two(rank, folder):
     other = fully_shard(randomised(make(), 2), mesh=mesh)
     graft(whole := randomised(make(), 1), other.state_dict())
     assert holds(whole, expected.state_dict())
-    Grafting(model, Giver(plain_state(randomised(make(), 1)))).step()
+    exchange = Mock(swap=Mock(return_value=plain_state(randomised(make(), 1))))
+    Grafting(model, exchange).step()
+    assert all(type(entry) is torch.Tensor for entry in exchange.swap.call_args.args[0].values())
     with pytest.raises(MismatchError, match="the model is sharded"):
         graft(fully_shard(randomised(chain(), 1), mesh=mesh), chain().state_dict(), level="filter")
     # A value that is not finite is in one process's shard alone, and all of them say so.

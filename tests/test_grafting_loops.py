@@ -3,6 +3,7 @@
 import copy
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from naive import (
     coefficients_of,
     looped_graft,
     mixture,
+    pair,
     randomised,
     same,
     snapshot,
@@ -53,17 +55,6 @@ def test_a_ring_needs_networks_of_their_own():
 # Grafting
 
 
-class Neighbour:
-    """An exchange whose neighbour never changes."""
-
-    def __init__(self):
-        self.state, self.rounds = randomised(mixture(), 7).state_dict(), []
-
-    def swap(self, state, round):
-        self.rounds.append(round)
-        return self.state
-
-
 def train(model, epoch):
     """A stand-in for an epoch of training: every weight changes, in each epoch another way."""
     with torch.no_grad():
@@ -76,18 +67,18 @@ def train(model, epoch):
     [({}, [0, 1, 2, 3, 4]), ({"warmup": 3}, [3, 4]), ({"every": 2, "warmup": 2}, [3])],
 )
 def test_a_loop_grafts_every_so_many_rounds_after_a_warm_up(options, rounds):
-    model, neighbour, how = randomised(mixture(), 1), Neighbour(), {"a": 0.6, "c": 3, "exclude": ("10.*",)}
-    expected = copy.deepcopy(model)
-    grafting = Grafting(model, neighbour, **how, **options)
+    (model, state), how = pair(mixture), {"a": 0.6, "c": 3, "exclude": ("10.*",)}
+    expected, exchange = copy.deepcopy(model), Mock(swap=Mock(return_value=state))  # a neighbour that never changes
+    grafting = Grafting(model, exchange, **how, **options)
     for epoch in range(5):
         train(model, epoch)
         found = grafting.step()
         train(expected, epoch)
-        assert found == (graft(expected, neighbour.state, **how) if epoch in rounds else None)
-        later = Grafting(model, neighbour, **how, **options)  # continued from a checkpoint of the caller's own
+        assert found == (graft(expected, state, **how) if epoch in rounds else None)
+        later = Grafting(model, exchange, **how, **options)  # continued from a checkpoint of the caller's own
         later.load_state_dict(grafting.state_dict())
         grafting = later
-    assert neighbour.rounds == rounds
+    assert [call.args[1] for call in exchange.swap.mock_calls] == rounds
     assert same(model, expected)
 
 
@@ -96,13 +87,13 @@ def test_a_loop_grafts_every_so_many_rounds_after_a_warm_up(options, rounds):
     [
         (chain, {"every": 0}, "every: got 0, expected at least 1"),
         (chain, {"a": 2}, "a: got 2"),
-        (chain, {"checkpoint": {"model": mixture()}}, "checkpoint: a Neighbour keeps none"),
+        (chain, {"checkpoint": {"model": mixture()}}, "checkpoint: a Mock keeps none"),
         (lambda: nn.Linear(2, 2), {}, "Linear has no convolution"),
     ],
 )
 def test_what_could_not_be_grafted_is_refused_before_training(make, options, message):
     with pytest.raises(ValueError, match=message):
-        Grafting(make(), Neighbour(), **options)
+        Grafting(make(), Mock(), **options)
 
 
 # Grafting through files

@@ -3,12 +3,12 @@
 import importlib
 import os
 import re
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 README, LIBRARY = (
@@ -73,11 +73,8 @@ TRAINERS = {"lightning": ("lightning.pytorch", NETWORK + MODULE), "transformers"
 
 def networks(count: int, folder: Path, *blocks: str) -> None:
     """Runs blocks of code as networks 1...N, each a fork of this process, in which torch is imported already."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     method = "spawn" if torch.cuda.is_initialized() else "fork"  # a fork could not go on with a GPU
-    mp.start_processes(_network, (count, folder, port, blocks), nprocs=count, start_method=method)
+    mp.start_processes(_network, (count, folder, get_free_port(), blocks), nprocs=count, start_method=method)
 
 
 def _network(rank: int, count: int, folder: Path, port: int, blocks: tuple[str, ...]) -> None:

@@ -43,6 +43,11 @@ def make_optimizer(model, **options):
     return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, fused=True, **options)
 
 
+def train(model, rate=0.1, **options):
+    step = TrainingStep(model, make_optimizer(model), device=CPU)
+    return train_one_epoch(step, Batches(), lambda _: rate, **{"seed": 0, **options})
+
+
 # One epoch
 
 
@@ -94,18 +99,15 @@ def test_the_seconds_of_an_epoch_have_the_wait_for_the_device_in_them():
     def reduce(totals):  # to what a GPU has not computed yet
         return SimpleNamespace(tolist=lambda: (time.sleep(0.3), totals.tolist())[1])
 
-    model = make_model()
-    step = TrainingStep(model, make_optimizer(model), device=CPU)
-    assert train_one_epoch(step, Batches(), lambda _: 0.1, seed=0, reduce=reduce).seconds > 0.3
-    assert evaluate(model, Batches(), device=CPU, reduce=reduce).seconds > 0.3
+    assert train(make_model(), reduce=reduce).seconds > 0.3
+    assert evaluate(make_model(), Batches(), device=CPU, reduce=reduce).seconds > 0.3
 
 
 def test_dropout_follows_from_the_seed_and_the_rank():
     def weights(seed, rank):
         model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(48, 7, bias=False))
         nn.init.ones_(model[2].weight)
-        step = TrainingStep(model, make_optimizer(model), device=CPU)
-        train_one_epoch(step, Batches(), lambda _: 0.1, seed=seed, rank=rank)
+        train(model, seed=seed, rank=rank)
         return model[2].weight
 
     assert torch.equal(weights(1, 0), weights(1, 0))
@@ -113,10 +115,8 @@ def test_dropout_follows_from_the_seed_and_the_rank():
 
 
 def test_a_loss_that_is_no_number_is_said():
-    model = make_model()
-    step = TrainingStep(model, make_optimizer(model), device=CPU)
     with pytest.raises(Diverged, match=r"the training loss became nan at a learning rate of 1e\+30"):
-        train_one_epoch(step, Batches(), lambda _: 1e30, seed=0)
+        train(make_model(), 1e30)
 
 
 # Rates

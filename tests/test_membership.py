@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from processes import until
-from ring_tools import held, snapshot, write_status
+from ring_tools import snapshot, write_status
 
 from filter_grafting import (
     AliveError,
@@ -121,7 +122,7 @@ def test_a_new_run_does_not_start_among_the_checkpoints_of_an_old_one(tmp_path, 
 
 def test_a_network_has_one_owner_in_a_process_and_among_processes(tmp_path, ring):
     ring(1).publish(0, STATE)
-    with held(tmp_path, 2):
+    with FileLock(tmp_path / "network2.lock"):  # as of a process that lives
         write_status(tmp_path, 2, pid=77, host=socket.gethostname())
         for network, pid, resume in (1, os.getpid(), True), (1, os.getpid(), False), (2, 77, True):
             words = rf"network {network} is already running in .* \(process {pid} on .*\); wait"
@@ -194,7 +195,10 @@ def test_settings_are_compared_by_value_and_more_may_be_agreed_on_later(tmp_path
 
 def test_epochs_may_be_raised_by_a_resume_while_no_other_network_is_at_work(tmp_path, ring):
     before = has_run(ring)
-    with held(tmp_path, 2), pytest.raises(SettingsError, match=r"9 here .* \(network 2 is at work with the recorded"):
+    with (
+        FileLock(tmp_path / "network2.lock"),
+        pytest.raises(SettingsError, match=r"9 here .* \(network 2 is at work with the recorded"),
+    ):
         ring(1, **MORE)
     again = ring(1, **MORE)
     assert again.run == before.run and read_run(tmp_path)[1]["epochs"] == 9

@@ -22,14 +22,10 @@ def test_a_ring_of_three_comes_to_its_end(make_run):
         status = run.status(network)
         assert (status["state"], status["epoch"], status["epochs"], status["steps"]) == ("done", 2, 3, 2)
         assert "--i" in status["command"] and len(list(run.directory.glob(f"ckpt{network % 3}_*.t7"))) <= 4
-        best, final = (load(run.directory / f"{kind}{network}.t7") for kind in ("best", "final"))
+        final = load(run.directory / f"final{network}.t7")
         assert (final["epoch"], final["settings"]["model"], final["classes"]) == (2, "ranks:tiny", ["one", "two"])
-        assert best["accuracy"] == final["best"] == status["best"]
-        for epoch in range(3):
-            start = rf"^Network:{network}    epoch:{epoch}    accuracy:\d+\.\d{{3}}    best:\d+\.\d{{3}}(    |$)"
-            assert len(re.findall(start, run.log(network), re.MULTILINE)) == 1
-        for name, rows in ("metrics", 3), ("coefficients", 2 * 2):  # nothing is grafted after the last epoch
-            assert len(read_table(run.directory / f"{name}{network}.csv")) == rows
+        assert final["best"] == load(run.directory / f"best{network}.t7")["accuracy"] == status["best"]
+        assert len(read_table(run.directory / f"coefficients{network}.csv")) == 2 * 2  # no graft after the last epoch
     first, second = (load(run.directory / f"final{network}.t7")["net"]["0.weight"] for network in (1, 2))
     assert not torch.equal(first, second)
 

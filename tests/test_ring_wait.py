@@ -102,11 +102,10 @@ def test_its_status_says_whom_it_waits_for_and_afterwards_what_it_said_before(ma
 # Which file is taken
 
 
-@pytest.mark.parametrize("stamp", [{"run": "another"}, {"epoch": 5}, {"network": 1}, {"net": None}], ids=str)
-def test_a_file_that_is_not_the_neighbours_of_this_round_is_waited_out(make, tmp_path, clock, caplog, stamp):
+def test_a_file_that_is_not_the_neighbours_of_this_round_is_waited_out(make, tmp_path, clock, caplog):
     ring, path = make(), tmp_path / "ckpt0_6.t7"
     good = {"net": {"weight": torch.ones(1)}, "run": ring.run, "network": 2, "epoch": 6}
-    save(path, good | stamp)
+    save(path, good | {"epoch": 5})
     clock.after(60, lambda: save(path, good))
     found = ring.wait(6)
     assert found["weight"] == 1 and found.source == str(path)
