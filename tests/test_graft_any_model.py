@@ -45,10 +45,7 @@ def looped_l1_norm(weight):
     [
         ({"kinds": (nn.Conv2d, nn.Linear)}, {"layers": (nn.Conv2d, nn.Linear), "c": 5}),
         ({"kinds": nn.LayerNorm}, {"layers": lambda module: isinstance(module, nn.LayerNorm), "c": 5}),
-        (
-            {"kinds": nn.Linear, "criterion": looped_l1_norm},
-            {"layers": nn.Linear, "c": 0.01, "criterion": l1_norm},
-        ),
+        ({"kinds": nn.Linear, "criterion": looped_l1_norm}, {"layers": nn.Linear, "c": 0.01, "criterion": l1_norm}),
     ],
 )
 def test_other_layers_and_another_criterion_set_the_coefficients(how, options):
@@ -71,10 +68,9 @@ def test_one_warning_where_convolutions_are_a_small_part_and_an_error_where_ther
     (line,) = caplog.messages
     share = 16 / sum(entry.numel() for entry in model.state_dict().values())
     assert f"convolutions hold {share:.1%} of the weights" in line and "layers=(nn.Conv2d, nn.Linear)" in line
+    without, said = pair(lambda: nn.Linear(3, 3)), r"^Linear has no .* layers=\(nn\.Conv2d, nn\.Linear\)"
     for options in {}, {"level": "filter"}, {"layers": nn.Embedding}:
-        assert_refused(
-            *pair(lambda: nn.Linear(3, 3)), r"^Linear has no .* layers=\(nn\.Conv2d, nn\.Linear\)", **options
-        )
+        assert_refused(*without, said, **options)
 
 
 @pytest.mark.parametrize("exclude", ["head.*", ["module.head.w*", "head._orig_mod.bias"]])
@@ -112,7 +108,7 @@ WRAPS = {
 }
 
 
-@pytest.mark.parametrize(("here", "there"), list(itertools.combinations(WRAPS, 2)))
+@pytest.mark.parametrize(("here", "there"), list(itertools.permutations(WRAPS, 2)))
 def test_wrappers_are_looked_through_on_both_sides(here, there):
     model, neighbour = randomised(mixture(), 1), randomised(mixture(), 2)
     coefficients, blended = looped_graft(model, neighbour.state_dict())
