@@ -3,7 +3,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from imagenet import ImageRun, make_class_folders
+from imagenet import ImageRun
 from launching import project, terminal  # noqa: F401
 from processes import Run, make_images
 
@@ -17,6 +17,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def restored_handlers() -> Iterator[None]:
+    """What a program that is called in this process does on a signal is not for the tests that follow."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -69,8 +78,9 @@ def undisturbed(tmp_path_factory, images) -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def class_folders(tmp_path_factory):
-    """A folder of a few real images in four classes."""
-    return make_class_folders(tmp_path_factory.mktemp("class_folders"))
+    """A folder of 48 random images in four classes to train on, and 20 that two ranks share in batches unequally."""
+    place = tmp_path_factory.mktemp("class_folders")
+    return make_images(place, test="val", classes=("0", "1", "2", "3"), counts=(12, 5))
 
 
 @pytest.fixture

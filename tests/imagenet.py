@@ -1,26 +1,11 @@
-"""Runs of grafting_imagenet/grafting.py as real processes, and the small set of images that they train on."""
+"""Runs of grafting_imagenet/grafting.py as real processes."""
 
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from processes import Process, Run, until
 
-from grafting_cifar import data
-
 RANKS = Path(__file__).with_name("ranks.py")
-CLASSES = ("0", "1", "2", "3")
-
-
-def make_class_folders(folder: Path) -> Path:
-    """Glyphs in class folders: 48 to train on, and 20 for validation, which two ranks share in batches unequally."""
-    images = data.load("glyphs")
-    for split, glyphs, count in (("train", images.train, 12), ("val", images.test, 5)):
-        for label, name in enumerate(CLASSES):
-            (folder / split / name).mkdir(parents=True)
-            for row in (glyphs.labels == label).nonzero()[:count, 0].tolist():
-                Image.fromarray(glyphs.images[row].numpy()).save(folder / split / name / f"{row}.png")
-    return folder
 
 
 class ImageRun(Run):

@@ -23,11 +23,18 @@ CIFAR = ROOT / "grafting_cifar" / "grafting.py"
 DEADLINE = 120.0  # seconds that a test waits for anything; a busy machine may need many times what is usual
 
 
-def make_images(folder: Path, seed: int = 0, size: tuple[int, int] = (32, 32), test: str = "test") -> Path:
-    """Two classes of random images, in class folders: 32 to train on, 8 to test."""
+def make_images(
+    folder: Path,
+    seed: int = 0,
+    size: tuple[int, int] = (32, 32),
+    test: str = "test",
+    classes: tuple[str, ...] = ("one", "two"),
+    counts: tuple[int, int] = (16, 4),
+) -> Path:
+    """Random images in class folders; `counts` are those of a class to train on and to test."""
     random = np.random.default_rng(seed)
-    for split, count in (("train", 16), (test, 4)):
-        for name in ("one", "two"):
+    for split, count in zip(("train", test), counts, strict=True):
+        for name in classes:
             (folder / split / name).mkdir(parents=True)
             for k in range(count):
                 pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -205,6 +212,8 @@ def _timeless(row: dict[str, Any]) -> dict[str, Any]:
 def assert_same(one: Any, other: Any, where: str = "") -> None:
     """Two outcomes are equal: tensors bit for bit, all else by value."""
     assert type(one) is type(other), where
+    if isinstance(one, list):
+        one, other = (dict(enumerate(each)) for each in (one, other))
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and one.shape == other.shape, where
         bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
@@ -213,10 +222,6 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
         assert one.keys() == other.keys(), where
         for key in one:
             assert_same(one[key], other[key], f"{where}/{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), (where, one, other)
-        for position, (left, right) in enumerate(zip(one, other, strict=True)):
-            assert_same(left, right, f"{where}/{position}")
     else:
         assert one == other, where
 

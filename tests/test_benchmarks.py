@@ -1,6 +1,5 @@
 """The benchmarks run, at their smallest, and lose nothing that they have; what they measure is another matter."""
 
-import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -16,10 +15,9 @@ from grafting_cifar import flags as cifar
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """What a benchmark changes in its process is of no meaning for the tests that follow."""
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    """The number of threads, which a benchmark changes in its process."""
+    threads = torch.get_num_threads()
     yield
-    signal.signal(signal.SIGTERM, handler)
     torch.set_num_threads(threads)
 
 

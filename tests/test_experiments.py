@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +14,7 @@ import saved
 import torch
 from filelock import FileLock, Timeout
 from finished import write_ensemble, write_run
+from processes import ROOT, until
 
 from experiments import report, tables, together
 from experiments import run as queue
@@ -26,17 +25,8 @@ from grafting_imagenet.flags import parse as parse_imagenet
 PARSERS = {"grafting_cifar/grafting.py": parse_cifar, "grafting_imagenet/grafting.py": parse_imagenet}
 PARSERS["experiments/together.py"] = together.parse
 
-ROOT = Path(__file__).resolve().parent.parent
 QUIET = SimpleNamespace(received=None)  # no signal comes
 RING, SINGLE = "glyphs_resnet20_num2", "glyphs_resnet20_num1"
-
-
-def until(condition, what):
-    end = time.monotonic() + 300
-    while not (found := condition()):
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.05)
-    return found
 
 
 # ---- The tables
@@ -77,10 +67,7 @@ def test_the_results_at_hand_are_those_of_the_tables():
 @pytest.fixture
 def call(tmp_path):
     """Calls main() with flags and folders of the test's own; returns status, output, errors."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield lambda *flags: saved.call(queue, *flags, "--work", tmp_path / "work", "--results", tmp_path / "results")
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return lambda *flags: saved.call(queue, *flags, "--work", tmp_path / "work", "--results", tmp_path / "results")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +107,7 @@ def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, monkeypatch):
         (tmp_path / name).chmod(0o755)
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "4", "SLURM_JOB_ID": "7"}
     task = subprocess.Popen(["bash", "-c", script], env=variables, cwd=tmp_path)
-    until((tmp_path / "running").exists, "the queue")
+    until((tmp_path / "running").exists)
     os.kill(task.pid, signal.SIGUSR1)
     assert task.wait() == 143
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
@@ -232,7 +219,7 @@ def test_a_signal_ends_the_networks_and_says_how_to_go_on(tmp_path, call, monkey
     logs = [tmp_path / "work" / "smoke" / RING / "seed0" / f"{i}.log" for i in (1, 2)]
 
     def interrupt():
-        until(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs), "the networks")
+        until(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs))
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()

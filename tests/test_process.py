@@ -10,15 +10,6 @@ from filter_grafting.errors import GraftingError, NeighbourTimeout
 from training import process
 from training.process import UsageError, amp_dtype, deterministic, ending, pick_device
 
-
-@pytest.fixture(autouse=True)
-def restored_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 # Ends
 
 
