@@ -1,12 +1,15 @@
 """The launcher's rules: which flags it takes, where it starts networks, how it shows, stops and continues them."""
 
 import os
+import re
+import signal
 import subprocess
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
-from launching import write_status
+from launching import ENVIRONMENT, LAUNCHER, write_status
 from processes import until
 
 from filter_grafting.membership import observe
@@ -39,7 +42,6 @@ def test_help_is_given_anywhere_and_nothing_is_touched(project):
         ("cifar", "resume x --epoch 3", 2, "did you mean --epochs?"),
         ("cifar", "demo --num=4", 2, "argument --num: is for grafting.py"),
         ("cifar", "demo --epochs 0", 2, "argument --epochs: got '0'"),
-        ("cifar", "status .", 1, ". is not the save directory of a run"),
         ("cifar", "status nothing", 1, "nothing is not the save directory of a run"),
         ("imagenet", "--gpu 1", 2, "CUDA_VISIBLE_DEVICES says which there are"),
         ("imagenet", "--gpus-per-network 0", 2, "argument --gpus-per-network: got '0'"),
@@ -109,9 +111,8 @@ def test_networks_share_the_cores(project, monkeypatch):
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_network_that_fails_at_once_is_said_with_its_sentence(project, monkeypatch, ranks):
     monkeypatch.setenv("FAILS", "the disk is full: make room")
-    status, output, _ = project(
-        "--device", "cpu", "--num", "1", "--gpus-per-network", ranks, folder="grafting_imagenet"
-    )
+    words = ("--device", "cpu", "--num", "1", "--gpus-per-network", ranks)
+    status, output, _ = project(*words, folder="grafting_imagenet")
     assert (status, "\nnetwork 1 ended with status 1: the disk is full: make room\n" in output) == (1, True), output
 
 
@@ -224,21 +225,15 @@ def test_resume_goes_on_with_the_flags_that_each_network_had(project, monkeypatc
 def test_resume_with_more_epochs_continues_what_is_done(project):
     words = (*GLYPHS, "--s", "x", "--num", "1", "--epochs")
 
-    def ends_after(epochs):
-        def ended():
-            (one,) = observe(project.cwd / "x", [1])
-            return (one.state, one.alive, one.epochs) == ("done", False, epochs)
+    def has_ended(epochs):
+        (one,) = observe(project.cwd / "x", [1])
+        return (one.state, one.alive, one.epochs) == ("done", False, epochs)
 
-        until(ended)
-
-    project(*words, "2")
-    ends_after(2)
-    assert "nothing to start" in project("resume", "x")[1]
-    assert "nothing to start" in project("--resume", *words, "2")[1]
-    assert project("resume", "x", "--epochs", "3")[0] == 0
-    ends_after(3)
-    assert project("--resume", *words, "4")[0] == 0
-    ends_after(4)
+    for call, epochs in ((*words, "2"), 2), (("resume", "x", "--epochs", "3"), 3), (("--resume", *words, "4"), 4):
+        assert project(*call)[0] == 0
+        until(partial(has_ended, epochs))
+    for call in ("resume", "x"), ("--resume", *words, "4"):
+        assert "nothing to start" in project(*call)[1]
 
 
 def test_resume_starts_the_projects_own_scripts_alone_in_as_many_processes_as_they_had(project):
@@ -252,3 +247,66 @@ def test_resume_starts_the_projects_own_scripts_alone_in_as_many_processes_as_th
     project("resume", "x")
     project("resume", "x", "--gpus-per-network", "4")
     assert [(job.folder, ranks) for job, _, ranks in jobs] == [("grafting_imagenet", 2), ("grafting_imagenet", 4)]
+
+
+# As it is called: from a terminal, from a file, with networks that train
+
+
+def test_a_terminal_shows_a_table_and_neither_its_end_nor_ctrl_c_ends_the_training(project, terminal):
+    project.trains_on()
+    flags = ("--data", "glyphs", "--device", "cpu", "--s")
+    calls = [partial(project.run, *flags, name) for name in ("x", "y", "z")]
+    watched, left, closed = (terminal(call, project.cwd) for call in calls)
+    for shown in (watched, left, closed):
+        shown.shows("training")
+    left.press_ctrl_c()
+    assert left.end() == 130
+    assert "no longer watching; the training goes on" in left.text
+    os.kill(closed.pid, signal.SIGHUP)
+    assert closed.end() == -signal.SIGHUP
+    until(lambda: project.states("y") == project.states("z") == ["training"] * 2)
+    assert project("stop", "y")[0] == 0 and project.states("y") == ["stopped"] * 2
+    project.ends.touch()
+    assert watched.end() == 0
+    last = watched.text.split("\x1b[J")[-1].splitlines()
+    assert [line.split()[-1] for line in last[:3]] == ["state", "done", "done"]
+    assert all(len(re.sub(r"\x1b\[\d*\w", "", line)) <= 80 for line in watched.text.splitlines())
+    until(lambda: project.states("z") == ["done"] * 2)
+
+
+def test_grafting_sh_runs_from_any_folder_and_its_reader_may_have_seen_enough(tmp_path):
+    write_status(tmp_path / "a run", 1, state="failed", detail="the disk is full")
+    command = ["sh", "-c", f"'{LAUNCHER}' status 'a run' | head -n 1"]
+    ended = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "a run:\n", "")
+
+
+@pytest.mark.slow
+def test_a_ring_is_started_killed_resumed_and_stopped(make_run, tmp_path):
+    run = make_run(directory=tmp_path / "a run")
+
+    def call(*words, cwd):
+        return subprocess.run([LAUNCHER, *map(str, words)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+
+    def epochs():
+        return [path.read_text().count("\n") for path in sorted(run.directory.glob("metrics?.csv"))]
+
+    started = call(*run.flags, "--epochs", "100000", "--s", run.directory, cwd=tmp_path)
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        until(lambda: len(epochs()) == 2 and min(epochs()) > 2)
+        survivor, victim = (run.status(network)["pid"] for network in (1, 2))
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: observe(run.directory)[1].state == "died")
+        before = epochs()[1]
+        resumed = call("resume", run.directory, cwd="/")
+        assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+        until(lambda: run.status(2)["pid"] != victim and epochs()[1] > before)
+        assert run.status(1)["pid"] == survivor
+        stopped = call("stop", run.directory, cwd=tmp_path)
+    finally:
+        for one in observe(run.directory):
+            if one.alive:
+                os.kill(one.pid, signal.SIGKILL)
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    assert [run.status(network)["state"] for network in (1, 2)] == ["stopped"] * 2
