@@ -12,12 +12,11 @@ import pytest
 import torch
 import torchvision.models as zoo
 from imagenet import ImageRun
-from processes import assert_same, assert_same_runs, until
+from processes import assert_same, until
 from torch import nn
 
-from filter_grafting import graft
 from filter_grafting.checkpoint import load, save
-from filter_grafting.errors import CheckpointError, GraftingError, MismatchError
+from filter_grafting.errors import GraftingError, MismatchError
 from grafting_imagenet import flags, models
 from training.loop import cross_entropy
 from training.models import read_checkpoint
@@ -57,18 +56,6 @@ def test_every_model_trains(name):
     cross_entropy(outputs, labels, aux=models.AUXILIARY_WEIGHT.get(name, 0)).backward()
     # DistributedDataParallel waits for the gradient of every parameter.
     assert [key for key, entry in network.named_parameters() if entry.grad is None] == []
-
-
-@pytest.mark.parametrize("name", ["googlenet", "mnasnet0_5"])  # the one has auxiliary heads, the other a version
-def test_a_model_is_grafted_and_saved(name, tmp_path):
-    network = build(name, 64)
-    before = next(network.parameters()).detach().clone()
-    assert graft(network, {key: entry.flip(0) if entry.dim() else entry for key, entry in network.state_dict().items()})
-    assert not torch.equal(next(network.parameters()), before)
-    save(tmp_path / "network.tar", {"state_dict": dict(network.state_dict())})
-    other = build(name, 64)
-    models.load_weights(other, read_checkpoint(tmp_path / "network.tar")[0], tmp_path / "network.tar")
-    assert_same(dict(other.state_dict()), dict(network.state_dict()))
 
 
 def test_pooling_that_does_nothing_goes_for_it_has_no_deterministic_gradient():
@@ -122,24 +109,17 @@ def test_pretrained_without_a_network_or_with_a_damaged_file(monkeypatch, tmp_pa
 # Checkpoints of others
 
 
-def test_weights_are_loaded_whatever_wrapped_them(tmp_path):
-    source = build("squeezenet1_1", 64).state_dict()
-    # As PyTorch's example saves AlexNet and VGG, whose features alone it puts into DataParallel; compiled, too.
-    wrapped = {f"_orig_mod.{key.replace('features.', 'features.module.')}": entry for key, entry in source.items()}
+def test_weights_are_loaded_whatever_wrapped_them_and_a_misfit_is_named(tmp_path):
+    source = build("mnasnet0_5", 64).state_dict()  # which asks for its version, that of the network and not the file's
+    # As PyTorch's example saves AlexNet and VGG, parts of which it puts into DataParallel; compiled, too.
+    wrapped = {f"_orig_mod.{key.replace('layers.', 'layers.module.')}": entry for key, entry in source.items()}
     for contents in (source, {"state_dict": wrapped}):
         save(tmp_path / "x", contents)
-        target = build("squeezenet1_1", 64)
+        target = build("mnasnet0_5", 64)
         models.load_weights(target, read_checkpoint(tmp_path / "x")[0], tmp_path / "x")
         assert_same(dict(target.state_dict()), dict(source))
-
-
-def test_a_checkpoint_that_does_not_fit_is_named_for_what_it_is(tmp_path):
-    save(tmp_path / "x", {"model": {}, "optimizer": {}})
-    with pytest.raises(CheckpointError, match="it has the keys model, optimizer; expected net or state_dict"):
-        read_checkpoint(tmp_path / "x")
-    network, other = build("squeezenet1_1", 64), build("squeezenet1_0", 64)
-    with pytest.raises(MismatchError, match=r"x: features.0.weight: in the network \(64, 3, 3, 3\) float32, there"):
-        models.load_weights(network, other.state_dict(), tmp_path / "x")
+    with pytest.raises(MismatchError, match=r"x: features.0.weight: in the network \(64, 3, .* float32, there missing"):
+        models.load_weights(build("squeezenet1_1", 64), source, tmp_path / "x")
 
 
 # Runs
@@ -160,19 +140,8 @@ def test_a_ring_of_two(undisturbed_run):
         found = [contents[key] for key in ("epoch", "model", "image_size", "mean")]
         assert found == [2, NETWORK, 32, (0.485, 0.456, 0.406)]
         zoo.get_model(NETWORK, num_classes=4).load_state_dict(contents["state_dict"])
-    names = {path.name for path in run.directory.glob("*.tar")}
-    assert {"pth0_2.tar", "pth1_2.tar", "best1.tar", "best2.tar"} <= names
     states = [load(run.directory / f"final{network}.tar")["state_dict"] for network in (1, 2)]
     assert not torch.equal(states[0]["conv1.0.weight"], states[1]["conv1.0.weight"])
-
-
-def test_killed_and_resumed_it_ends_as_if_undisturbed(make_image_run, undisturbed_run):
-    run = make_image_run(2, 3, "-a", NETWORK)
-    first, second = run.start(1, plan=[["at", "after graft", 2, "kill"]]), run.start(2)
-    assert first.wait() == -signal.SIGKILL
-    assert run.start(1, "--resume", "auto").wait() == 0, run.log(1)
-    assert second.wait() == 0
-    assert_same_runs(run, undisturbed_run)
 
 
 def test_evaluate_prints_the_accuracy_at_the_recorded_size_and_changes_nothing(make_image_run, undisturbed_run):
@@ -208,11 +177,7 @@ def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--resume", "nowhere.tar"], "/nowhere.tar, from which it starts, is not there"),
-        (
-            ["-a", "squeezenet1_1", "--resume", "{best}"],
-            "is of a shufflenet_v2_x0_5, and -a says squeezenet1_1",
-        ),
+        (["-a", "squeezenet1_1", "--resume", "{best}"], "is of a shufflenet_v2_x0_5, and -a says squeezenet1_1"),
         (["--start-epoch", "5"], "nothing to train: the first epoch would be 5, and --epochs is 2"),
         (["--data", "nowhere"], "/nowhere does not exist"),
     ],
@@ -228,8 +193,8 @@ def test_what_cannot_start_ends_in_a_sentence_and_leaves_no_trace(make_image_run
 def test_with_val_and_test_the_one_chooses_and_the_other_is_reported(make_image_run, class_folders, tmp_path):
     data = shutil.copytree(class_folders, tmp_path / "images")
     shutil.copytree(data / "val", data / "test")
-    for path in (data / "test").rglob("*.*"):
-        path.unlink() if "1" in path.stem and len(list(path.parent.iterdir())) > 1 else None
+    for path in (data / "test").rglob("1.png"):
+        path.unlink()
     run = make_image_run(1, 3, "-p", "2", data=data).finish()
     rows = run.outcome(1)["tables"]["metrics"]
     scores = [float(row["val_accuracy"]) for row in rows]
