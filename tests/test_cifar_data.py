@@ -272,6 +272,22 @@ def test_without_a_network_the_user_is_told_what_to_put_where(tmp_path, monkeypa
     assert str(caught.value).endswith(f"put {archive} from https://www.cs.toronto.edu/~kriz/{archive} into {tmp_path}")
 
 
+# ---- Glyphs
+
+
+def test_glyphs_are_the_same_for_everyone_and_in_equal_shares():
+    drawn = glyphs.draw()
+    for (images, labels), n in zip(drawn, (10_000, 2_000), strict=True):
+        assert images.shape == (n, 32, 32, 3) and images.dtype == torch.uint8
+        assert torch.bincount(labels).tolist() == [n // 10] * len(glyphs.CLASSES)
+        assert len({image.tobytes() for image in images.numpy()}) == n
+    generator = np.random.default_rng(2020)
+    labels = generator.permutation(np.arange(10_000) % 10)
+    images = np.stack([glyphs.draw_image(str(label), generator) for label in labels[:20]])
+    assert np.array_equal(drawn[0][1], labels) and np.array_equal(drawn[0][0][:20], images)
+    assert (glyphs.VERSION, zlib.crc32(images)) == ("2", 0x4A696FEC), "new images, new version"
+
+
 def test_glyphs_are_drawn_once(tmp_path, monkeypatch):
     def draw():
         return [(torch.zeros((n, 32, 32, 3), dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (3, 2)]

