@@ -1,12 +1,11 @@
 """Using a trained model: evaluate.py, predict.py and export.py on files of both scripts, and what they refuse."""
 
-import importlib
 import json
 import shlex
-import sys
 
 import numpy as np
 import pytest
+import ranks
 import torch
 import torchvision
 from PIL import Image
@@ -15,21 +14,6 @@ from saved import CLASSES, IMAGENET, call, save_imagenet_model, save_model, trai
 from analysis import evaluate, export, predict
 from grafting_cifar import models
 from grafting_cifar.data import MEAN, STD
-
-
-@pytest.fixture
-def own_model(tmp_path, monkeypatch):
-    """A small model of one's own, called `mine:net` in the folder to which the test goes."""
-    (tmp_path / "mine.py").write_text(
-        "from torch import nn\n"
-        "def net(num_classes):\n"
-        "    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()\n"
-        "    return nn.Sequential(nn.Conv2d(3, 4, 3), *pooled, nn.Linear(4, num_classes))\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    return importlib.import_module("mine").net(2).eval()
 
 
 def probabilities(model, path, size, mean, std):
@@ -93,13 +77,6 @@ def test_predictions_are_those_of_the_model(tmp_path, images, size):
         assert float(value) == pytest.approx(100 * expected[CLASSES.index(name)].item(), abs=0.5)
 
 
-def test_models_of_imagenet_and_of_ones_own_are_evaluated(tmp_path, images, own_model):
-    own = save_model(tmp_path / "b.t7", own_model.state_dict(), model="mine:net")
-    for file in save_imagenet_model(tmp_path / "a.tar")[0], own:
-        status, output, _ = call(evaluate, file, "--data", images)
-        assert status == 0 and "of 8 test images" in output and f"{file})" in output
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -118,11 +95,11 @@ def test_what_cannot_be_evaluated_is_one_sentence(tmp_path, images, changes, rea
 # ---- Export
 
 
-def test_the_files_hold_the_model_and_what_the_checkpoint_says(tmp_path, own_model, monkeypatch):
+def test_the_files_hold_the_model_and_what_the_checkpoint_says(tmp_path, monkeypatch):
     safetensors = pytest.importorskip("safetensors.torch")
     monkeypatch.delitem(export.FILES, "model.onnx")  # which takes half of a minute
-    command = ["python", "grafting.py", "--data", "my images"]
-    file = save_model(tmp_path / "best1.t7", own_model.state_dict(), model="mine:net", command=command)
+    command, model = ["python", "grafting.py", "--data", "my images"], ranks.tiny(2).eval()
+    file = save_model(tmp_path / "best1.t7", model.state_dict(), model="ranks:tiny", command=command)
     status, _, _ = call(export, file, tmp_path / "out", "--name", "my-model")
     assert status == 0
     monkeypatch.chdir(tmp_path / "out")
@@ -131,14 +108,14 @@ def test_the_files_hold_the_model_and_what_the_checkpoint_says(tmp_path, own_mod
     names = {"torch": torch}
     exec(card.split("```python\n")[1].split("\n```")[0], names)  # the line that loads the model
     images = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(names["model"](images), own_model(images))
-    loaded, state = safetensors.load_file("model.safetensors"), own_model.state_dict()
+    torch.testing.assert_close(names["model"](images), model(images))
+    loaded, state = safetensors.load_file("model.safetensors"), model.state_dict()
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["architecture"], config["classes"], config["image_size"]) == ("mine:net", CLASSES, 32)
+    assert (config["architecture"], config["classes"], config["image_size"]) == ("ranks:tiny", CLASSES, 32)
     assert (config["accuracy"], config["epoch"], config["settings"]["lr"]) == (50.0, 3, 0.1)
-    assert config["filters"] == 4 and config["invalid_filters"].keys() == {"0.1", "0.01"}
+    assert config["filters"] == 24 and config["invalid_filters"].keys() == {"0.1", "0.01"}
     for words in (
         "# my-model\n",
         "Test accuracy: 50.00 % after epoch 3",

@@ -1,7 +1,6 @@
 """The filter comparison: its counts against NumPy's, the checkpoints that it reads, and what it says of others."""
 
 import numpy as np
-import pytest
 import torch
 from saved import call, filters_of, rows_of
 
@@ -40,25 +39,16 @@ def test_counts_are_those_of_a_loop_over_all_filters(tmp_path):
     assert rows[2]["shortcuts"].endswith(" of 456") and rows[2]["shortcuts"] != "0 of 456"
 
 
-def wrapped(state):
-    return {f"module.{key}": entry for key, entry in state.items()}
-
-
-FORMS = {
-    "authors'": lambda state: {"net": wrapped(state), "acc": 90.5, "epoch": 3},
-    "ImageNet": lambda state: {"state_dict": wrapped(state), "arch": "resnet18", "best_acc1": torch.tensor(3.0)},
-    "bare": lambda state: state,
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_checkpoint_is_read_and_thresholds_are_the_users(tmp_path, form):
+def test_every_form_of_checkpoint_is_read_and_thresholds_are_the_users(tmp_path):
     state = filters_of((0.5, 2.0, float("nan")), (0.05, 0.02, 5.0))
-    torch.save(FORMS[form](state), tmp_path / "net.t7")
-    status, output, _ = call(filter_comparison, "--r", tmp_path / "net.t7", "--threshold", "1", "2.5", "2")
+    wrapped = {f"module.{key}": entry for key, entry in state.items()}
+    torch.save({"net": wrapped, "acc": 90.5, "epoch": 3}, tmp_path / "authors.t7")
+    torch.save({"state_dict": wrapped, "arch": "resnet18", "best_acc1": torch.tensor(3.0)}, tmp_path / "imagenet.tar")
+    torch.save(state, tmp_path / "bare")
+    status, output, _ = call(filter_comparison, "--r", *sorted(tmp_path.iterdir()), "--threshold", "1", "2.5", "2")
     assert status == 0
     found = [(row["threshold"], row["invalid"], row["shortcuts"]) for row in rows_of(output)]
-    assert found == [("1", "2", "2 of 3"), ("2.5", "3", "2 of 3"), ("2", "2", "2 of 3")], "NaN is invalid"
+    assert found == [("1", "2", "2 of 3"), ("2.5", "3", "2 of 3"), ("2", "2", "2 of 3")] * 3, "NaN is invalid"
 
 
 def test_what_cannot_be_read_is_named_in_a_line_and_the_rest_is_shown(tmp_path):
