@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,17 +34,13 @@ class Checkout:
             wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             wheel.writestr(f"{about}/RECORD", "")
 
-    def start(self, *files: str) -> subprocess.Popen:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
-        environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": self.wheels.as_uri()}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, "training/venv.py", *files], cwd=self.root, env=environment, **pipes)
-
     def __call__(self, *files: str) -> tuple[int, str, str]:
         """(exit status, what it found, messages)."""
-        with self.start(*files) as process:
-            output, errors = process.communicate()
-        return process.returncode, output.removesuffix("\n"), errors
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+        environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": self.wheels.as_uri()}
+        command = [sys.executable, "training/venv.py", *files]
+        ended = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
+        return ended.returncode, ended.stdout.removesuffix("\n"), ended.stderr
 
 
 @pytest.fixture
@@ -56,12 +53,11 @@ def test_venv_is_made_by_one_call_at_a_time_and_completed_and_reused(checkout):
     status, _, messages = checkout("needs.txt")
     assert status == 1 and "the installation failed; the same command tries once more" in messages
     checkout.make_package("graftingone")
-    both = [checkout.start("needs.txt") for _ in range(2)]
-    said = [process.communicate() for process in both]
-    assert [output for output, _ in said] == [f"{checkout.python}\n"] * 2, said
-    assert sum(messages.count("Successfully installed") for _, messages in said) == 1
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(checkout, ["needs.txt"] * 2))
+    assert [(status, found) for status, found, _ in both] == [(0, str(checkout.python))] * 2, both
+    assert sum(messages.count("Successfully installed") for *_, messages in both) == 1
     assert checkout("needs.txt") == (0, str(checkout.python), ""), "the second time there is nothing to do"
-
     subprocess.run([checkout.python, "-c", "import graftingone, numpy, tqdm"], check=True)
 
 
