@@ -9,6 +9,7 @@ import urllib.error
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import torchvision.models as zoo
 from imagenet import ImageRun
@@ -20,8 +21,6 @@ from filter_grafting.errors import GraftingError, MismatchError
 from grafting_imagenet import flags, models
 from training.loop import cross_entropy
 from training.models import read_checkpoint
-
-NETWORK = "shufflenet_v2_x0_5"  # the smallest of torchvision's with batch norm
 
 # Every model
 
@@ -127,26 +126,34 @@ def test_weights_are_loaded_whatever_wrapped_them_and_a_misfit_is_named(tmp_path
 
 @pytest.fixture(scope="session")
 def undisturbed_run(tmp_path_factory, class_folders):
-    return ImageRun(tmp_path_factory.mktemp("undisturbed") / "run", class_folders, 2, 3, ("-a", NETWORK)).finish()
+    return ImageRun(tmp_path_factory.mktemp("undisturbed") / "run", class_folders, 2, 3).finish()
+
+
+def refused(run, network, *flags):
+    """The sentence in which a start ends."""
+    process = run.start(network, *flags)
+    assert (process.wait(), process.sentence().count("\n")) == (1, 1), process.output()
+    return process.sentence()
 
 
 def test_a_ring_of_two(undisturbed_run):
-    run = undisturbed_run
+    states = []
     for network in (1, 2):
-        lines = [line for line in run.log(network).splitlines() if line.startswith(f"Network:{network}")]
+        log = undisturbed_run.log(network)
+        lines = [line for line in log.splitlines() if line.startswith(f"Network:{network}")]
         pattern = r"Network:%d    epoch:%d    accuracy:\d+\.\d{3}    best:\d+\.\d{3}    accuracy@5:100\.000    loss:.*"
         assert [bool(re.fullmatch(pattern % (network, epoch), line)) for epoch, line in enumerate(lines)] == [True] * 3
-        contents = load(run.directory / f"final{network}.tar")
+        contents = load(undisturbed_run.directory / f"final{network}.tar")
         found = [contents[key] for key in ("epoch", "model", "image_size", "mean")]
-        assert found == [2, NETWORK, 32, (0.485, 0.456, 0.406)]
-        zoo.get_model(NETWORK, num_classes=4).load_state_dict(contents["state_dict"])
-    states = [load(run.directory / f"final{network}.tar")["state_dict"] for network in (1, 2)]
-    assert not torch.equal(states[0]["conv1.0.weight"], states[1]["conv1.0.weight"])
+        assert found == [2, "ranks:tiny", 32, (0.485, 0.456, 0.406)]
+        states.append(contents["state_dict"])
+        ranks.tiny(4).load_state_dict(states[-1])
+    assert not torch.equal(states[0]["0.weight"], states[1]["0.weight"])
 
 
 def test_evaluate_prints_the_accuracy_at_the_recorded_size_and_changes_nothing(make_image_run, undisturbed_run):
     best = undisturbed_run.directory / "best1.tar"
-    run = make_image_run(1, 1, "-a", NETWORK)
+    run = make_image_run(1, 1)
     place = run.flags.index("--image_size")
     del run.flags[place : place + 2]
     assert run.start(1, "-e", "--resume", best).wait() == 0, run.started[-1].output()
@@ -160,11 +167,11 @@ def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
     start = ours["epoch"] + 1
     # As PyTorch's example writes it, of a network in DistributedDataParallel.
     state = {f"module.{key}": entry for key, entry in ours["state_dict"].items()}
-    example = {"epoch": start, "arch": NETWORK, "state_dict": state, "optimizer": ours["extra"]["optimizer"]}
+    example = {"epoch": start, "arch": "ranks:tiny", "state_dict": state, "optimizer": ours["extra"]["optimizer"]}
     finals = []
     for name, contents in (("example.tar", example), ("ours.tar", ours)):
         save(tmp_path / name, contents)
-        run = make_image_run(1, start + 1, "-a", NETWORK, "--resume", str(tmp_path / name), "--momentum", "0.5")
+        run = make_image_run(1, start + 1, "--resume", str(tmp_path / name), "--momentum", "0.5")
         assert run.start(1).wait() == 0, run.started[-1].output()
         assert f"started from {tmp_path / name}, at epoch {start}" in run.log(1)
         assert re.findall(r"epoch:(\d+)", run.log(1)) == [str(start)]
@@ -177,16 +184,14 @@ def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["-a", "squeezenet1_1", "--resume", "{best}"], "is of a shufflenet_v2_x0_5, and -a says squeezenet1_1"),
+        (["-a", "squeezenet1_1", "--resume", "{best}"], "is of a ranks:tiny, and -a says squeezenet1_1"),
         (["--start-epoch", "5"], "nothing to train: the first epoch would be 5, and --epochs is 2"),
         (["--data", "nowhere"], "/nowhere does not exist"),
     ],
 )
 def test_what_cannot_start_ends_in_a_sentence_and_leaves_no_trace(make_image_run, undisturbed_run, flags, sentence):
     run = make_image_run(1, 2)
-    process = run.start(1, *(flag.format(best=undisturbed_run.directory / "best1.tar") for flag in flags))
-    assert (process.wait(), process.sentence().count("\n")) == (1, 1), process.output()
-    assert sentence in process.sentence()
+    assert sentence in refused(run, 1, *(flag.format(best=undisturbed_run.directory / "best1.tar") for flag in flags))
     assert not run.directory.exists()
 
 
@@ -195,7 +200,7 @@ def test_with_val_and_test_the_one_chooses_and_the_other_is_reported(make_image_
     shutil.copytree(data / "val", data / "test")
     for path in (data / "test").rglob("1.png"):
         path.unlink()
-    run = make_image_run(1, 3, "-p", "2", data=data).finish()
+    run = make_image_run(1, 3, "-a", "shufflenet_v2_x0_5", "-p", "2", data=data).finish()
     rows = run.outcome(1)["tables"]["metrics"]
     scores = [float(row["val_accuracy"]) for row in rows]
     assert rows[-1]["best"] == rows[scores.index(max(scores))]["test_accuracy"]
@@ -203,6 +208,62 @@ def test_with_val_and_test_the_one_chooses_and_the_other_is_reported(make_image_
     fields = "    ".join(f"{name} .*" for name in ("Time", "Data", "Loss", "Acc@1", "Acc@5"))
     lines = re.findall(rf"^Epoch: \[0\]\[(\d)/4\]    {fields}$", run.log(1), re.MULTILINE)
     assert lines == ["0", "2"]
+
+
+# Runs that start from a checkpoint of another one: killed at any moment, they go on from there
+
+JOINED = r"after rename network\d\.json"
+
+
+@pytest.fixture
+def files(undisturbed_run):
+    """Checkpoints to start from, of two networks; the epoch after theirs is 2."""
+    return [undisturbed_run.checkpoint(network, 1) for network in (1, 2)]
+
+
+def assert_ends_as_undisturbed(run, undisturbed, files):
+    """Both runs start from the files; the other one, which nothing disturbs, is started here."""
+    for process in [undisturbed.start(network, "--resume", file) for network, file in enumerate(files, 1)]:
+        assert process.wait() == 0, process.output()
+    for network in range(1, run.networks + 1):
+        outcome = run.outcome(network)
+        assert [row["epoch"] for row in outcome["tables"]["metrics"]] == ["2", "3"]
+        assert_same(outcome, undisturbed.outcome(network), f"network {network}")
+
+
+def killed(run, network, event, *flags):
+    process = run.start(network, *flags, plan=[["at", event, 1, "kill"]])
+    assert process.wait() == -signal.SIGKILL, process.output()
+
+
+def test_killed_it_goes_on_from_its_file_which_counts_only_until_it_has_a_checkpoint_of_its_own(
+    make_image_run, files, tmp_path
+):
+    file, moved = shutil.copy(files[0], tmp_path / "start.tar"), tmp_path / "moved.tar"
+    run = make_image_run(1, 4)
+    killed(run, 1, JOINED, "--resume", file)
+    os.rename(file, moved)
+    gone = f"network 1 has no checkpoint of its own yet, and {file}, from which it starts, is not there: "
+    assert gone in refused(run, 1, "--resume")
+    both = ["--resume", os.path.relpath(moved), "--resume", "auto"]
+    killed(run, 1, "after train", *both)
+    killed(run, 1, "after line 2", "--resume", moved)
+    assert "network 1 has already run in" in refused(run, 1, "--resume", moved)
+    moved.unlink()
+    assert run.start(1, *both).wait() == 0, run.started[-1].output()
+    assert_ends_as_undisturbed(run, make_image_run(1, 4), files[:1])
+
+
+def test_networks_of_a_ring_each_go_on_from_their_own_file_and_none_is_guessed(make_image_run, files):
+    run = make_image_run(2, 4)
+    killed(run, 1, JOINED, "--resume", files[0])
+    first = run.start(1, "--resume", "auto")
+    run.reaches(1, "waiting", 2)
+    assert "start_epoch is 0 here and 2 in the run" in refused(run, 2, "--resume")
+    killed(run, 2, JOINED, "--resume", files[1])
+    for process in run.start(2, "--resume"), first:
+        assert process.wait() == 0, process.output()
+    assert_ends_as_undisturbed(run, make_image_run(2, 4), files)
 
 
 # Processes that decode images
