@@ -215,11 +215,10 @@ def test_ranks_evaluate_every_image_once(folder, ranks):
 # ---- Files that cannot be read
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_file_ends_the_epoch_with_its_name(folder, workers):
+def test_an_unreadable_file_ends_the_epoch_with_its_name(folder):
     path = write(folder / "val" / "bee" / "1.jpg", b"nothing")
     with pytest.raises(DataError) as caught:
-        epoch(batches(folder, False, workers=workers))
+        epoch(batches(folder, False, workers=1))
     assert str(caught.value).startswith(f"{path} cannot be read as an image") and "--skip_bad" in str(caught.value)
 
 

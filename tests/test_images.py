@@ -71,31 +71,21 @@ def test_which_split_is_for_what(folder):
         write(folder / "test/0.jpg")
 
 
-def remove(path):
-    return lambda folder: shutil.rmtree(folder / path)
-
-
-def rename(old, new):
-    return lambda folder: (folder / old).rename(folder / new)
-
-
-MISTAKES = {
-    "missing": (remove("."), ["does not exist: the images of each class belong into train/<class>/"]),
-    "no train": (rename("train", "training"), ["lacks class folders in train/", "belong into train/<class>/"]),
-    "no test": (remove("test"), ["lacks class folders in train/, or in test/ and val/"]),
-    "classes that differ": (rename("train/ant", "train/emu"), ["one of them alone has ant, emu"]),
-    "val differs": (lambda f: write(f / "val/ant/0.jpg"), ["train/ and val/", "alone has bee, cat"]),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistaken_folder_is_answered_with_one_sentence(folder, mistake):
-    change, parts = MISTAKES[mistake]
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (shutil.rmtree, "does not exist: the images of each class belong into train/<class>/"),
+        (lambda folder: (folder / "train").rename(folder / "training"), "lacks class folders in train/, or"),
+        (lambda folder: shutil.rmtree(folder / "test"), "lacks class folders in train/, or in test/ and val/"),
+        (lambda folder: (folder / "train/ant").rename(folder / "train/emu"), "but one of them alone has ant, emu"),
+        (lambda folder: write(folder / "val/ant/0.jpg"), "train/ and val/ of .*, but one of them alone has bee, cat"),
+    ],
+)
+def test_a_mistaken_folder_is_answered_with_one_sentence(folder, change, words):
     change(folder)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=words) as caught:
         class_folders(folder)
-    for part in (str(folder), *parts):
-        assert part in str(caught.value)
+    assert str(folder) in str(caught.value)
 
 
 def test_a_checksum_of_labels_in_their_order_stays_what_it_is_in_checkpoints():
