@@ -19,11 +19,6 @@ from training import launch
 GLYPHS = ("--data", "glyphs", "--device", "cpu")
 
 
-def flag(words, name):
-    """What counts of a flag: its last value."""
-    return [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == name][-1]
-
-
 def test_help_is_given_anywhere_and_nothing_is_touched(project):
     for words in ("--help", "demo --help", "status -h", "--model vgg16 --help", "stop x --help"):
         status, output, errors = project(*words.split())
@@ -65,7 +60,7 @@ def test_networks_start_as_nohup_would_start_them(project):
     for i in (1, 2):
         said = project.status("it's $HOME", i)
         assert said["session"] == said["pid"] and said["stdin"] == "", "a session of its own, an empty standard input"
-        assert (said["cwd"], flag(said["command"], "--i")) == (str(project.cwd), str(i))
+        assert (said["cwd"], said["command"][-2:]) == (str(project.cwd), ["--i", str(i)])
         assert said["threads"] == str(max(1, launch.cores() // 2))
     first = project.status("it's $HOME", 1)
     subprocess.run(["sh", "-c", f"{output.splitlines()[0]} wait"], cwd=project.cwd, check=True)  # can be pasted

@@ -115,21 +115,20 @@ def test_unfinished_networks_are_reported_as_such(tmp_path):
     assert (rows[2]["<0.1"], rows[3]["best %"], rows[3]["<0.1"]) == ("2", "–", "–"), "counted in best3"
 
 
-DAMAGES = {
-    "metrics1.csv ends after epoch 0 of 3": ("metrics1.csv", Path.unlink),
-    "metrics1.csv is damaged: ": ("metrics1.csv", lambda path: path.write_bytes(b"\xff\xfe\n\x00")),
-    "metrics1.csv ends after epoch 2 of 3": ("metrics1.csv", lambda path: path.write_text(path.read_text()[:-1])),
-    "is damaged: it has no column layer": ("coefficients1.csv", lambda path: path.write_text("epoch\n")),
-    "coefficients1.csv is damaged: [Errno": ("coefficients1.csv", lambda path: (path.unlink(), path.mkdir())),
-    "final1 is missing": ("final1.t7", Path.unlink),
-    "final1.t7 is truncated, damaged or": ("final1.t7", lambda path: path.write_bytes(path.read_bytes()[:-100])),
-}
-
-
-@pytest.mark.parametrize("remark", DAMAGES)
-def test_damage_is_a_numbered_sentence_and_the_rest_is_read(tmp_path, remark):
+@pytest.mark.parametrize(
+    ("name", "damage", "remark"),
+    [
+        ("metrics1.csv", Path.unlink, "metrics1.csv ends after epoch 0 of 3"),
+        ("metrics1.csv", lambda path: path.write_bytes(b"\xff\xfe\n\x00"), "metrics1.csv is damaged: "),
+        ("metrics1.csv", lambda path: path.write_text(path.read_text()[:-1]), "metrics1.csv ends after epoch 2 of 3"),
+        ("coefficients1.csv", lambda path: path.write_text("epoch\n"), "is damaged: it has no column layer"),
+        ("coefficients1.csv", lambda path: (path.unlink(), path.mkdir()), "coefficients1.csv is damaged: [Errno"),
+        ("final1.t7", Path.unlink, "final1 is missing"),
+        ("final1.t7", lambda path: os.truncate(path, 1000), "final1.t7 is truncated, damaged or"),
+    ],
+)
+def test_damage_is_a_numbered_sentence_and_the_rest_is_read(tmp_path, name, damage, remark):
     directory = save_run(tmp_path / "run", [[50.0, 60.0, 70.0]] * 2)
-    name, damage = DAMAGES[remark]
     damage(directory / name)
     status, (first, second), output = run_report(directory)
     assert status == 0 and "[1]" in first["epochs"] and second["last %"] == "70.00"
