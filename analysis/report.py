@@ -19,7 +19,9 @@ from filter_grafting.membership import printable
 from training.flags import Parser, path
 
 WIDTH = 120  # columns of a terminal, which no line of the table is longer than
-GRAFTING = {"num", "a", "c", "level", "method", "scion", "criterion", "difflr"}  # settings that a baseline lacks
+# In which a run may differ from its baseline: the seed, and the settings of grafting and of its rivals.
+MAY_DIFFER = {"seed", "num", "a", "c", "level", "method", "scion", "criterion", "difflr"}
+MAY_DIFFER |= {"together", "networks"}  # of experiments/together.py
 COLUMNS = ["run", "network", "model", "method", "epochs", "best", "last", "gain", "seconds_per_epoch"]
 COLUMNS += ["total", "shortcut_total", "state", "file", "directory", "classes"]
 COLUMNS += [f"{kind}invalid_{threshold}" for kind in ("", "shortcut_") for threshold in THRESHOLDS]
@@ -58,7 +60,11 @@ def gain(run: Run, network: Network, runs: Sequence[Run]) -> float:
 
     Its settings are all but those of grafting; of several baselines that of the same seed counts, or else all.
     """
-    alike = [other for other in runs if other.is_baseline and other.recipe(GRAFTING) == run.recipe(GRAFTING)]
+
+    def recipe(one: Run) -> dict[str, str]:
+        return {key: str(value) for key, value in one.settings.items() if key not in MAY_DIFFER}
+
+    alike = [other for other in runs if other.is_baseline and recipe(other) == recipe(run)]
     alike = [other for other in alike if other.settings.get("seed") == run.settings.get("seed")] or alike
     compared = [one.metrics.set_index("epoch") for one in (network, *(other.networks[0] for other in alike))]
     courses = pd.concat([one["test_accuracy"] for one in compared], axis=1, join="inner")

@@ -11,7 +11,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,11 @@ class Run:
             return f"ensemble of {len(self.record['ensemble']['members'])}"
         if not self.networks:
             return "unreadable"
-        # Those of experiments/together.py leave one network.
-        name, num = self.settings.get("together") or self.settings.get("method", "grafting"), len(self.networks)
-        num = self.settings.get("networks", num)
-        name = f"{name} of {num}" if num > 1 else "baseline" if name == "grafting" else name
-        said = {key: self.settings.get(key, usual) for key, usual in USUAL.items()}
-        unusual = [f"{key} {value}" for key, value in said.items() if value != USUAL[key]]
+        method, num = method_and_number(self.settings)
+        name = f"{method} of {num}" if num > 1 else "baseline" if method == "grafting" else method
+        usual = USUAL | ({"a": 0.0} if method == "average" else {})  # which is grafting with this A
+        said = {key: self.settings.get(key, value) for key, value in usual.items()}
+        unusual = [f"{key} {value}" for key, value in said.items() if value != usual[key]]
         return ", ".join([name, *unusual]).replace(" True", "")
 
     @property
@@ -96,10 +95,11 @@ class Run:
         ends = [network.metrics["test_accuracy"].iloc[-1] for network in self.networks if len(network.metrics)]
         return sum(ends) / len(ends) if ends else 0.0
 
-    def recipe(self, without: Iterable[str] = ()) -> dict[str, str]:
-        """The settings that shaped its outcome: all but the seed and what belongs to one network alone."""
-        left_out = {"seed", "i", "s", "start_lr", *without}
-        return {key: str(value) for key, value in self.settings.items() if key not in left_out}
+
+def method_and_number(settings: Mapping[str, Any]) -> tuple[str, int]:
+    """(grafting or a rival of it, how many networks it trains), though experiments/together.py leaves one of them."""
+    method = settings.get("together") or settings.get("method", "grafting")
+    return method, settings.get("networks") or settings.get("num", 1)
 
 
 # ---- Reading

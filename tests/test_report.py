@@ -44,9 +44,10 @@ def test_gains_are_over_the_baseline_of_the_same_settings_at_the_last_common_epo
     save_run(tmp_path / "other_rate", [[90.0, 90.0, 90.0]], lr=0.2, seed=0)
     save_run(tmp_path / "two", [[50.0, 61.5, 62.0], [50.0, 62.5, 64.0]], lr=0.1, seed=0, difflr=True, a=0.6)
     save_run(tmp_path / "alive", [[50.0, 58.0]], lr=0.1, seed=0, states=("training",), scion="noise")
+    save_run(tmp_path / "rival", [[50.0, 60.0, 60.5]], lr=0.1, seed=0, together="mutual", networks=2)
     rows = [(row["run"].partition(":")[0], row["gain"]) for row in run_report(tmp_path)[1]]
     assert rows[:3] == [("other_rate", "–"), ("two", "+1.00"), ("two", "+3.00")], "the most accurate come first"
-    assert dict(rows[3:]) == {"base": "–", "alive": "-2.00", "other_seed": "–"}
+    assert dict(rows[3:]) == {"base": "–", "rival": "-0.50", "alive": "-2.00", "other_seed": "–"}
 
 
 def test_a_run_that_starts_from_a_checkpoint_is_compared_epoch_by_epoch(tmp_path):
@@ -61,10 +62,10 @@ def test_a_run_that_starts_from_a_checkpoint_is_compared_epoch_by_epoch(tmp_path
 
 def test_methods_and_runs_have_short_names():
     def method(count, **settings):
-        return Run(Path("run"), "run", settings, [Network(i) for i in range(count)]).method
+        return Run(Path("run"), "run", {"num": count} | settings, [Network(i) for i in range(count)]).method
 
     assert method(1, method="grafting", scion="external", a=0.4, c=500.0) == "baseline"
-    assert method(2, method="average", cos=True, difflr=True) == "average of 2, cos, difflr"
+    assert method(2, method="average", cos=True, difflr=True, a=0.0) == "average of 2, cos, difflr"
     assert method(1, together="mutual", networks=3) == "mutual of 3"
     assert method(3, criterion="l1", level="filter", a=0.6) == "grafting of 3, level filter, criterion l1, a 0.6"
     for paths, short in (
