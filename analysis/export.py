@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from anywhere, without being installed
 from analysis.loading import Trained, file_parser, load_trained
-from analysis.runs import count_filters, mean_and_deviation, program
+from analysis.runs import count_filters, mean_and_deviation, method_and_number, program
 from filter_grafting.errors import GraftingError
 from filter_grafting.membership import printable
 from training.flags import path
@@ -102,8 +102,10 @@ def config_of(trained: Trained) -> dict[str, Any]:
 
 def card(config: dict[str, Any], name: str) -> str:
     """The model card, as hubs show it."""
-    num, size, side = config["settings"].get("num", 1), config["image_size"], config["resize"].get("shorter_side")
-    how = "by itself" if num == 1 else f"with filter grafting, as one of {num} networks side by side"
+    size, side = config["image_size"], config["resize"].get("shorter_side")
+    method, num = method_and_number(config["settings"])
+    what = "filter grafting, as one of" if method == "grafting" else f"a rival of filter grafting ({method}),"
+    how = "by itself" if num == 1 else f"with {what} {num} networks side by side"
     invalid = ", ".join(f"{count} below {threshold}" for threshold, count in config["invalid_filters"].items())
     resized = f"the shorter side resized to {side} pixels, the centre cut out" if side else "resized to 32×32"
     rows = "\n".join(f"| {key} | {value} |" for key, value in config["settings"].items())

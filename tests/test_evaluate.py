@@ -12,6 +12,7 @@ from PIL import Image
 from saved import CLASSES, IMAGENET, call, save_imagenet_model, save_model, trained_like
 
 from analysis import evaluate, export, predict
+from analysis.loading import load_trained
 from grafting_cifar import models
 from grafting_cifar.data import MEAN, STD
 
@@ -125,6 +126,20 @@ def test_the_files_hold_the_model_and_what_the_checkpoint_says(tmp_path, monkeyp
         "resized to 32×32",
     ):
         assert words in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "how"),
+    [
+        ({"num": 3}, "with filter grafting, as one of 3"),
+        ({"num": 2, "method": "average"}, "with a rival of filter grafting (average), 2 networks"),
+        ({"num": 1, "together": "mutual", "networks": 2}, "with a rival of filter grafting (mutual), 2 networks"),
+        ({"num": 1, "method": "grafting"}, "by itself"),
+    ],
+)
+def test_the_card_says_how_the_model_was_trained(tmp_path, settings, how):
+    config = export.config_of(load_trained(save_model(tmp_path / "best1.t7", settings=settings)))
+    assert f" classes, trained {how}" in export.card(config, "name")
 
 
 @pytest.mark.slow
