@@ -68,7 +68,7 @@ def gains(cells: Cells, title: str) -> Figure:
     found = {name: np.array([gain(one, cells[one.row.baseline], name) for one in compared]).T for name, *_ in shown}
     lowest = -OFF * max(1, np.nanmax([mean for mean, *_ in found.values()]))
     for (name, label, marker, offset), colour in zip(shown, COLOURS, strict=False):
-        mean, low, high = found[name]
+        mean, low, high, _ = found[name]
         for y in np.flatnonzero(mean < lowest):  # a row that failed would leave no room for the others
             place = {"transform": panel.get_yaxis_transform(), "va": "center"}
             panel.text(0.01, y + offset, f"◂ −{-mean[y]:.1f}", color=colour, fontsize=7, **place)
@@ -80,7 +80,8 @@ def gains(cells: Cells, title: str) -> Figure:
     if papers:
         panel.plot(papers.values(), papers.keys(), "x", color="dimgrey", markersize=5, label="published")
     panel.axvline(0, color=BLACK, linewidth=0.8)
-    panel.set_yticks(range(len(compared)), [f"{one.row.label}  (n = {len(one.results)})" for one in compared])
+    labels = [f"{one.row.label}  (n = {n:g})" for one, n in zip(compared, found["last"][3], strict=True)]
+    panel.set_yticks(range(len(compared)), labels)
     panel.set_ylim(len(compared) - 0.5, -0.5)
     panel.grid(False, axis="y")
     panel.set_xlabel("gain in accuracy (percentage points), 95 % interval")

@@ -160,7 +160,7 @@ def section(cells: Cells) -> list[str]:
             "epochs of all": f"{one.first('epochs'):g} : {other.first('epochs'):g}",
             "difference of last": gain(one, other, "last"),
             "difference of best, by validation": gain(one, other, "picked"),
-            "n": len(one.results.index.intersection(other.results.index)),
+            "n": gain(one, other, "last").n,
         }
         for kind, one, other in pairs_of(cells)
         if kind == "rival"
@@ -184,7 +184,9 @@ def main_table(cells: Cells) -> pd.DataFrame:
         line["paper"] = "–" if paper is None else f"{paper:.2f}" if isinstance(paper, float) else paper
         line[f"best, {'by validation' if is_picked else 'on the test set'}"] = mean(one, "best")
         line |= {"last": mean(one, "last"), "top-5, last": mean(one, "top5")}
-        line |= {f"gain of {figure}": gain(one, baseline, figure) for figure in ("best", "last")}
+        for figure in "best", "last":
+            found, n = gain(one, baseline, figure), len(one.results)
+            line[f"gain of {figure}"] = f"{found}" + f" ({found.n} of {n})" * (0 < found.n < n)
         for kind, where in ("", ""), ("shortcut_", " in shortcuts"):
             for threshold in THRESHOLDS:  # `36.5 ± 0.7 of 1136`
                 count, total = mean(one, f"{kind}invalid_{threshold}", 1), one.first(f"{kind}total")
@@ -201,7 +203,7 @@ def with_figures(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean(one: Cell, figure: str, digits: int = 2) -> str:
-    return mean_and_deviation(one.results[figure].dropna(), digits) if len(one.results) else "not run"
+    return mean_and_deviation(one.results[figure], digits) if len(one.results) else "not run"
 
 
 def small_print(cells: Cells) -> list[str]:

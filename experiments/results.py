@@ -41,6 +41,7 @@ class Gain(NamedTuple):
     mean: float = math.nan
     low: float = math.nan
     high: float = math.nan
+    n: int = 0  # seeds that both have
 
     @property
     def verdict(self) -> str:
@@ -140,9 +141,10 @@ def gain(one: Cell, other: Cell | None, figure: str) -> Gain:
     is_made_of_it = one.row.run.startswith(f"{other.row.run}_ensemble")
     partners = one.results["alone"] if is_made_of_it else other.results[figure]
     differences = (one.results[figure].astype(float) - partners.astype(float)).dropna()
-    if len(differences) < 2 or differences.max() - differences.min() < 1e-9:
-        return Gain(differences.mean())
-    return Gain(differences.mean(), *stats.ttest_1samp(differences, 0).confidence_interval(0.95))
+    n = len(differences)
+    if n < 2 or differences.max() - differences.min() < 1e-9:
+        return Gain(differences.mean(), n=n)
+    return Gain(differences.mean(), *stats.ttest_1samp(differences, 0).confidence_interval(0.95), n)
 
 
 def pairs_of(cells: Cells) -> Iterator[tuple[str, Cell, Cell]]:
@@ -153,10 +155,10 @@ def pairs_of(cells: Cells) -> Iterator[tuple[str, Cell, Cell]]:
     """
     ran = [one for one in cells.values() if len(one.results)]
     for one, other in itertools.permutations(ran, 2):
-        costs_no_more = other.first("epochs") <= one.first("epochs")
+        run, costs_no_more = one.row.run, other.first("epochs") <= one.first("epochs")
         if one.row.is_grafting and other.row.label == one.row.baseline:
             yield "baseline", one, other
         elif one.row.is_grafting > other.row.is_grafting and one.row.baseline == other.row.baseline and costs_no_more:
             yield "rival", one, other
-        elif one.row.baseline is None and one.row.run == f"{other.row.run}_cos":
+        elif one.row.baseline is None and (run == f"{other.row.run}_cos" or other.row.run == f"{run}_steplr"):
             yield "schedule", one, other

@@ -3,6 +3,7 @@
 import math
 
 import numpy
+import pandas
 import pytest
 from finished import write_ensemble, write_run
 from PIL import Image
@@ -10,8 +11,8 @@ from saved import call
 from scipy import stats
 
 from experiments import plots, report
-from experiments.results import cells_of, read_results
-from experiments.tables import TABLES, Table
+from experiments.results import Cell, cells_of, pairs_of, read_results
+from experiments.tables import TABLES, Table, rows
 
 BASE, TWO, COSINE, DLR = (f"cifar10_resnet20_{flags}" for flags in ("num1", "num2", "num1_cos", "num2_difflr_cos"))
 EMA, ENSEMBLE = (f"cifar10_resnet20_{flags}" for flags in ("num1_ema", "num1_ensemble2"))
@@ -85,7 +86,9 @@ def test_an_ensemble_is_compared_with_the_mean_of_its_own_networks(tmp_path, run
     _, text = run_report(make_table("both"))
     assert row_of(text, "ResNet-20, both †")["gain of last"].startswith("+14.25 [")  # 85 - 71, and 86 - 71.5
     assert row_of(text, SINGLE)["n"] == "2"  # those of seeds 100 and 101 are there for the ensemble alone
-    assert "ResNet-20, both: its networks alone 71.25 ± 0.35 (mean); their uniform weight average 10.00." in text
+    assert (
+        "ResNet-20, both: its networks alone 71.25 ± 0.35 (mean); their uniform weight average 10.00 (1 of 2)." in text
+    )
 
 
 def test_best_is_picked_by_validation_where_there_is_one(tmp_path, run_report):
@@ -124,6 +127,27 @@ def test_what_the_schedule_does_is_told_apart_from_grafting(tmp_path, run_report
     _, text = run_report(TABLES["main"])
     assert "gains +5.00 [–] after the last epoch (ResNet-20, baseline, cosine against ResNet-20, baseline, " in text
     assert text.count("The cosine alone") == 1
+
+
+def test_on_imagenet_too_where_the_cosine_is_the_default():
+    cells = {row.label: Cell(row, pandas.DataFrame({"epochs": [90]})) for row in rows("imagenet", "paper")}
+    pairs = [(one.row.label, other.row.label) for kind, one, other in pairs_of(cells) if kind == "schedule"]
+    names = "ResNet-18", "ResNet-34", "ResNet-50"
+    assert pairs == [(f"{name}, baseline, cosine", f"{name}, baseline, steps") for name in names]
+
+
+def test_a_gain_over_fewer_seeds_than_its_row_has_says_over_how_many(tmp_path, run_report, monkeypatch):
+    labels = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: labels.append(figure.axes[0].get_yticklabels()) or path)
+    for seed in range(4):
+        write_run(tmp_path, TWO, seed, [[50.0, 82.0 + seed]] * 2)
+    for seed in range(2):
+        write_run(tmp_path, BASE, seed, [[50.0, 80.0]])
+    _, text = run_report(PAIR, with_plots=True)
+    assert (
+        row_of(text, GRAFTED)["gain of last"] == "+2.50 [−3.85, +8.85] (2 of 4)" and row_of(text, GRAFTED)["n"] == "4"
+    )
+    assert [label.get_text() for label in labels[0]] == [f"{GRAFTED}  (n = 2)"]
 
 
 # ---- What stands beside
