@@ -26,6 +26,7 @@ from analysis.runs import count_filters, program, read_checkpoint
 from experiments.results import read_result
 from experiments.tables import PRESETS, SEEDS, TABLES, Run, runs
 from filter_grafting.checkpoint import write_atomically
+from filter_grafting.errors import GraftingError
 from filter_grafting.membership import observe
 from training import launch
 from training.flags import ROOT, Parser, cores, number, path
@@ -232,9 +233,9 @@ def stop(jobs: list[Job]) -> None:
 
 
 def next_job(waiting: list[Job], running: list[Job], slots: int, gpus: list[str]) -> Job | None:
-    """The first whose networks fit in, or which would have to run alone; an ensemble waits for its members.
+    """The first that is ready, as an ensemble is after its members, if its networks fit in or would run alone.
 
-    Its networks have the GPUs that the fewest others are on.
+    They have the GPUs that the fewest others are on.
     """
 
     def size(job: Job) -> int:
@@ -258,12 +259,16 @@ def unfinished(jobs: list[Job]) -> list[Job]:
 
 
 def slurm(args: argparse.Namespace, jobs: list[Job]) -> str:
-    """A job array: each task runs one of the jobs, none of which is an ensemble; those come with a last call."""
+    """A job array: each task runs one of the jobs but for the ensembles, which come with a last call."""
     words = [sys.executable, str(ROOT / "experiments" / "run.py"), *args.tables, "--preset", args.preset]
     words += ["--seeds", str(args.seeds), "--work", str(args.work), "--results", str(args.results)]
     folders = [f"{name}={folder}" for name, folder in args.data.items() if name != "glyphs"]
-    again = shlex.join(words + ["--data", *folders] * bool(folders))
-    return SLURM.format(last=len(jobs) - 1, again=again, names="\n".join(f"  {job.run}" for job in jobs))
+    words += ["--data", *folders] * bool(folders) + ["--jobs", str(args.jobs)] * bool(args.jobs)
+    again = shlex.join(words + ["--only", *args.only] * bool(args.only))  # of two --only the second counts
+    tasks = [job.run for job in jobs if not job.run.members]
+    if not tasks:
+        raise GraftingError(f"there is nothing for a job array; what remains, this makes: {again}")
+    return SLURM.format(last=len(tasks) - 1, again=again, names="\n".join(f"  {run}" for run in tasks))
 
 
 def main() -> int:
@@ -281,7 +286,7 @@ def main() -> int:
                 print(f"{job.run}: {shlex.join(job.command_of(i))}")
         return 0
     if args.slurm:
-        print(slurm(args, [job for job in missing if not job.run.members]), end="")
+        print(slurm(args, missing), end="")
         return 0
     gpus = launch.gpus(None)
     slots = args.jobs or NETWORKS_PER_GPU * len(gpus) or cores()

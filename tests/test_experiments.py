@@ -115,6 +115,21 @@ def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, monkeypatch):
     assert f"--results {tmp_path}/$HOME's" in said and said.endswith("--only cifar10_resnet32_num2/seed1\n")
 
 
+def test_a_job_array_holds_the_runs_that_were_chosen_and_there_is_none_of_no_runs(call, tmp_path):
+    flags = ["fair", "--preset", "small", "--seeds", "1", "--slurm", "--jobs", "3"]
+    only = [PAIR, *MEMBERS, f"{ENSEMBLE}/seed0"]
+    script = call(*flags, "--only", *only)[1]
+    assert f"--jobs 3 --only {' '.join(only)}\n" in script and "--array=0-2\n" in script
+    assert script.count(f" --only {' '.join(only)} --only ") == 1, "a task runs its own run alone"
+    for seed in (0, 100):
+        write_run(tmp_path / "results", MEMBERS[0].partition("/")[0], seed, [[80.0]])
+        final = tmp_path / "work" / "small" / MEMBERS[seed // 100] / "final1.t7"
+        final.parent.mkdir(parents=True)
+        final.touch()
+    status, script, errors = call(*flags, "--only", f"{ENSEMBLE}/seed0")
+    assert (status, script) == (1, "") and f"this makes: {sys.executable} " in errors
+
+
 # ---- The order
 
 
