@@ -43,7 +43,7 @@ RATE = 0.01  # low enough for random labels
 
 
 def prepare(args: argparse.Namespace, name: str, variant: str) -> Callable[[int], object]:
-    """What trains for one epoch, given its seed."""
+    """What trains for one epoch, given its seed; 0 is that of the repetition which does not count."""
     task, words, device = data.make_task(args), variant.split("+"), args.device
     model, recipe = task.build(name).to(device).train(), {"lr": RATE, "momentum": 0.9, "weight_decay": 5e-4}
     if variant == "plain":
@@ -57,7 +57,13 @@ def prepare(args: argparse.Namespace, name: str, variant: str) -> Callable[[int]
     graph = is_cifar and "eager" not in words
     forward = compiled(model, device, "compile" in words, graph)
     step = TrainingStep(forward, optimizer, device=device, amp=amp, top5=not is_cifar, graph=graph)
-    return lambda seed: train_one_epoch(step, task.ours, lambda progress: RATE, seed=seed)
+
+    def run(seed: int) -> None:
+        # Of few images the repetition that does not count takes more than one epoch, to hold the capture of a graph.
+        for _ in range(1 if seed else 1 + step.WARM_UP // len(task.ours)):
+            train_one_epoch(step, task.ours, lambda progress: RATE, seed=seed)
+
+    return run
 
 
 train: Callable[[int], object]  # of a process that trains
@@ -76,7 +82,8 @@ def train_here(seed: int, device: torch.device) -> tuple[float, float]:
         train(seed)
         tools.wait_for(device)
     on_gpu = torch.cuda.max_memory_reserved() / 1e6 if device.type == "cuda" else 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, on_gpu
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, on_gpu
 
 
 class Team:

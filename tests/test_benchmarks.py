@@ -9,8 +9,9 @@ import pytest
 import torch
 from processes import Process, until
 
-from benchmarks import data, gpu, tools
+from benchmarks import data, gpu, tools, training
 from grafting_cifar import flags as cifar
+from training.loop import TrainingStep
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,19 @@ def test_a_step_that_outlasts_its_time_is_ended_with_its_children(tmp_path):
     pid = int((tmp_path / "pid").read_text())
     until(lambda: subprocess.getoutput(f"ps -o stat= {pid}")[:1] in ("", "Z"))
     assert gpu.execute(["-c", "raise SystemExit(3)"], tmp_path / "log", 60) == 3
+
+
+def test_a_graph_is_captured_in_the_repetition_that_does_not_count(monkeypatch):
+    steps, call = [], TrainingStep.__call__
+    monkeypatch.setattr(TrainingStep, "__call__", lambda *given: (steps.append(given), call(*given)))
+    parser = tools.parser("")
+    data.add_flags(parser, images=8, threads=1)
+    run = training.prepare(data.parse(parser, ["--batch_size", "4", "--device", "cpu"]), "resnet20", "ours")
+    run(0)
+    assert len(steps) > TrainingStep.WARM_UP
+    steps.clear()
+    run(1)
+    assert len(steps) == 2
 
 
 def test_a_benchmark_prints_its_table_and_keeps_its_rows(tmp_path, images, capsys):
