@@ -114,6 +114,7 @@ class Job:
         self.run, self.preset, self.failure, self.gpus = run, args.preset, "", []
         self.saved = args.work / args.preset  # of all runs
         self.save, self.results = self.saved / str(run), args.results / args.preset / str(run)
+        self.ensemble = self.save / "ensemble.json"
         self.images = args.data.get(run.data)
         self.lock = FileLock(self.save / "queue.lock", timeout=0)  # a run belongs to one queue at a time
         self.numbers = range(1, run.networks + 1)
@@ -121,14 +122,11 @@ class Job:
         self.processes: dict[int, subprocess.Popen] = {}
 
     def command_of(self, i: int) -> list[str]:
-        images = ["--data", self.images] if self.images else []
+        given, own = self.run.flags, ["--s", str(self.save), "--resume", "--i", str(i)]
         if self.run.members:
-            members = [str(self.saved / member) for member in self.run.members]
-            words = ["analysis/ensemble.py", *members, *images, "--json", str(self.save / "ensemble.json")]
-        else:
-            words = [self.run.script, *self.run.flags, *images, "--s", str(self.save)]
-            words += ["--resume", "--i", str(i)]
-        return [sys.executable, str(ROOT / words[0]), *words[1:]]
+            given, own = [str(self.saved / member) for member in self.run.members], ["--json", str(self.ensemble)]
+        images = ["--data", self.images] if self.images else []
+        return [sys.executable, str(ROOT / self.run.script), *given, *images, *own]
 
     def final(self, i: int) -> Path:
         return self.save / f"final{i}.{'tar' if self.run.data == 'imagenet' else 't7'}"
@@ -175,7 +173,7 @@ class Job:
         record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.results.mkdir(parents=True, exist_ok=True)
         if self.run.members:
-            found = json.loads((self.save / "ensemble.json").read_text())
+            found = json.loads(self.ensemble.read_text())
             record["ensemble"] = found | {"members": self.run.members}
         for i in self.numbers if not self.run.members else ():
             state, contents = read_checkpoint(self.final(i))

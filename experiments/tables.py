@@ -64,9 +64,7 @@ class Run(NamedTuple):
     @property
     def command(self) -> str:
         """The command that its results are of, wherever they and the images lie."""
-        if self.members:
-            return shlex.join(["python", "analysis/ensemble.py", *self.members])
-        return shlex.join(["python", self.script, *self.flags])
+        return shlex.join(["python", self.script, *(self.members or self.flags)])
 
 
 class Preset(NamedTuple):
@@ -355,10 +353,8 @@ def rows(table: str, preset_name: str) -> list[Row]:
             model = preset.models.get(published_model, published_model)
             label = f"{MODELS[model][0]}, {method}"
             baseline = label if method.startswith("baseline") else baseline
-            compared, paper = (
-                baseline if baseline != label else None,
-                figures[place] if preset_name == "paper" else None,
-            )
+            compared = baseline if baseline != label else None
+            paper = figures[place] if preset_name == "paper" else None
             shown = "glyphs" if data == "glyphs" else dataset
             row = Row(shown, label, compared, _run_name(data, model, flags), paper, data, model, flags)
             found.setdefault((dataset, label), row)  # models with the same stand-in: one row is enough
@@ -382,9 +378,8 @@ def _runs(preset: Preset, data: str, model: str, flags: str, seed: int) -> list[
     name, (count, _, of_one) = _run_name(data, model, flags), flags.rpartition(" x ")
     if count:
         members = [run for k in range(int(count)) for run in _runs(preset, data, model, of_one, seed + k * SEEDS)]
-        own = {"flags": (), "networks": 1, "epochs": sum(run.epochs for run in members), "cost": 0}
-        own["members"] = tuple(map(str, members))
-        return [*members, members[0]._replace(name=name, seed=seed, **own)]
+        epochs, names = sum(run.epochs for run in members), tuple(map(str, members))
+        return [*members, Run(name, seed, "analysis/ensemble.py", data, (), 1, epochs, 0, names)]
     of_imagenet = data == "imagenet"
     words = ["--arch" if of_imagenet else "--model", model, *(["--cifar", "100"] if data == "cifar100" else [])]
     words += (preset.imagenet if of_imagenet else preset.cifar).split()
