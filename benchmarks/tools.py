@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from training.flags import Parser, number
+from training.launch import detached
 from training.machine import hardware, versions
 from training.process import UsageError, pick_device
 
@@ -93,9 +94,7 @@ def processes() -> BaseContext:
 
 def start(words: list[str], log: Path, **variables: str) -> subprocess.Popen:
     """Starts `python words`, with its output at the end of a log; whoever ends its process group ends its children."""
-    with open(log, "ab") as output:
-        options = {"stdout": output, "stderr": output, "env": os.environ | variables, "start_new_session": True}
-        return subprocess.Popen([sys.executable, *words], **options)
+    return detached([sys.executable, *words], log, variables)
 
 
 class Table:
