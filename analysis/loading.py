@@ -96,7 +96,7 @@ def load_images(trained: Trained, source: str | Path | None = None) -> Images:
         images = imagenet.load(source)
     else:
         settings = trained.settings
-        images = cifar.load(source, 100 if settings.get("cifar") == 100 or len(trained.classes) == 100 else 10)
+        images = cifar.load(source, 100 if len(trained.classes) == 100 else 10)
         images = cifar.select(images, settings.get("images"), settings.get("val") or 0, settings.get("test_images"))
     own = trained.contents.get("classes") or images.classes
     if len(images.classes) != len(trained.classes) or own != images.classes:
