@@ -139,13 +139,14 @@ class Job:
             return False
 
     def start(self, threads: int) -> None:
-        """Starts the networks that neither are done nor live on from a killed queue. Raises Timeout: another has it."""
+        """Starts the networks that do not live on from a killed queue. Raises Timeout: another has it.
+
+        One that is done ends at once, if it was trained with these settings, and otherwise says in which it differs.
+        """
         self.save.mkdir(parents=True, exist_ok=True)
         self.lock.acquire()
-        seen = observe(self.save, self.numbers)
-        self.alive = {one.network for one in seen if one.alive}
-        done = {one.network for one in seen if one.state == "done" and self.final(one.network).exists()}
-        for i in {*self.numbers} - self.alive - done:
+        self.alive = {one.network for one in observe(self.save, self.numbers) if one.alive}
+        for i in {*self.numbers} - self.alive:
             variables = {"OMP_NUM_THREADS": str(threads)}
             variables |= {"CUDA_VISIBLE_DEVICES": self.gpus[i - 1]} if self.gpus else {}
             # Detached: Ctrl-C is for the queue, which passes it on.

@@ -263,6 +263,18 @@ def test_a_queue_leaves_what_a_report_needs_and_has_then_nothing_to_do(tmp_path,
     status, output, _ = call(*flags)
     assert status == 0 and re.match("1 runs, 1 of them done; .*\n0 runs done, 0 failed; ", output)
 
+    before = record.pop("finished")
+    (folder / "result.json").unlink()  # as if the queue had been killed just ahead of it
+    assert call(*flags)[0] == 0
+    record_again = json.loads((folder / "result.json").read_text())
+    assert record_again.pop("finished") > before and record_again == record
+    (folder / "result.json").unlink()
+    smoke = tables.PRESETS["smoke"]
+    monkeypatch.setitem(tables.PRESETS, "smoke", smoke._replace(cifar=f"{smoke.cifar} --momentum 0.8"))
+    status, _, errors = call(*flags)  # what the save directory holds is not the result of another command
+    assert status == 1 and "momentum is 0.8 here and was 0.9" in errors
+    assert not (folder / "result.json").exists()
+
 
 def test_networks_that_outlive_a_killed_queue_are_the_next_ones_and_a_run_has_one_queue(tmp_path, monkeypatch):
     started, collected = [], []
