@@ -56,6 +56,8 @@ def main() -> int:
     results, damages = read_results(directory, args.preset)
     chosen = TABLES if "all" in args.tables else args.tables
     tables = {name: found for name in chosen if (found := cells_of(name, args.preset, results))}
+    if not tables:
+        parser.error(f"argument --preset: {args.preset} runs nothing of {', '.join(chosen)}")
     out = args.out or directory
     (out / "plots").mkdir(parents=True, exist_ok=True)
     text = report(tables, args.preset, damages, out / "plots")

@@ -180,6 +180,11 @@ def test_all_tables_have_their_place(run_report, preset):
     assert ("RePr" in text) == ("92.83" in text) == ("36/1136" in text) == (preset == "paper")
 
 
+def test_tables_that_a_preset_does_not_run_leave_its_report_alone(tmp_path):
+    status, _, errors = call(report, "imagenet", "--preset", "small", "--results", tmp_path)
+    assert status == 2 and "small runs nothing of imagenet" in errors and not any(tmp_path.iterdir())
+
+
 def test_filters_information_flags_machine_and_time_stand_beside_the_accuracies_and_are_drawn(tmp_path, run_report):
     for seed, count in enumerate((30, 34)):
         more = {"information": 20.5 + seed, "amp": True}
