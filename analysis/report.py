@@ -21,7 +21,7 @@ from training.flags import Parser, path
 WIDTH = 120  # columns of a terminal, which no line of the table is longer than
 # In which a run may differ from its baseline: the seed, and the settings of grafting and of its rivals.
 MAY_DIFFER = {"seed", "num", "a", "c", "level", "method", "scion", "criterion", "difflr"}
-MAY_DIFFER |= {"together", "networks"}  # of experiments/together.py
+MAY_DIFFER |= {"together", "networks", "ema"}  # of experiments/together.py, and of --method ema in earlier runs
 COLUMNS = ["run", "network", "model", "method", "epochs", "best", "last", "gain", "seconds_per_epoch"]
 COLUMNS += ["total", "shortcut_total", "state", "file", "directory", "classes"]
 COLUMNS += [f"{kind}invalid_{threshold}" for kind in ("", "shortcut_") for threshold in THRESHOLDS]

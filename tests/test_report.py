@@ -99,6 +99,8 @@ def test_the_projects_own_results_are_read_without_a_remark():
     assert status == 0 and len(rows) > 50 and "[1]" not in output
     last = {row["run"].partition(":")[0]: row["last %"] for row in rows}
     assert last["num1/seed0"] == "69.48" and last["num1_ensemble2/seed0"] == "71.52"
+    names = {row["run"].partition(": ")[2] for row in rows if row["gain"] == "–"}
+    assert names == {"baseline", "baseline, cos", "ensemble of 2"}
 
 
 def test_unfinished_networks_are_reported_as_such(tmp_path):
