@@ -103,7 +103,8 @@ def of_networks(run: Run) -> dict[str, Any]:
     """`last`, `top5`, `information` and filters are means over the networks; `best` is that of any of them."""
     epochs = pd.concat([network.metrics for network in run.networks], ignore_index=True)
     ends = epochs.groupby("epoch").mean(numeric_only=True).iloc[-1]
-    has_validation = bool(run.settings.get("val"))  # images held out, by which the best epoch is picked
+    # Of images held out by --val, or of a folder of their own; the best epoch is picked by it, where there is one.
+    has_validation = "val_accuracy" in epochs and epochs["val_accuracy"].notna().any()
     best = epochs["test_accuracy"][epochs["val_accuracy" if has_validation else "test_accuracy"].idxmax()]
     found = {
         "precision": "bfloat16" if run.settings.get("amp") else "float32",

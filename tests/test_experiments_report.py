@@ -91,10 +91,11 @@ def test_an_ensemble_is_compared_with_the_mean_of_its_own_networks(tmp_path, run
     )
 
 
-def test_best_is_picked_by_validation_where_there_is_one(tmp_path, run_report):
-    write_run(tmp_path, BASE, 0, [[70.0, 90.0, 80.0]], validation=[[60.0, 61.0, 62.0]])
+@pytest.mark.parametrize("val", [500, 0])  # training images held out, or a folder val/
+def test_best_is_picked_by_validation_where_there_is_one(tmp_path, run_report, val):
+    write_run(tmp_path, BASE, 0, [[70.0, 90.0, 80.0]], validation=[[60.0, 61.0, 62.0]], val=val)
     validation = [[50.0, 51.0, 52.0], [99.0, 51.0, 52.0]]
-    write_run(tmp_path, TWO, 0, [[70.0, 90.0, 80.0], [75.0, 60.0, 85.0]], validation=validation)
+    write_run(tmp_path, TWO, 0, [[70.0, 90.0, 80.0], [75.0, 60.0, 85.0]], validation=validation, val=val)
     _, text = run_report(PAIR)
     assert row_of(text, GRAFTED)["best, by validation"] == "75.00"
     assert row_of(text, GRAFTED)["gain of best"] == "−5.00 [–]"
