@@ -66,8 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
                 results = [network.result() for network in networks]
             first, *_, last = (max(end for end, _ in epoch) for epoch in zip(*results, strict=True))
             seconds.append((last - first) / args.epochs)
-            latencies += [1000 * latency for network in results for _, latency in network[1:]]
-        row = {"N": n, "checkpoint (MB)": size, "latency (ms)": latencies, "wall time per epoch (s)": seconds}
+            latencies += [1000 * latency for network in results for _, latency in network[1:] if n > 1]
+        row = {"N": n, "checkpoint (MB)": size, "latency (ms)": latencies or "–", "wall time per epoch (s)": seconds}
         row["beyond the sleep (ms)"] = [1000 * (one - args.sleep) for one in seconds]
         table.add(**row)
 

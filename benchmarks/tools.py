@@ -120,7 +120,7 @@ class Table:
 
 
 def cell(value: Any) -> str:
-    """A number with three significant digits, without an exponent."""
+    """A number with three significant digits, or with all of those before its point."""
     if isinstance(value, list):
         return f"{cell(statistics.median(value))} ({cell(min(value))} to {cell(max(value))})"
     if isinstance(value, float):
