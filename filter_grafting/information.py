@@ -37,7 +37,7 @@ def entropy(weight: Tensor, bins: int = 10) -> float:
     if not weight.is_floating_point() or weight.numel() == 0:
         found = f"{weight.dtype} of shape {tuple(weight.shape)}"
         raise ValueError(f"weight: got {found}, expected a floating-point tensor that is not empty")
-    values = whole(weight).detach().flatten()
+    values = _values(weight).flatten()
     low, high = torch.stack(values.aminmax()).tolist()
     if not math.isfinite(high - low):
         raise ValueError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: it has no entropy")
@@ -55,7 +55,13 @@ def entropy(weight: Tensor, bins: int = 10) -> float:
 
 def l1_norm(weight: Tensor) -> float:
     """The sum of |w| over a whole layer: the criterion that the authors compare entropy with."""
-    return whole(weight).detach().abs().sum(dtype=torch.float64).item()
+    return _values(weight).abs().sum(dtype=torch.float64).item()
+
+
+def _values(weight: Tensor) -> Tensor:
+    """A weight, whole, on a device that computes in fp64: of Apple GPUs (MPS), which do not, on the CPU."""
+    values = whole(weight).detach()
+    return values.cpu() if values.device.type == "mps" else values
 
 
 CRITERIA = {"entropy": entropy, "l1": l1_norm}  # by the names that the scripts have for them

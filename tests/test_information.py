@@ -8,7 +8,7 @@ from naive import DEVICES, TOLERANCE, looped_entropy
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from filter_grafting import MismatchError, entropy, invalid_filters
+from filter_grafting import MismatchError, entropy, invalid_filters, l1_norm
 from filter_grafting.information import norms_by_layer
 from filter_grafting.scions import internal, noise
 from grafting_cifar import models
@@ -44,6 +44,27 @@ def test_a_value_on_an_edge_belongs_to_the_bin_above_and_the_maximum_to_none(dty
 def test_what_has_no_entropy_is_refused(weight, message):
     with pytest.raises(ValueError, match=message):
         entropy(weight)
+
+
+class OnMps(torch.Tensor):
+    """A tensor that says it is on an Apple GPU, and refuses fp64 as one does, until it is moved to the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function == torch.Tensor.device.__get__:
+            return torch.device("mps")
+        if function is torch.Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(torch.Tensor)
+        if any(value is torch.float64 for value in (*args, *(kwargs or {}).values())):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("criterion", [entropy, l1_norm])
+def test_a_weight_on_a_device_without_fp64_is_judged_as_elsewhere(criterion):
+    weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    assert criterion(weight.as_subclass(OnMps)) == criterion(weight)
 
 
 # L1 norms and invalid filters
