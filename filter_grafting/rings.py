@@ -331,7 +331,7 @@ class ProcessGroupRing:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
-        self.group = group
+        self.group = dist.group.WORLD if group is None else group  # torch < 2.8 knows no ranks of None
         self.networks = dist.get_world_size(group)
         self.network = dist.get_rank(group) + 1
         self.neighbour = self.network - 1 or self.networks

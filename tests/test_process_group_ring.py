@@ -55,6 +55,11 @@ def in_each_of_four(rank, folder):
         assert list(found) == ["head", *list(expected)[1:]] and found["more"] == expected["more"]
         for name, entry in zip(list(found)[:-1], expected.values(), strict=False):
             assert found[name].dtype == entry.dtype and found[name].tolist() == entry.tolist(), name
+    # The default group, as well where torch tells the ranks of a group alone, as before 2.8.
+    with pytest.MonkeyPatch.context() as patch:
+        ranks_of = dist.get_process_group_ranks
+        patch.setattr(dist, "get_process_group_ranks", lambda group: ranks_of({dist.group.WORLD: group}[group]))
+        assert ProcessGroupRing().swap({"rank": torch.tensor(rank)}, 8)["rank"] == (rank - 1) % 4
     with pytest.raises(GraftingError, match=r"networks 1 to 4 are at rounds \[0, 0, 0, 1\]; let all swap the same"):
         ProcessGroupRing().swap(state_of(rank), rank // 3)
 
