@@ -147,6 +147,7 @@ def graft(
             coefficient of the one before it.) A layer is judged by its `weight`, or else by the largest of the tensors
             that it has or that a parametrization computes its weight from; a pruned one by what is left of it.
         exclude: patterns of entries, by plain name (`("head.*",)`), that stay the network's own and are not compared.
+            A tensor with several names stays as it is if a pattern covers one of them.
         criterion: what is compared in the place of entropy: a function of a weight to a float, such as `l1_norm`.
 
     Returns: by plain module name, both entropies and the coefficient, at filter level a tensor (filters,).

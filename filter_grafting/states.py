@@ -200,6 +200,7 @@ def paired(
 def _blendable(model: nn.Module, own: Mapping[str, Any], other: State, skip: Collection[str]) -> dict[str, Tensor]:
     tensors = [*model.parameters(), *model.buffers()]
     memory = {place(tensor)[0] for tensor in tensors if not obstacle(tensor)}
+    kept = {place(own[key]) for key in skip if key in own and not obstacle(own[key])}  # under whatever other name
     entries: dict[object, tuple[str, Tensor]] = {}  # by where they lie, under their first name
     for key, entry in own.items():
         if key in skip or (key.endswith("_extra_state") and not isinstance(entry, Tensor)):
@@ -216,6 +217,8 @@ def _blendable(model: nn.Module, own: Mapping[str, Any], other: State, skip: Col
         at = place(entry)
         if at[0] not in memory:
             raise MismatchError(f"{key}: the state dict holds a copy, not the model's own (FSDP1?){advice(key)}")
+        if at in kept:
+            continue
         name, _ = entries.setdefault(at, (key, entry))
         if name != key and not torch.equal(other[name], other[key]):
             raise MismatchError(f"{key}: in the network it is {name}, in its neighbour they differ{advice(key)}")

@@ -142,6 +142,14 @@ def test_tied_weights_are_blended_once_by_the_first_of_their_layers_unless_the_n
     torch.testing.assert_close(model[0].weight.data, share * own["0.weight"] + (1 - share) * neighbour["0.weight"])
 
 
+@pytest.mark.parametrize("name", ["0.weight", "2.weight"])
+def test_a_tied_weight_stays_own_whichever_of_its_names_is_excluded(name):
+    model, neighbour = tied(1), tied(2).state_dict()
+    own = snapshot(model)
+    graft(model, neighbour, exclude=(name,))
+    assert torch.equal(model[0].weight, own["0.weight"]) and not torch.equal(model[1].weight, own["1.weight"])
+
+
 def overlapping(seed):
     """A buffer that is a part of the last convolution's own row of memory, and one that repeats a number."""
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3))
