@@ -202,6 +202,8 @@ class Membership:
             )
         if not 1 <= network <= networks:
             raise ValueError(f"network: got {network}, expected 1 to {networks}, the number of networks")
+        if not all(field in name for field in ("{index}", "{round}")):  # or networks would write to the same file
+            raise ValueError(f"name: got {name!r}, expected a file name with the fields {{index}} and {{round}}")
         self.directory, self.network, self.networks = Path(directory), network, networks
         self.run = ""
         self._name, self._pid = name, os.getpid()

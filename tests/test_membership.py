@@ -60,6 +60,13 @@ def has_run(ring, network=1, detail=""):
         (1, 2, {}, AlreadyRunError, r"network 1 has already run in .* \(stopped\): there is ckpt1_0\.t7; resume it \("),
         (2, 2, {"settings": {"a": object()}}, TypeError, r"settings\.a is <object .* give plain values"),
         (3, 2, {}, ValueError, "network: got 3, expected 1 to 2"),
+        (
+            2,
+            2,
+            {"name": "ckpt_{round}.t7"},
+            ValueError,
+            r"name: got 'ckpt_{round}\.t7', expected .* {index} and {round}",
+        ),
     ],
 )
 def test_a_refused_start_changes_nothing(tmp_path, ring, network, networks, options, error, words):
