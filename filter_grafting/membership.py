@@ -31,6 +31,7 @@ BEAT_SECONDS = 5.0  # how often a living network rewrites its status file
 TURN_SECONDS = 120.0  # how long a network that starts waits for another that does
 ENDED = ("done", "stopped", "failed")
 HOST = socket.gethostname()
+PROCESS = secrets.token_hex(8)  # with the pid: in containers of one host, each may be process 1
 Self = TypeVar("Self", bound="Membership")
 
 
@@ -210,7 +211,8 @@ class Membership:
         self._run_path, self._own_path = self.directory / "run.json", self.directory / f"network{network}.json"
         self._lock_path = self.directory / f"network{network}.lock"
         self._place = ExitStack()  # holds the lock
-        self._status: dict[str, Any] = {**details, "network": network, "num": networks, "host": HOST, "pid": self._pid}
+        self._status: dict[str, Any] = {**details, "network": network, "num": networks}
+        self._status |= {"host": HOST, "pid": self._pid, "process": PROCESS}
         self._mutex, self._left = threading.Lock(), threading.Event()
         self._step: int | None = None
         self._trouble = ""  # why the last checkpoint could not be written

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checkpoint import load, save
 from .errors import CheckpointError, GraftingError, NeighbourTimeout, UnreadableError
-from .membership import BEAT_SECONDS, ENDED, HOST, Membership, duration, is_held, read_status, status_of
+from .membership import BEAT_SECONDS, ENDED, HOST, PROCESS, Membership, duration, is_held, read_status, status_of
 from .states import State, plain_names, whole
 
 POLL_SECONDS = 0.02  # how often a waiting network looks for its neighbour's checkpoint
@@ -275,7 +275,7 @@ class _Watch:
         self.status, self.rounds = status_of(ring.neighbour, said, lives), ring._rounds(ring.neighbour)
         reached = said.get("round") if said.get("run") == ring.run else None
         self.obstacle = self.problem
-        if (said.get("host"), said.get("pid")) == (HOST, os.getpid()):
+        if (said.get("process"), said.get("pid")) == (PROCESS, os.getpid()):
             self.obstacle = (
                 "that network is of this same process: publish the weights of all networks before you wait for any, or "
                 "use graft_ring"

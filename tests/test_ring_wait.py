@@ -10,7 +10,7 @@ from ring_tools import Clock, write_status
 
 from filter_grafting import NeighbourTimeout, rings
 from filter_grafting.checkpoint import save
-from filter_grafting.membership import observe
+from filter_grafting.membership import PROCESS, observe
 
 STATE = {"weight": torch.zeros(2)}
 HERE = socket.gethostname()
@@ -133,8 +133,13 @@ def test_a_baseline_gets_its_own_weights(make):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"state": "starting", "epoch": None}, {"state": "training"}, {"state": "waiting", "step": 9, "round": 5}],
-    ids=["starts", "reports no steps", "waits"],
+    [
+        {"state": "starting", "epoch": None},
+        {"state": "training"},
+        {"state": "waiting", "step": 9, "round": 5},
+        {"host": HERE, "pid": os.getpid()},
+    ],
+    ids=["starts", "reports no steps", "waits", "has the same number in another container"],
 )
 def test_a_heartbeat_is_enough_of_one_that(make, tmp_path, clock, arrives, fields):
     ring = make(timeout=100)
@@ -166,7 +171,13 @@ PAST = r"network 2 is waiting for network 1 .*; it is past round 6, of which the
         # It waits far ahead for what we have lost.
         (60, 300, {"round": 90, "state": "waiting", "detail": "for network 1"}, 60, PAST),
         # Two rings of one process that wait for each other.
-        (60, 300, {"host": HERE, "pid": os.getpid(), "state": "waiting"}, 60, "that network is of this same process"),
+        (
+            60,
+            300,
+            {"process": PROCESS, "pid": os.getpid(), "state": "waiting"},
+            60,
+            "that network is of this same process",
+        ),
         # Its file stays damaged, though it lives.
         (60, 300, {"damaged": True}, 60, r"ckpt0_6\.t7 is .*; it was not loaded"),
     ],
