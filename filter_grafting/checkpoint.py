@@ -55,12 +55,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | memoryview, dur
                 os.close(folder)
 
 
-def write_error(path: str | os.PathLike[str], error: OSError, verb: str = "write") -> WriteError:
+def write_error(path: str | os.PathLike[str], error: OSError) -> WriteError:
     """The one sentence for a file that could not be written: which, why, and how much space there is."""
     free = ""
     with suppress(OSError):
         free = f"; {shutil.disk_usage(Path(path).parent).free / 1e6:.1f} MB are free there"
-    return WriteError(f"cannot {verb} {path}: {error.strerror or error}{free}; mend that, then resume")
+    return WriteError(f"cannot write {path}: {error.strerror or error}{free}; mend that, then resume")
 
 
 def save(path: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
