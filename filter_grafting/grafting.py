@@ -174,8 +174,8 @@ def graft_ring(
 ) -> list[Layers]:
     """Grafts a ring of N models in one process, in place: each with the weights that the one before it had.
 
-    The first model's neighbour is the last. All blends are computed before the first model is changed. Two networks
-    hold the same weights after it (up to rounding), since their coefficients of a layer add up to 1; more do not.
+    The first model's neighbour is the last. All blends are computed before the first model is changed. At layer level
+    two networks hold the same weights after it (up to rounding), since their coefficients add up to 1; more do not.
 
     Args:
         models: at least two, all different; see `graft` for the rest, and for the errors raised.
