@@ -71,12 +71,16 @@ def save(path: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
         WriteError: see `write_atomically`.
     """
     buffer = io.BytesIO()  # torch.save straight to a full disk aborts in C++, without naming the file
+    has_crc32 = torch.serialization.get_crc32_options()
     try:
+        torch.serialization.set_crc32_options(True)  # `load` checks it, so that the process may not have it off
         torch.save(dict(contents), buffer)
         buffer.seek(0)
         refused = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(buffer)))
     except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
         refused = str(error)
+    finally:
+        torch.serialization.set_crc32_options(has_crc32)
     if refused:
         raise CheckpointError(
             f"{path} was not saved: it could not be loaded ({refused}); give tensors and plain values"
@@ -100,7 +104,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise OSError("it is not a regular file")
         data = Path(path).read_bytes()
         _check(data)
-        contents = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        contents = torch.load(io.BytesIO(data), map_location="cpu", mmap=False, weights_only=True)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -82,6 +82,14 @@ def test_a_write_that_fails_is_a_sentence_and_leaves_the_file_before_and_nothing
     assert os.listdir(path.parent) == [path.name]
 
 
+@pytest.mark.parametrize("option", [{"load.mmap": True}, {"save.compute_crc32": False}], ids=str)
+def test_what_the_process_has_set_for_torchs_own_saving_and_loading_changes_nothing(path, option):
+    with torch.utils.serialization.config.patch(option):
+        save(path, CONTENTS)
+        assert_same(load(path), CONTENTS)
+        assert all(getattr(torch.utils.serialization.config, name) == value for name, value in option.items())
+
+
 # Loading
 
 
