@@ -24,7 +24,7 @@ def noise(model: nn.Module, scale: float, threshold: float = 0.1, generator: tor
     grafted = 0
     for weight, norms in _filters(model):
         invalid = (norms < threshold).nonzero().flatten()
-        scion = torch.randn(len(invalid), *weight.shape[1:], generator=generator)
+        scion = torch.randn(len(invalid), *weight.shape[1:], generator=generator, device="cpu")
         weight.index_add_(0, invalid, scion.to(weight) * scale)
         grafted += len(invalid)
     return grafted
