@@ -139,7 +139,6 @@ class Status(NamedTuple):
     host: str = ""
     command: Sequence[str] = ()
     cwd: str = ""
-    steps: int | None = None  # of an epoch
 
     def __str__(self) -> str:
         """As people say it: "waiting for network 2", "failed: the loss became nan"."""
