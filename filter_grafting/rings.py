@@ -115,10 +115,13 @@ class FileRing(Membership):
         Raises:
             CheckpointError: if the file could not be loaded again, for `state` or `extra` holds something else.
             WriteError: if it cannot be written, or the directory is gone. What was published before is untouched.
+            GraftingError: if this network has left the run, as at the end of `with`.
         """
         round = operator.index(round)
         if round < 0:
             raise ValueError(f"round: got {round}, expected 0 or more")
+        if self._left.is_set():  # another process may be this network by now
+            raise GraftingError(f"network {self.network} has left {self.directory}: train within `with FileRing(...)`")
         path = self.path(round)
         stamp = {"run": self.run, "network": self.network, "epoch": round, "extra": extra}
         try:

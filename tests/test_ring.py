@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from filter_grafting import UnreadableError
+from filter_grafting import GraftingError, UnreadableError
 from filter_grafting.checkpoint import load
 
 STATE = {"weight": torch.zeros(2)}
@@ -27,6 +27,14 @@ def test_the_file_is_what_the_published_script_reads(make_ring):
     state = contents.pop("net")
     assert list(state) == ["weight", "bias"] and all(torch.equal(state[name], before[name]) for name in state)
     assert contents == {"run": ring.run, "network": 2, "epoch": 3, "extra": {"best": 60.5}}
+
+
+def test_who_has_left_publishes_no_more(make_ring):
+    with make_ring() as ring:
+        ring.publish(0, STATE)
+    with pytest.raises(GraftingError, match=r"network 1 has left .*: train within `with FileRing"):
+        ring.publish(1, STATE)
+    assert rounds_of(ring) == [0]
 
 
 # Pruning
