@@ -1,7 +1,6 @@
 """The flags of grafting.py, and which of them go together. No torch here: --help and a wrong flag answer at once."""
 
 import argparse
-import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from training.flags import (
     number,
     one_of,
     path,
+    ranks_here,
     run_name,
     world,
 )
@@ -90,7 +90,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = parser()
     args = checked(flags, argv)
     if args.workers is None:
-        args.workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1) if world()[1] > 1 else 1))
+        args.workers = max(1, cores() // ranks_here())
     args.s = Path("checkpoint", str(args.s or default_name(flags, args)).removeprefix("checkpoint/"))
     given = args.resume or []
     args.start_from = next((path(word) for word in reversed(given) if word != "auto"), None)

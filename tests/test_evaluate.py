@@ -41,7 +41,8 @@ def test_accuracies_are_those_of_a_loop_over_the_images(tmp_path, images):
         paths = (images / "test" / name).iterdir()
         hits[name] = [int(probabilities(model, path, 32, MEAN, STD).argmax()) == k for path in paths]
     accuracy = 100 * np.mean([*hits["one"], *hits["two"]])
-    command = f"python grafting.py --data {shlex.quote(str(images))} --amp"  # whose images they are
+    # Whose images they are.
+    command = f"python -m torch.distributed.run -- grafting.py --data {shlex.quote(str(images))} --amp"
     file, plot = save_model(tmp_path / "best1.t7", command=command), tmp_path / "confusion.png"
     status, output, _ = call(evaluate, file, "--plot", plot, "--device", "cpu")
     assert status == 0 and f"- {plot}" in output and plot.read_bytes().startswith(b"\x89PNG")

@@ -169,5 +169,9 @@ def test_the_command_that_starts_another_network(monkeypatch):
     args = cifar.parse(command(3)[2:])
     assert (args.num, args.i, args.lr, args.resume) == (3, 3, 0.1, True)
     set_ranks(monkeypatch, 2)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "/x/grafting.py"]
-    assert command()[1:7] == torchrun
+    monkeypatch.setattr(sys, "argv", ["/x/grafting.py", "--s", "x", "--num", "3"])
+    for words in command(), command(3):  # --s and --num are those that grafting.sh gives
+        assert words[1:3] == ["-m", "torch.distributed.run"]
+        asked = get_args_parser().parse_args(words[3:])
+        assert [asked.nproc_per_node, asked.training_script] == ["2", "/x/grafting.py"]
+        assert asked.training_script_args[:2] == ["--s", "x"]

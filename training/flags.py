@@ -171,12 +171,20 @@ def settings_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any
     return {name: getattr(args, name) for name in names}
 
 
+def ranks_here() -> int:
+    """How many of the processes that train this network run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world()[1] > 1 else 1
+
+
+def torchrun(ranks: int) -> list[str]:
+    """What stands between python and a script that is to run in so many processes."""
+    # Without the -- torchrun would take the script's --s and --num for beginnings of its own flags.
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--"] if ranks > 1 else []
+
+
 def command(network: int | None = None) -> list[str]:
     """The command line that started this process; with a number, that which continues another network of its run."""
-    words, torchrun = sys.argv[1:], []
-    if world()[1] > 1:
-        ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+    words = sys.argv[1:]
     if network is not None:
         words += ["--i", str(network), "--resume"]  # of a flag, the last counts
-    return [os.path.basename(sys.executable), *torchrun, sys.argv[0], *words]
+    return [os.path.basename(sys.executable), *torchrun(ranks_here()), sys.argv[0], *words]

@@ -33,7 +33,7 @@ import torch
 
 from filter_grafting.membership import ENDED, HOST, Status, is_held, networks_of, observe
 from training import view
-from training.flags import ROOT, cores
+from training.flags import ROOT, cores, torchrun
 
 SUFFIXES = {"grafting_cifar": "log", "grafting_imagenet": "out"}  # of the logs of each script's networks
 STOP_SECONDS = 120.0  # within which a network finishes its batch
@@ -66,9 +66,7 @@ class Network:
 
     def start(self, variables: dict[str, str], ranks: int = 1) -> str:
         """Starts it, in so many processes; returns the line with which a shell would."""
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--"]
-        script = str(ROOT / self.folder / "grafting.py")
-        command = [sys.executable, *(torchrun if ranks > 1 else []), script, *self.words]
+        command = [sys.executable, *torchrun(ranks), str(ROOT / self.folder / "grafting.py"), *self.words]
         self.log = self.directory / f"{self.i}.{SUFFIXES[self.folder]}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.size = self.log.stat().st_size if self.log.exists() else 0
@@ -249,10 +247,10 @@ def go_on(directory: Path, asked: argparse.Namespace) -> int:
         folder = "" if place is None else Path(one.cwd, one.command[place]).resolve().parent.name
         if folder not in SUFFIXES:
             sys.exit(f"network {one.network} has left no command of grafting.py: start it with its flags")
-        words, torchrun = one.command[place + 1 :], one.command[:place]
+        words, before = one.command[place + 1 :], one.command[:place]
         words += changes if words[-len(changes) :] != changes else []
         args = import_module(f"{folder}.flags").parse(words)
-        ranks = asked.gpus_per_network or max([int(word) for word in torchrun if word.isdecimal()], default=1)
+        ranks = asked.gpus_per_network or max([int(word) for word in before if word.isdecimal()], default=1)
         networks.append(Network(f"network {one.network}", folder, directory, one.network, words, one.cwd))
     return launch(networks, args, ranks, asked.verbose)
 
