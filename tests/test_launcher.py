@@ -31,6 +31,8 @@ def test_help_is_given_anywhere_and_nothing_is_touched(project):
     [
         ("cifar", "--modle resnet20", 2, "did you mean --model?"),
         ("cifar", "--gpus-per-netwrok 2", 2, "did you mean --gpus-per-network?"),
+        ("cifar", "--gpus-per-network 2", 2, "argument --gpus-per-network: a CIFAR network trains in one process"),
+        ("imagenet", "demo --gpus-per-network 2", 2, "a CIFAR network trains in one process"),
         ("cifar", "stauts checkpoint", 2, "there is no command 'stauts'; did you mean status?"),
         ("cifar", "--i=2", 2, "argument --i: is for grafting.py"),
         ("cifar", "resume", 2, "DIR"),
@@ -99,8 +101,11 @@ def test_networks_share_the_cores(project, monkeypatch):
     assert [flags.parse(job.words).workers for job, *_ in jobs] == [4, 4, 7, 7, 2, 2]
     assert [variables["OMP_NUM_THREADS"] for _, variables, _ in jobs] == ["4", "4", "4", "4", "2", "2"]
     monkeypatch.setenv("OMP_NUM_THREADS", "7")  # the user's own
-    compiled = launch.environment(1, Namespace(device="cpu", num=2, compile=True))
-    assert compiled == {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    compiling = Namespace(device="cpu", num=2, compile=True)
+    assert launch.environment(1, compiling) == {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "3")
+    monkeypatch.setattr(launch, "gpus", lambda device: ["0"])
+    assert launch.environment(1, compiling) == {"CUDA_VISIBLE_DEVICES": "0"}
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

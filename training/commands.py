@@ -63,6 +63,8 @@ def with_flags_of_script(parser: Parser, asked: argparse.Namespace, words: list[
     for name in sorted(names & alone):
         what = f"{asked.command} says itself what each network does, and where"
         parser.error(f"argument {name}: is for grafting.py; {what}")
+    if asked.folder == "grafting_cifar" and (asked.gpus_per_network or 1) > 1:
+        parser.error("argument --gpus-per-network: a CIFAR network trains in one process; expected 1")
     script = import_module(f"{asked.folder}.flags")
     known = script.parser()
     for word in sorted(names - known._option_string_actions.keys()):

@@ -128,12 +128,11 @@ def launch(networks: Sequence[Network], args: argparse.Namespace, ranks: int, ve
 def environment(i: int, args: argparse.Namespace, ranks: int = 1) -> dict[str, str]:
     """The variables that give network i its GPUs, counted round and round, and its share of the cores."""
     names, share = gpus(args.device), str(max(1, cores() // (args.num * ranks)))
-    variables = {"TORCHINDUCTOR_COMPILE_THREADS": share} if args.compile else {}
+    shares = {"OMP_NUM_THREADS": not names, "TORCHINDUCTOR_COMPILE_THREADS": args.compile}
+    variables = {name: share for name, matters in shares.items() if matters and not os.environ.get(name)}
     if names:
-        mine = [names[k % len(names)] for k in range((i - 1) * ranks, i * ranks)]
-        return {**variables, "CUDA_VISIBLE_DEVICES": ",".join(mine)}
-    variables["OMP_NUM_THREADS"] = share
-    return {name: value for name, value in variables.items() if not os.environ.get(name)}
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(names[k % len(names)] for k in range((i - 1) * ranks, i * ranks))
+    return variables
 
 
 def gpus(device: str | None) -> list[str]:
