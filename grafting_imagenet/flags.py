@@ -103,6 +103,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         flags.error("argument --gpu: needs --device cuda")
     if args.pretrained and args.start_from:
         flags.error("argument --pretrained: does not go with --resume PATH, which has weights of its own")
+    if args.pretrained and ":" in args.arch:
+        flags.error(f"argument --pretrained: torchvision has no weights of {args.arch}; expected one of its own models")
     if args.evaluate and not (args.start_from or args.pretrained):
         flags.error("argument -e: expected --resume PATH or --pretrained, to say what is evaluated")
     return args

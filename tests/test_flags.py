@@ -89,6 +89,7 @@ def test_torchvisions_models_are_known_without_importing_it():
         ("imagenet", "--gpu 0 --device cpu", "argument --gpu: needs --device cuda"),
         ("imagenet", "-e --resume auto", "argument -e: expected --resume PATH or --pretrained"),
         ("imagenet", "--pretrained --resume x.tar", "--pretrained: does not go with --resume PATH"),
+        ("imagenet", "--pretrained -a timm.models:resnet18", "torchvision has no weights of timm.models:resnet18"),
         ("cifar", "--warmup 5 --epochs 5", "argument --warmup: got 5, expected less than 5 (--epochs)"),
         ("cifar", "--level filter", "--level: filter needs a chain of layers (--model vgg16), got --model resnet32"),
         ("cifar", "--method ema", "--method: ema needs no neighbour: got --num 2, expected --num 1"),

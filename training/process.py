@@ -29,15 +29,15 @@ REPORTS = {
     r"C\+\+ compiler|C compiler|working triton": "--compile needs a C++ compiler (and on CUDA, triton)",
     r"Expected more than 1 value per channel": "a batch of one image has no statistics: choose another batch size",
     r"deterministic implementation": "a layer of this model has no deterministic gradient: leave out --deterministic",
-    r"captur": "--eager trains without a CUDA graph",
+    r"captur": "there is no CUDA graph with --eager (on CIFAR), and without --compile",
     r"AF_UNIX path too long": "choose a shorter TMPDIR",
     r"Too many open files": "raise `ulimit -n`, or give fewer --workers",
 }
 # What to do about an error of the library, in words of flags, of which the library knows none.
 HINTS = {
     AlreadyRunError: "--resume continues it, --s names another directory",
-    SettingsError: "a resumed run may raise --epochs alone, while no other network is at work, and without --cos or "
-    "averages over epochs",
+    SettingsError: "a resumed run may raise --epochs alone, while no other network is at work, and if neither a cosine "
+    "nor an average depends on them",
     UnreadableError: "mend that, then continue with --resume",
     NeighbourTimeout: "--timeout says how long to wait",
 }
