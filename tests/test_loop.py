@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from filter_grafting.errors import MismatchError
 from training import loop
 from training.loop import Diverged, TrainingStep, evaluate, initial_rate, learning_rate, train_one_epoch
 from training.models import load_optimizer
@@ -193,6 +194,23 @@ def test_papa_once_an_epoch_pulls_two_networks_as_far_as_every_ten_steps():
             one, two = (entry + 0.01 * 0.5 * (mean - entry) for entry in (one, two))
         for model, expected in zip(models, (one, two), strict=True):
             torch.testing.assert_close(model.state_dict()[key].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_two_names_are_averaged_and_pulled_once():
+    layer = nn.Linear(2, 2, bias=False)
+    model, before = nn.Sequential(layer, layer), layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    average = loop.moving_average(model, optimizer, 0.75)
+    layer.weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    torch.testing.assert_close(average[0].weight, before - 0.25)
+    loop.pull(model, dict.fromkeys(model.state_dict(), before), networks=2, rate=1, pulls=1)
+    torch.testing.assert_close(layer.weight, before - 1 + 0.005)
+
+
+def test_papa_pulls_only_towards_a_network_that_is_alike():
+    with pytest.raises(MismatchError, match=r"4.weight: in the network \(7, 20\) float32, in its neighbour \(3, 20\)"):
+        loop.pull(make_model(), make_model(3).state_dict(), networks=2, rate=1, pulls=1)
 
 
 # An optimizer's state

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 
 from filter_grafting.errors import GraftingError
+from filter_grafting.states import paired
 
 PAPA_STEPS, PAPA_PULL = 10, 0.01  # from one pull to the next; how far one goes at the first rate
 
@@ -246,7 +247,9 @@ def moving_average(model: nn.Module, optimizer: torch.optim.Optimizer, decay: fl
     Batch-norm statistics are averaged as the weights are; integer entries are the model's.
     """
     average = copy.deepcopy(model).requires_grad_(False)
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    # Not those of their state dicts, in which a tied weight is twice.
+    tensors = [(*each.parameters(), *each.buffers()) for each in (average, model)]
+    pairs = list(zip(*tensors, strict=True))
     averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
     integers = [pair for pair in pairs if not pair[0].is_floating_point()]
     update = get_ema_multi_avg_fn(decay)
@@ -286,8 +289,10 @@ def pull(model: nn.Module, neighbour: Mapping[str, Tensor], networks: int, rate:
     Args:
         rate: lr_t / lr_0.
         pulls: in an epoch.
+
+    Raises MismatchError, naming the first entry that differs.
     """
     share = (1 - 1 / networks) * (1 - (1 - PAPA_PULL * rate) ** pulls)
-    for key, entry in model.state_dict().items():
-        if entry.is_floating_point():
-            entry.lerp_(neighbour[key].to(entry.device), share)
+    entries, _, others = paired(model, neighbour, ())
+    for key, entry in entries.items():
+        entry.lerp_(others[key].to(entry), share)
