@@ -90,7 +90,7 @@ def load_trained(path: Path, name: str | None = None, device: torch.device | str
 def load_images(trained: Trained, source: str | Path | None = None) -> Images:
     """The images that the model was trained and tested on, from this source, or from where its command took them."""
     parser = Parser()
-    parser.add_argument("--data", default=cifar.DEFAULT_FOLDER if trained.is_cifar else "imagenet")
+    parser.add_argument("--data", default=cifar.DEFAULT_DATA if trained.is_cifar else "imagenet")
     source = source or parser.parse_known_args([word for word in trained.command if word != "--"])[0].data
     if not trained.is_cifar:
         images = imagenet.load(source)

@@ -7,8 +7,6 @@
 What has been decoded is cached; processes on one machine share the cache's pages in memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -29,6 +27,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from filter_grafting.checkpoint import save
+from grafting_cifar import glyphs
+from grafting_cifar.flags import DEFAULT_DATA
 from training.images import DataError, Images, checksum, class_folders, normalised, reading, rgb
 from training.records import say
 
@@ -39,7 +39,6 @@ MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10, as published; used for every sou
 STD = (0.2023, 0.1994, 0.2010)
 # Images: many fill a GPU, few stay in the caches of a CPU (250 are 1.3 times as fast there).
 TEST_BATCH = {"cuda": 1000, "cpu": 250}
-DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "data"
 LOCK_SECONDS = 7200  # to wait for another process that decodes; then this one does
 
 
@@ -201,14 +200,12 @@ def _read_cache(path: Path) -> Images | None:
 
 
 def _load_glyphs() -> Images:
-    from grafting_cifar import glyphs  # which other sources do not need
-
     def draw() -> Images:
         say("Drawing the 12,000 images of glyphs, once ...")
         train, test = (Split(*split) for split in glyphs.draw())
         return Images(train, None, test, glyphs.CLASSES, [])
 
-    return _cached(DEFAULT_FOLDER, "glyphs", glyphs.VERSION, draw)
+    return _cached(DEFAULT_DATA, "glyphs", glyphs.VERSION, draw)
 
 
 def _load_class_folders(folder: Path) -> Images:
@@ -244,7 +241,7 @@ def read_image(path: str | Path) -> np.ndarray:
 def _load_standard(folder: Path, dataset: type[CIFAR10]) -> Images:
     visible = [path.name for path in folder.glob("[!.]*")]
     has_files = any(name.startswith("cifar-") for name in visible)
-    if folder != DEFAULT_FOLDER and not has_files and (visible or not folder.is_dir()):
+    if folder != DEFAULT_DATA and not has_files and (visible or not folder.is_dir()):
         problem = f"has neither train/<class>/ and test/<class>/ nor the {dataset.__name__} files"
         wanted = "a folder that has, an empty one, which gets the download, or the word glyphs"
         raise DataError(f"{folder} {problem}: give {wanted}")

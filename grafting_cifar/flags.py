@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grafting_cifar.models import NAMES
-from training.flags import Parser, add_recipe_flags, add_run_flags, checked, number, one_of, path, run_name, world
+from training.flags import ROOT, Parser, add_recipe_flags, add_run_flags, checked, number, one_of, path, run_name, world
 
 DESCRIPTION = """\
 Trains one network of a ring on CIFAR-10, CIFAR-100 or any folder of images, grafting its neighbour's weights.
@@ -20,7 +20,7 @@ SHARED = ("model", "num", "epochs", "a", "c", "level", "criterion", "method", "s
 OWN = ("lr", "cos", "step_epochs", "difflr", "warmup", "batch_size", "momentum", "nesterov", "weight_decay")
 OWN += ("label_smoothing", "seed")
 ALONE = ("ema", "swa", "noise", "internal")  # methods and scions without a neighbour
-DEFAULT_DATA = Path(__file__).resolve().parent.parent / "data"
+DEFAULT_DATA = ROOT / "data"
 
 
 def parser() -> Parser:

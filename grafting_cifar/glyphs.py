@@ -1,7 +1,5 @@
 """Glyphs: 12,000 images of the digits 0-9, drawn on the spot, the same for everyone; for tries without a download."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

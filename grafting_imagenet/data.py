@@ -8,8 +8,6 @@ What an epoch holds follows from its seed alone, not from the number of workers;
 out, from the number of ranks that share the network's batches.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import math

@@ -288,7 +288,7 @@ def test_glyphs_are_drawn_once(tmp_path, monkeypatch):
     def draw():
         return [(torch.zeros((n, 32, 32, 3), dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (3, 2)]
 
-    monkeypatch.setattr(data, "DEFAULT_FOLDER", tmp_path)
+    monkeypatch.setattr(data, "DEFAULT_DATA", tmp_path)
     monkeypatch.setattr(glyphs, "draw", draw)
     assert [len(split.labels) for split in (load("glyphs").train, load("glyphs").test)] == [3, 2]
     assert load("glyphs").classes == list("0123456789") and len(caches(tmp_path)) == 1

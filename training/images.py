@@ -1,7 +1,5 @@
 """Images in class folders, by one rule for both scripts: train/<class>/* and val/<class>/*, test/<class>/* or both."""
 
-from __future__ import annotations
-
 import os
 import zlib
 from collections.abc import Iterator
