@@ -1,7 +1,6 @@
 """The flags of grafting.py, and which of them go together. No torch here: --help and a wrong flag answer at once."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from grafting_cifar.models import NAMES
@@ -49,18 +48,6 @@ def parser() -> Parser:
     flag("--difflr", action="store_true", help="network I starts at lr*(1+cos(pi*(N-I)/N))/2 instead of lr")
     flag("--weight_decay", metavar="W", type=number(float, 0), default=5e-4, help="weight decay")
     add_recipe_flags(group)
-    add_method_flags(flag)
-    lines = "print loss and accuracy every K batches; 0 prints one line an epoch"
-    flag("--print_frequence", metavar="K", type=number(int, 0), default=0, help=lines)
-    add_run_flags(parser, "the run's directory, shared by its networks (default: checkpoint/ and a name of settings)")
-    newest = "continue from this network's newest good checkpoint, if there is one"
-    parser.add_argument("--resume", action="store_true", help=newest)
-    eager = "on a GPU, launch every kernel by itself, not the step as one CUDA graph: slower, to look for faults"
-    parser.add_argument("--eager", action="store_true", help=eager)
-    return parser
-
-
-def add_method_flags(flag: Callable[..., argparse.Action]) -> None:
     level = "one coefficient for a layer, or for each filter (chains such as vgg16 only)"
     flag("--level", choices=("layer", "filter"), default="layer", help=level)
     methods = (
@@ -74,6 +61,14 @@ def add_method_flags(flag: Callable[..., argparse.Action]) -> None:
         "or the largest filters of the layer itself"
     )
     flag("--scion", choices=("external", "noise", "internal"), default="external", help=scions)
+    lines = "print loss and accuracy every K batches; 0 prints one line an epoch"
+    flag("--print_frequence", metavar="K", type=number(int, 0), default=0, help=lines)
+    add_run_flags(parser, "the run's directory, shared by its networks (default: checkpoint/ and a name of settings)")
+    newest = "continue from this network's newest good checkpoint, if there is one"
+    parser.add_argument("--resume", action="store_true", help=newest)
+    eager = "on a GPU, launch every kernel by itself, not the step as one CUDA graph: slower, to look for faults"
+    parser.add_argument("--eager", action="store_true", help=eager)
+    return parser
 
 
 def parse(argv: list[str] | None = None, flags: Parser | None = None) -> argparse.Namespace:

@@ -31,6 +31,10 @@ Several GPUs for one network:
 
     torchrun --standalone --nproc_per_node=4 grafting.py --data imagenet -a resnet50 --save_dir two --networks 2 --i 1
 """
+# The flags that all networks of a ring have in common, and those that else change what comes out of a network.
+SHARED = ("arch", "num", "epochs", "a", "c", "criterion")
+OWN = ("lr", "steplr", "warmup", "batch_size", "momentum", "nesterov", "wd", "label_smoothing", "image_size")
+OWN += ("pretrained", "seed")
 
 
 def names() -> list[str]:

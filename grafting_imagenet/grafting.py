@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder, without being installed
-from grafting_imagenet.flags import parse
+from grafting_imagenet.flags import OWN, SHARED, parse
 from training.flags import settings_of
 
 if __name__ == "__main__":
@@ -27,7 +27,7 @@ from filter_grafting.grafting import graft
 from filter_grafting.information import CRITERIA
 from filter_grafting.membership import read_status
 from filter_grafting.rings import Checkpoint, FileRing
-from filter_grafting.states import State, plain_state
+from filter_grafting.states import plain_state
 from grafting_imagenet import data, models
 from training import loop
 from training.loop import TrainingStep, evaluate, sgd, stream_seed, train_one_epoch
@@ -36,10 +36,6 @@ from training.process import Signals, amp_dtype, computer, deterministic, ending
 from training.ranks import Ranks
 from training.records import Records, follow, layer_rows, say
 
-# The flags that all networks of a ring have in common, and those that else change what comes out of a network.
-SHARED = ("arch", "num", "epochs", "a", "c", "criterion")
-OWN = ("lr", "steplr", "warmup", "batch_size", "momentum", "nesterov", "wd", "label_smoothing", "image_size")
-OWN += ("pretrained", "seed")
 STEP_EPOCHS = 30
 PIXELS = {"mean": data.MEAN, "std": data.STD}
 
@@ -53,7 +49,9 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         train_batches, test_batches, val_batches = make_batches(args, images, device, ranks)
         torch.manual_seed(stream_seed(args.seed, args.i, "weights"))
         model = build_model(args, len(images.classes), notes).to(device, memory_format=torch.channels_last)
-        optimizer, rate, loss = sgd(args, model, args.wd), schedule(args), loss_function(args)
+        optimizer, rate = sgd(args, model, args.wd), schedule(args)
+        aux, criterion = models.AUXILIARY_WEIGHT.get(args.arch, 0), CRITERIA[args.criterion]
+        loss = partial(loop.cross_entropy, smoothing=args.label_smoothing, aux=aux)
         checkpoint = ranks.tell(ring and ring.newest())
         start = first_epoch(args, checkpoint, model, optimizer, notes)
         facts = {"classes": len(images.classes), "start_epoch": start, "data": data.checksum(images.train.labels)}
@@ -71,11 +69,13 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         signals.finish_batch()
 
         for epoch in range(first, args.epochs):
-            layers, seed = [], stream_seed(args.seed, args.i, epoch)
+            layers = []
             if ring and epoch > start and args.num > 1:
                 neighbour = records.timed("wait", ring.wait, epoch - 1)
-                layers = records.timed("graft", graft_neighbour, args, model, neighbour, epoch)
+                grafted = records.timed("graft", graft, model, neighbour, args.a, args.c, criterion=criterion)
+                layers = layer_rows(epoch - 1, grafted)
             ranks.broadcast(model)  # what rank 0 has grafted
+            seed = stream_seed(args.seed, args.i, epoch)
             train = train_one_epoch(step, train_batches, rate, epoch=epoch, seed=seed, rank=ranks.rank, **options)
             ranks.broadcast(model)  # each rank has batch-norm statistics of its own images
             test = evaluate(forward, test_batches, epoch=epoch, **computing, **options)
@@ -124,10 +124,6 @@ def schedule(args: argparse.Namespace) -> Callable[[float], float]:
     return partial(loop.learning_rate, args.lr, **options)
 
 
-def loss_function(args: argparse.Namespace) -> Callable[..., torch.Tensor]:
-    return partial(loop.cross_entropy, smoothing=args.label_smoothing, aux=models.AUXILIARY_WEIGHT.get(args.arch, 0))
-
-
 def first_epoch(
     args: argparse.Namespace, own: Checkpoint | None, model: nn.Module, optimizer: torch.optim.Optimizer, notes: list
 ) -> int:
@@ -153,11 +149,6 @@ def first_epoch(
     if args.start_from and own is None:
         notes.append(f"started from {args.start_from}, at epoch {start}")
     return start
-
-
-def graft_neighbour(args: argparse.Namespace, model: nn.Module, neighbour: State, epoch: int) -> list[list]:
-    """Grafts the neighbour's weights onto the model; returns what came of each layer."""
-    return layer_rows(epoch - 1, graft(model, neighbour, args.a, args.c, criterion=CRITERIA[args.criterion]))
 
 
 def evaluate_only(args: argparse.Namespace, signals: Signals) -> None:

@@ -73,10 +73,10 @@ class Records:
         for line in (f"settings: {' '.join(values)}", *notes, *images.notes):
             say(line)
 
-    def timed(self, phase: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    def timed(self, phase: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Calls a function; its seconds are those of "wait" or "graft"."""
         began = time.perf_counter()
-        value = function(*arguments)
+        value = function(*arguments, **options)
         self.seconds[phase] += time.perf_counter() - began
         return value
 
