@@ -48,7 +48,10 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         images = data.load(args.data)
         train_batches, test_batches, val_batches = make_batches(args, images, device, ranks)
         torch.manual_seed(stream_seed(args.seed, args.i, "weights"))
-        model = build_model(args, len(images.classes), notes).to(device, memory_format=torch.channels_last)
+        model = models.build(args.arch, len(images.classes), args.image_size, args.pretrained)
+        if args.pretrained:
+            notes.append(models.load_pretrained(model, args.arch))
+        model.to(device, memory_format=torch.channels_last)
         optimizer, rate = sgd(args, model, args.wd), schedule(args)
         aux, criterion = models.AUXILIARY_WEIGHT.get(args.arch, 0), CRITERIA[args.criterion]
         loss = partial(loop.cross_entropy, smoothing=args.label_smoothing, aux=aux)
@@ -111,13 +114,6 @@ def make_batches(
     return make(images.train, train=True), test, val
 
 
-def build_model(args: argparse.Namespace, num_classes: int, notes: list[str]) -> nn.Module:
-    model = models.build(args.arch, num_classes, args.image_size, args.pretrained)
-    if args.pretrained:
-        notes.append(models.load_pretrained(model, args.arch))
-    return model
-
-
 def schedule(args: argparse.Namespace) -> Callable[[float], float]:
     """The learning rate as a function of the epochs that are done."""
     options = {"epochs": args.epochs, "cosine": not args.steplr, "step_epochs": STEP_EPOCHS, "warmup": args.warmup}
@@ -151,19 +147,23 @@ def first_epoch(
     return start
 
 
-def evaluate_only(args: argparse.Namespace, signals: Signals) -> None:
+def evaluate_only(args: argparse.Namespace) -> None:
     """Prints the accuracy of a checkpoint, or of torchvision's weights, on the images to test on."""
     device = pick_device(args.device, args.gpu)
     amp, notes = amp_dtype(args.amp, device)
     with Ranks(device) as ranks:
         images = data.load(args.data)
         state, contents = read_checkpoint(args.start_from) if args.start_from else ({}, {"settings": {}})
-        recorded = contents.get("image_size") or contents["settings"].get("image_size")
+        settings = contents["settings"]
+        recorded = contents.get("image_size") or settings.get("image_size")
         args.image_size = args.image_size or recorded or models.usual_size(args.arch)
-        model = build_model(args, len(images.classes), notes)
+        pretrained = args.pretrained or settings.get("pretrained", False)  # on which the form of some models depends
+        model = models.build(args.arch, len(images.classes), args.image_size, pretrained)
         if args.start_from:
             models.load_weights(model, state, args.start_from, contents, args.arch)
             notes.append(f"weights: {args.start_from}")
+        else:
+            notes.append(models.load_pretrained(model, args.arch))
         model.to(device, memory_format=torch.channels_last)
         _, batches, _ = make_batches(args, images, device, ranks)
         options = {"device": device, "amp": amp, "top5": True, "reduce": ranks.sum}
@@ -177,4 +177,7 @@ def evaluate_only(args: argparse.Namespace, signals: Signals) -> None:
 
 if __name__ == "__main__":
     with ending(ARGS) as signals:
-        (evaluate_only if ARGS.evaluate else main)(ARGS, signals)
+        if ARGS.evaluate:
+            evaluate_only(ARGS)
+        else:
+            main(ARGS, signals)

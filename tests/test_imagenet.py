@@ -18,7 +18,7 @@ from torch import nn
 
 from filter_grafting.checkpoint import load, save
 from filter_grafting.errors import GraftingError, MismatchError
-from grafting_imagenet import flags, models
+from grafting_imagenet import flags, grafting, models
 from training.loop import cross_entropy
 from training.models import read_checkpoint
 
@@ -160,6 +160,17 @@ def test_evaluate_prints_the_accuracy_at_the_recorded_size_and_changes_nothing(m
     found = re.search(r"^\* Acc@1 (\S+)    Acc@5 100\.000    Loss \S+    Images 20$", run.log(1), re.M)
     assert float(found[1]) == pytest.approx(load(best)["accuracy"], abs=1e-3)
     assert not run.directory.exists()
+
+
+def test_evaluate_builds_the_model_in_the_form_that_it_was_trained_in(class_folders, tmp_path, monkeypatch):
+    """GoogLeNet and Inception, once started from torchvision's weights, convert their input."""
+    model, built = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)), []
+    monkeypatch.setattr(models, "build", lambda *form: built.append(form) or model)
+    settings = {"pretrained": True, "image_size": 32}
+    save(tmp_path / "final1.tar", {"state_dict": dict(model.state_dict()), "settings": settings})
+    words = ["-e", "--resume", tmp_path / "final1.tar", "-a", "googlenet", "--data", class_folders, "-j", "0"]
+    grafting.evaluate_only(flags.parse([*map(str, words), "--device", "cpu"]))
+    assert built == [("googlenet", 4, 32, True)]
 
 
 def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
