@@ -105,6 +105,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         flags.error(f"argument -b: got {args.batch_size}, expected a multiple of {world()[1]}, the number of ranks")
     if args.gpu is not None and args.device == "cpu":
         flags.error("argument --gpu: needs --device cuda")
+    if args.gpu is not None and ranks_here() > 1:
+        flags.error("argument --gpu: under torchrun each process has a GPU of its own; CUDA_VISIBLE_DEVICES says which")
     if args.pretrained and args.start_from:
         flags.error("argument --pretrained: does not go with --resume PATH, which has weights of its own")
     if args.pretrained and ":" in args.arch:

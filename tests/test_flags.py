@@ -162,6 +162,7 @@ def test_ranks_are_for_the_imagenet_script(capsys, monkeypatch):
     set_ranks(monkeypatch, 3)
     assert "a CIFAR network trains in one process" in refused(cifar, capsys)
     assert "argument -b: got 256, expected a multiple of 3" in refused(imagenet, capsys)
+    assert "argument --gpu: under torchrun each process has a GPU" in refused(imagenet, capsys, "--gpu=0", "-b", "255")
 
 
 def test_the_command_that_starts_another_network(monkeypatch):
