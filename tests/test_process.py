@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+import time
 
 import pytest
 import torch
@@ -42,7 +43,23 @@ def test_what_fails_after_a_signal_is_the_signals_doing(capsys):
     assert capsys.readouterr().err == "network 1 stopped by SIGTERM; --resume continues it\n"
 
 
+def test_a_rank_whose_connection_broke_can_be_ended_by_torchrun_before_it_says_so(capsys, monkeypatch):
+    set_ranks(monkeypatch)
+    seen = []
+    monkeypatch.setattr(time, "sleep", lambda _: seen.append((*capsys.readouterr(), signal.getsignal(signal.SIGTERM))))
+    with pytest.raises(SystemExit) as end, ending(argparse.Namespace(i=1)):
+        raise RuntimeError("Connection closed by peer")
+    assert seen == [("", "", signal.SIG_DFL)]
+    assert end.value.code == 1 and capsys.readouterr().err == "RuntimeError: Connection closed by peer\n"
+
+
 # Devices
+
+
+def set_ranks(monkeypatch):
+    variables = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(params=[0, 2])
@@ -66,9 +83,7 @@ def test_the_device_is_the_gpu_that_was_asked_for_or_the_first_or_the_cpu(gpus, 
     else:
         assert pick_device(None) == process.current == torch.device("cuda:0")
         assert pick_device("cuda", 1) == process.current == torch.device("cuda:1")
-        variables = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+        set_ranks(monkeypatch)
         assert pick_device(None) == process.current == torch.device("cuda:1")
 
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -41,6 +42,7 @@ HINTS = {
     UnreadableError: "mend that, then continue with --resume",
     NeighbourTimeout: "--timeout says how long to wait",
 }
+TORCHRUN_SECONDS = 5.0  # within which torchrun notices that a rank has ended, and ends the others
 
 
 class UsageError(GraftingError):
@@ -125,6 +127,10 @@ def ending(args: argparse.Namespace) -> Iterator[Signals]:
             sentence, hint = f"network {args.i} stopped by {signals.received.name}; --resume continues it", ""
             status = 128 + signals.received
         else:
+            if world()[1] > 1:
+                # If a connection broke as another rank ended, that one has said why, and torchrun ends this one now.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(TORCHRUN_SECONDS)
             sentence, status = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", 1
             hint = next((hint for words, hint in REPORTS.items() if re.search(words, sentence)), "")
             with suppress(OSError):
