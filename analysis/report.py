@@ -31,9 +31,9 @@ SHOWN |= {"best": ("best %", "{:.2f}"), "last": ("last %", "{:.2f}"), "gain": ("
 SHOWN |= {f"invalid_{threshold}": (f"<{threshold}", "{:.0f}") for threshold in THRESHOLDS}
 SHOWN |= {"seconds_per_epoch": ("s/epoch", "{:.1f}")}
 CAPTION = """\
-Best and last: test accuracy in %; the best epoch was chosen on the images of --val or, without, on the test images.
-Gain: over the baseline of the same settings, in percentage points, at the last epoch that both have. <0.1, <0.01:
-filters with an L1 norm below (shortcuts apart, see --format csv). s/epoch: median."""
+Best and last: test accuracy in %; the best epoch was chosen on the images of --val, or of val/ beside test/; without
+either, on the test images. Gain: over the baseline of the same settings, in percentage points, at the last epoch that
+both have. <0.1, <0.01: filters with an L1 norm below (shortcuts apart, see --format csv). s/epoch: median."""
 
 
 def frame_of(runs: Sequence[Run]) -> pd.DataFrame:

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 examples/process_group.py
 
-On several machines the same, with torchrun's --nnodes and --rdzv_endpoint; with "nccl" for "gloo" on GPUs.
+On several machines the same, with torchrun's --nnodes and --rdzv_endpoint. On GPUs, give "nccl" for "gloo", call
+torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) first, and put the model and the images there.
 """
 
 import torch

@@ -27,15 +27,15 @@ from training.flags import ROOT, Parser, path
 
 LEGEND = """\
 Accuracies are in % of the test images: mean ± sample standard deviation over n seeds. **Last**: mean over a run's
-networks after the last epoch. **Best, by validation**: at the network and epoch with the highest accuracy on held-out
-training images. **Best, on the test set**: the highest of any network and epoch, as in the paper; it is picked on the
-very images that it is measured on. Either best has more to pick from in a run of several networks. **Gain**:
-mean difference from the row's baseline in percentage points, seed by seed, with its 95 % interval (Student's t). A seed
-gives all rows the same initial weights, order and augmentation; the images are the same for all runs, and the interval
-says nothing of others. **Invalid**: filters with an L1 norm below a threshold, and **information**: the sum of the
-layers' entropies, both means over a run's networks after the last epoch. † An ensemble has one accuracy, that of its
-networks' averaged outputs after the last epoch, and is compared with the mean of these networks where they are those of
-its baseline; "2 x" are the runs of seeds k and 100 + k."""
+networks after the last epoch. **Best, by validation**: at the network and epoch with the highest accuracy on validation
+images (`--val`, or `val/` beside `test/`). **Best, on the test set**: the highest of any network and epoch, as in the
+paper; it is picked on the very images that it is measured on. Either best has more to pick from in a run of several
+networks. **Gain**: mean difference from the row's baseline in percentage points, seed by seed, with its 95 % interval
+(Student's t). A seed gives all rows the same initial weights, order and augmentation; the images are the same for all
+runs, and the interval says nothing of others. **Invalid**: filters with an L1 norm below a threshold, and
+**information**: the sum of the layers' entropies, both means over a run's networks after the last epoch. † An ensemble
+has one accuracy, that of its networks' averaged outputs after the last epoch, and is compared with the mean of these
+networks where they are those of its baseline; "2 x" are the runs of seeds k and 100 + k."""
 RIVALS = "Grafting against rivals on the same schedule that cost no more training"
 WHEN = {"after the last epoch": "last", "at the epoch picked by validation": "picked"}
 VERDICTS = ("ahead", "level", "behind", "open for want of seeds")

@@ -63,7 +63,7 @@ class FileRing(Membership):
         may_raise: settings that a resumed run may raise while no other network is at work, such as the last epoch.
         timeout: seconds without progress of the neighbour after which `wait` gives up, but at least three heartbeats;
             0 waits for ever.
-        keep: at least so many of this network's checkpoints are kept (math.inf: all); fewer than N+2 are by default.
+        keep: at least so many of this network's checkpoints are kept (math.inf: all); by default at most N+1 are.
         name: file name of a checkpoint, with the fields {index} (i mod N) and {round}.
         key: the checkpoint's entry that holds the state dict.
         start_command: how network k is started or continued, for messages.
@@ -325,8 +325,9 @@ class ProcessGroupRing:
         dist.init_process_group("gloo")
         neighbour = ProcessGroupRing().swap(model.state_dict(), round=0)
 
-    Works on NCCL, and on any backend that sends and receives tensors of the CPU, as Gloo. A process that dies or hangs
-    ends the others by the timeout of the group (see `torch.distributed.init_process_group`).
+    Works on NCCL (after `torch.cuda.set_device`: it sends from the current GPU), and on any backend that sends and
+    receives tensors of the CPU, as Gloo. A process that dies or hangs ends the others by the timeout of the group (see
+    `torch.distributed.init_process_group`).
 
     Args:
         group: the processes, one a network; by default all of the job. With several processes for a network, the group

@@ -36,7 +36,7 @@ class Grafting:
             `swap(state, round)`. From a FileRing made with `resume=True` the newest checkpoint of this network is
             loaded, and grafted as it would have been; `round` is the one after it.
         a, c, level, layers, exclude, criterion: see `graft`.
-        every, warmup: `step` grafts at every so manieth call only, and not in the first `warmup` ones.
+        every, warmup: only every `every`-th call of `step` grafts, and none of the first `warmup`.
         checkpoint: the optimizer, and whatever else has a state, by name: published with the weights by a FileRing,
             and put back when it resumes.
 

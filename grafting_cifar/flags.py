@@ -31,14 +31,18 @@ def parser() -> Parser:
     flag("--cifar", type=int, choices=(10, 100), default=10, help="which of the standard data sets")
     sources = (
         "the folder of the standard CIFAR files (an empty one gets them), or one with train/<class>/ and test/<class>/ "
-        "images (resized to 32x32), or the word glyphs: a data set made on the spot"
+        "images (resized to 32x32; a val/<class>/ beside them chooses the best epoch), or the word glyphs: a data set "
+        "made on the spot"
     )
     flag("--data", metavar="DIR", type=path, default=DEFAULT_DATA, help=sources)
     some = "{} on N of the {} images, the same for all (default: all)".format
     flag("--images", metavar="N", type=number(int, 1), help=some("train", "training"))
     flag("--test_images", metavar="N", type=number(int, 1), help=some("test", "test"))
-    hold_out = "hold N training images out, the same for all, and choose the best epoch on them; 0: on the test images"
-    flag("--val", metavar="N", type=number(int, 0), default=0, help=f"{hold_out}, as the paper did")
+    hold_out = (
+        "hold N training images out, the same for all, and choose the best epoch on them; 0: on those of val/ beside "
+        "test/, or else on the test images, as the paper did"
+    )
+    flag("--val", metavar="N", type=number(int, 0), default=0, help=hold_out)
     flag("--epochs", metavar="E", type=number(int, 1), default=200, help="epochs to train")
     flag("--batch_size", metavar="B", type=number(int, 1), default=128, help="images per step")
     flag("--lr", type=number(float, 0, low_open=True), default=0.1, help="first learning rate")

@@ -73,14 +73,14 @@ def parser() -> Parser:
     flag("--skip_bad", action="store_true", help="leave out images that cannot be read, and name them")
     lines = "print a line every K batches; 0 prints one line an epoch"
     flag("-p", "--print-freq", metavar="K", type=number(int, 0), default=10, help=lines)
-    flag("--gpu", metavar="G", type=number(int, 0), help="the GPU to use (default: the first)")
+    flag("--gpu", metavar="G", type=number(int, 0), help="the GPU to use (default: the first); not under torchrun")
     only = "print the accuracy of --resume PATH or --pretrained on the images to test on, and exit"
     flag("-e", "--evaluate", action="store_true", help=only)
     add_run_flags(parser, "the run's folder under checkpoint/, shared by its networks (default: a name of settings)")
     resume = (
         "a checkpoint to start from, or the word auto, which may be left out: continue this network's run, if it has "
         "begun, from its newest good checkpoint; with both (--resume PATH --resume auto) a network without one starts "
-        "from PATH"
+        "from PATH. A PATH in the run's own folder means auto"
     )
     parser.add_argument("--resume", metavar="PATH", nargs="?", const="auto", action="append", help=resume)
     return parser

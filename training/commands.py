@@ -15,8 +15,8 @@ usage: grafting.sh [FLAG...]                   start the networks of a run; on a
                                                that they had; with more epochs, those that are done, too
        grafting.sh demo [FLAG...]              train a baseline and two grafted networks, and compare them
 
-All networks of a run share its save directory, DIR. --num says how many they are (1: a baseline). With
---gpus-per-network G each has G GPUs of its own, a process each under torchrun; without GPUs, G processes.
+All networks of a run share its save directory, DIR. --num says how many they are (1: a baseline). On
+ImageNet --gpus-per-network G gives each G GPUs of its own, a process each under torchrun; without GPUs, G processes.
 -v prints the commands that are started. All other flags are grafting.py's, which explains them:
        python {script} --help
 """
