@@ -124,11 +124,8 @@ def add_run_flags(parser: argparse.ArgumentParser, directory: str) -> None:
     flag("--deterministic", action="store_true", help=same)
     bfloat16 = "compute in bfloat16 where the hardware does (GPUs since Ampere, CPUs with AVX-512 BF16 or AMX): faster"
     flag("--amp", action="store_true", help=f"{bfloat16}; elsewhere in float32, and a line says so")
-    flag(
-        "--compile",
-        action="store_true",
-        help="torch.compile the model: a slow start, then faster on a GPU (not on the CPUs that we measured)",
-    )
+    compiled = "torch.compile the model: a slow start, then faster on a GPU (not on the CPUs that we measured)"
+    flag("--compile", action="store_true", help=compiled)
 
 
 def checked(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
