@@ -405,7 +405,7 @@ def without_steps(words: list[str]) -> list[str]:
 def _run_name(data: str, model: str, flags: str) -> str:
     """cifar10_resnet32_num2_difflr_cos; a value that says by itself what it is stands alone, as in _num1_ema.
 
-    A scion keeps its flag: results under names such as _num1_noise are of an earlier definition.
+    A scion keeps its flag, and so does SWA: results under names such as _num1_noise are of an earlier definition.
     """
     count, _, of_one = flags.rpartition(" x ")
     parts = [data, model]
@@ -414,7 +414,7 @@ def _run_name(data: str, model: str, flags: str) -> str:
             parts.append(word.removeprefix("--"))
         elif word[0].isdigit():
             parts[-1] += word
-        elif parts[-1] == "scion":
+        elif parts[-1] == "scion" or word == "swa":
             parts.append(word)
         else:
             parts[-1] = word

@@ -57,7 +57,8 @@ def parser() -> Parser:
     methods = (
         "grafting, or a rival. With a neighbour: average (coefficient 1/2 everywhere) or papa (a pull towards it that "
         "falls with the learning rate). With --num 1: ema (the exponential moving average of the weights is tested) or "
-        "swa (the mean of the weights at the ends of the last quarter of the epochs, at a constant rate)"
+        "swa (the mean of the weights at the end of the third quarter of the epochs and of each later one; these have "
+        "a constant rate, a tenth of the first)"
     )
     flag("--method", choices=("grafting", "average", "ema", "swa", "papa"), default="grafting", help=methods)
     scions = (

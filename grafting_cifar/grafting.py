@@ -36,7 +36,8 @@ from training.records import Records, follow, layer_rows
 
 PIXELS = {"image_size": data.SIZE, "mean": data.MEAN, "std": data.STD}
 EMA_SHARE = 0.05  # of all steps: the time constant of the moving average
-SWA_START, SWA_RATE = 0.75, 0.5  # of the epochs, of the first learning rate: as its authors trained their ResNets
+# Of the epochs, of the first learning rate: as SWA's authors trained on CIFAR-10 (on CIFAR-100 at half the first rate).
+SWA_START, SWA_RATE = 0.75, 0.1
 
 
 def main(args: argparse.Namespace, signals: Signals) -> None:
@@ -76,7 +77,8 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
             seed = stream_seed(args.seed, args.i, epoch)
             train = train_one_epoch(step, train_batches, rate, epoch=epoch, seed=seed, progress=progress)
             if args.method == "swa":
-                add_to_mean(published, model, epoch - int(SWA_START * args.epochs), train_batches.epoch(seed))
+                first_end = max(0, int(SWA_START * args.epochs) - 1)  # of an epoch, at which the mean begins
+                add_to_mean(published, model, epoch - first_end, train_batches.epoch(seed))
             test = evaluate(forward_tested, test_batches, epoch=epoch, **options)
             val = evaluate(forward_tested, val_batches, epoch=epoch, **options) if val_batches else None
             row, state = records.row(epoch, rate(epoch), train, test, val, published), plain_state(published)
@@ -135,7 +137,8 @@ def graft_neighbour(
 ) -> list[list]:
     """Grafts the neighbour's weights onto the model, or does what --method says; returns what came of each layer."""
     if args.method == "papa":
-        share_of_rate = rate(epoch) / loop.initial_rate(args.lr, args.i, args.num, args.difflr)
+        middle = rate(epoch - 0.5)  # of the epoch that is done
+        share_of_rate = middle / loop.initial_rate(args.lr, args.i, args.num, args.difflr)
         loop.pull(model, neighbour, args.num, share_of_rate, pulls=len(batches) / loop.PAPA_STEPS)
         return []
     layers = graft(model, neighbour, args.a, args.c, args.level, criterion=CRITERIA[args.criterion])

@@ -22,9 +22,26 @@ def rates(line, epochs):
 
 
 def test_stochastic_weight_averaging_ends_at_a_constant_rate():
-    expected = [0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.05, 0.05]
+    expected = [0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.01, 0.01]
     assert rates("--method swa --num 1 --epochs 8 --step_epochs 2", 8) == pytest.approx(expected)
     assert rates("--num 1 --epochs 8 --step_epochs 2", 8) == pytest.approx([*expected[:6], 1e-4, 1e-4])
+
+
+def test_the_mean_of_stochastic_weight_averaging_begins_with_the_weights_before_the_constant_rate(make_run):
+    run = make_run(1, 4, "--method", "swa", "--keep_all").finish()
+    ends = [torch.load(run.checkpoint(1, epoch), weights_only=True) for epoch in (2, 3)]  # the last alone has that rate
+    trained = [end["extra"]["trained"] for end in ends]
+    for key, entry in ends[1]["net"].items():
+        if "running" not in key and entry.is_floating_point():
+            torch.testing.assert_close(entry, (trained[0][key] + trained[1][key]) / 2)
+
+
+def test_papa_once_an_epoch_pulls_at_the_rate_of_the_epoch_that_is_done(monkeypatch):
+    shares, args = [], parse(["--method", "papa", "--epochs", "4", "--step_epochs", "2"])
+    monkeypatch.setattr(grafting.loop, "pull", lambda *given, pulls: shares.append(given[-1]))
+    for epoch in (1, 2, 3):
+        grafting.graft_neighbour(args, None, None, grafting.schedule(args), epoch, range(10))
+    assert shares == pytest.approx([1, 1, 0.1])
 
 
 def test_the_moving_average_remembers_a_twentieth_of_all_steps():
