@@ -67,7 +67,10 @@ def parser() -> Parser:
     flag("--steplr", action="store_true", help=steps)
     flag("--wd", "--weight-decay", metavar="W", type=number(float, 0), default=1e-4, help="weight decay")
     add_recipe_flags(group)
-    size = "side of a training and test image (default: 224; inception_v3: 299; with -e: what the file records)"
+    size = (
+        "side of a training and test image (default: 224; inception_v3: 299; with --pretrained that of its weights; "
+        "with -e what the file records)"
+    )
     flag("--image_size", metavar="PIXELS", type=number(int, 32), help=size)
     flag("--pretrained", action="store_true", help="start from torchvision's weights")
     flag("--skip_bad", action="store_true", help="leave out images that cannot be read, and name them")

@@ -6,6 +6,7 @@ python grafting.py --data imagenet -a resnet18 --s two --num 2 --i 2 --gpu 1 >2.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -43,7 +44,7 @@ PIXELS = {"mean": data.MEAN, "std": data.STD}
 def main(args: argparse.Namespace, signals: Signals) -> None:
     device = pick_device(args.device, args.gpu)
     amp, notes = amp_dtype(args.amp, device)
-    args.image_size = args.image_size or models.usual_size(args.arch)
+    args.image_size = args.image_size or models.usual_size(args.arch, args.pretrained)
     with Ranks(device) as ranks, join(args, signals, ranks.rank) as ring, deterministic(args.deterministic):
         images = data.load(args.data)
         train_batches, test_batches, val_batches = make_batches(args, images, device, ranks)
@@ -137,8 +138,9 @@ def first_epoch(
         models.load_weights(model, state, args.start_from, contents, args.arch)
         if "optimizer" in contents:
             models.load_momentum(optimizer, contents["optimizer"])
-        # Ours say which epoch they come after, those of PyTorch's example which is to come.
-        start = contents.get("epoch", 0) + bool(contents["settings"])
+        # Ours, as those of the published script, say after which epoch they are; PyTorch's example, which is to come.
+        published = re.fullmatch(r"pth\d*_\d+\.tar|model_best\d+\.pth\.tar", args.start_from.name)
+        start = contents.get("epoch", 0) + bool(contents["settings"] or published)
     start = start if args.start_epoch is None else args.start_epoch
     if start >= args.epochs:
         raise GraftingError(f"nothing to train: the first epoch would be {start}, and --epochs is {args.epochs}")
@@ -156,7 +158,7 @@ def evaluate_only(args: argparse.Namespace) -> None:
         state, contents = read_checkpoint(args.start_from) if args.start_from else ({}, {"settings": {}})
         settings = contents["settings"]
         recorded = contents.get("image_size") or settings.get("image_size")
-        args.image_size = args.image_size or recorded or models.usual_size(args.arch)
+        args.image_size = args.image_size or recorded or models.usual_size(args.arch, args.pretrained)
         pretrained = args.pretrained or settings.get("pretrained", False)  # on which the form of some models depends
         model = models.build(args.arch, len(images.classes), args.image_size, pretrained)
         if args.start_from:

@@ -17,8 +17,10 @@ from training.models import load_optimizer, own_model
 AUXILIARY_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # of the loss of each auxiliary head, as in their papers
 
 
-def usual_size(arch: str) -> int:
-    """Side of the images that a model is trained on, in pixels."""
+def usual_size(arch: str, pretrained: bool = False) -> int:
+    """Side of the images that a model is trained on, or that torchvision's weights of it were, in pixels."""
+    if pretrained:
+        return zoo.get_model_weights(arch).DEFAULT.transforms().crop_size[0]
     return 299 if arch == "inception_v3" else 224
 
 

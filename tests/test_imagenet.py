@@ -91,6 +91,12 @@ def test_pretrained_weights_but_for_the_classes(monkeypatch, tmp_path, name, hea
     assert_same(dict(network.state_dict()), dict(state))
 
 
+def test_the_usual_size_is_that_of_torchvisions_weights_where_these_are_wanted():
+    sizes = {"resnet50": (224, 224), "efficientnet_b3": (224, 300), "vit_h_14": (224, 518), "inception_v3": (299, 299)}
+    for name, expected in sizes.items():
+        assert (models.usual_size(name), models.usual_size(name, pretrained=True)) == expected
+
+
 def test_pretrained_without_a_network_or_with_a_damaged_file(monkeypatch, tmp_path):
     def download(*arguments, **options):
         raise urllib.error.URLError("no route")
@@ -179,8 +185,10 @@ def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
     # As PyTorch's example writes it, of a network in DistributedDataParallel.
     state = {f"module.{key}": entry for key, entry in ours["state_dict"].items()}
     example = {"epoch": start, "arch": "ranks:tiny", "state_dict": state, "optimizer": ours["extra"]["optimizer"]}
+    published = {"epoch": start - 1, "arch": "ranks:tiny", "state_dict": ours["state_dict"]}
+    published |= {"best_acc1": torch.tensor(1.0), "optimizer": ours["extra"]["optimizer"]}
     finals = []
-    for name, contents in (("example.tar", example), ("ours.tar", ours)):
+    for name, contents in (("example.tar", example), ("ours.tar", ours), (f"pth1_{start - 1}.tar", published)):
         save(tmp_path / name, contents)
         run = make_image_run(1, start + 1, "--resume", str(tmp_path / name), "--momentum", "0.5")
         assert run.start(1).wait() == 0, run.started[-1].output()
@@ -189,7 +197,8 @@ def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
         finals.append(load(run.directory / "final1.tar")["state_dict"])
         last = load(run.checkpoint(1, start))
         assert [group["momentum"] for group in last["extra"]["optimizer"]["param_groups"]] == [0.5]
-    assert_same(*finals)
+    assert_same(finals[0], finals[1])
+    assert_same(finals[0], finals[2])
 
 
 @pytest.mark.parametrize(
