@@ -184,6 +184,15 @@ def test_a_start_that_would_change_the_outcome_is_refused_and_leaves_no_trace(un
     assert {path: path.read_bytes() for path in run.directory.iterdir()} == before
 
 
+def test_without_its_checkpoints_a_network_does_not_begin_again_over_what_it_has_left(make_run):
+    run = make_run(1, 3).finish()
+    for path in run.directory.glob("ckpt*"):
+        path.unlink()
+    before = {path: path.read_bytes() for path in run.directory.iterdir()}
+    assert re.search(rf"to begin again would replace {run.directory}/best1\.t7", refused(run, 1, "--resume"))
+    assert {path: path.read_bytes() for path in run.directory.iterdir()} == before
+
+
 def test_epochs_may_be_raised_with_the_step_schedule_alone(make_run, undisturbed):
     run, cosine = make_run(2, 2).finish(), make_run(1, 1, "--cos").finish()
     run.epochs, cosine.epochs = 3, 2

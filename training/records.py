@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from filter_grafting.checkpoint import save, write_atomically
-from filter_grafting.errors import GraftingError
+from filter_grafting.errors import GraftingError, RefusedError
 from filter_grafting.grafting import Layer
 from filter_grafting.information import convolutions, entropy, invalid_filters
 from filter_grafting.rings import Checkpoint, FileRing
@@ -130,10 +130,21 @@ class Records:
             self.save("final", row, state)
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Goes on after that of an earlier process, which may have been killed before it had recorded its epoch."""
+        """Goes on after that of an earlier process, which may have been killed before it had recorded its epoch.
+
+        Raises RefusedError if there is none and a network of several epochs would be written over. After one epoch
+        there is a single checkpoint: if that is damaged, little is lost.
+        """
+        network, metrics = self.ring.network, self.ring.directory / f"metrics{self.ring.network}.csv"
+        kept = [path for path in map(self.ring.file, ("best", "final")) if path.exists()]
         if checkpoint:
             say(f"continuing after epoch {checkpoint.round}")
             self.epoch(checkpoint.extra["row"], checkpoint.extra["layers"], checkpoint.state)
+        elif kept and metrics.exists() and metrics.read_text().count("\n") > 2:
+            raise RefusedError(
+                f"network {network} has trained before, and none of its checkpoints is there to go on from; to begin "
+                f"again would replace {kept[0]}: give another directory, or move that file away"
+            )
 
     def save(self, kind: str, row: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
         """Writes best or final: tensors on the CPU, and what whoever uses the network needs to know."""
