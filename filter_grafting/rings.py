@@ -231,7 +231,9 @@ class FileRing(Membership):
                 next_message = now + MESSAGE_SECONDS
                 logger.warning("network %d waits for %s for %s: %s", self.network, whom, waited, watch.describe(now))
             time.sleep(POLL_SECONDS)
-            now = time.monotonic()
+            last, now = now, time.monotonic()
+            if now - last > BEAT_SECONDS:
+                watch.leave_out(now - last)
         if is_told:
             self.update(*before)
         return state
@@ -258,13 +260,14 @@ class _Watch:
             form = (found.st_ino, found.st_size, found.st_mtime_ns)
             if form == self.form and now < self.retry_at:
                 return None
-            self.form, self.retry_at = form, now + RETRY_SECONDS
+            self.form = form
             contents = self.ring._load(self.path, self.ring.neighbour, self.round)
             return State(contents[self.ring.key], str(self.path))
         except FileNotFoundError:
             self.form, self.problem = None, ""
         except (OSError, CheckpointError) as error:
-            self.problem = str(error)
+            # From now on, not from when it began: or reading a large one took all the time, of which none would count.
+            self.problem, self.retry_at = str(error), time.monotonic() + RETRY_SECONDS
         return None
 
     def look(self, now: float) -> None:
@@ -296,6 +299,12 @@ class _Watch:
         reports_steps = self.status.state in ("training", "testing") and self.status.step is not None
         is_beat_enough = not (reports_steps or self.obstacle)
         self.sign_at = max(self.progress_at, self.beat_at) if is_beat_enough else self.progress_at
+
+    def leave_out(self, seconds: float) -> None:
+        """Does not count a time in which this process itself stood still, as by Ctrl-Z, or for a file server."""
+        self.beat_at += seconds
+        self.progress_at += seconds
+        self.sign_at += seconds
 
     def describe(self, now: float) -> str:
         """What is known of the neighbour, and of its file."""

@@ -148,6 +148,15 @@ def test_a_heartbeat_is_enough_of_one_that(make, tmp_path, clock, arrives, field
     ring.wait(6)
 
 
+def test_time_in_which_the_waiting_process_stood_still_is_not_the_neighbours(make, clock, arrives):
+    def stand_still() -> None:
+        clock.now += 7200
+        arrives(60)
+
+    clock.after(30, stand_still)
+    make(timeout=100).wait(6)
+
+
 def test_one_without_a_status_file_lives_as_long_as_it_publishes(make, tmp_path, clock, caplog, arrives):
     ring = make(3, timeout=100)
     for count in range(6):
