@@ -82,13 +82,20 @@ def networks_of(directory: str | os.PathLike[str]) -> range:
     return range(1, 1)
 
 
-def is_held(path: str | os.PathLike[str]) -> bool:
-    """Whether a living process holds a lock; the kernel answers, not a file. Reading it is enough to ask."""
-    with suppress(FileNotFoundError), open(path, "rb") as file:
-        try:
+def is_held(path: str | os.PathLike[str]) -> bool | None:
+    """Whether a living process holds a lock; the kernel answers, not a file. Reading it is enough to ask.
+
+    None if its file system cannot say: it knows no such locks, or is away for a moment.
+    """
+    try:
+        with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who ask do not disturb each other
-        except OSError:
-            return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (BlockingIOError, PermissionError):  # the second is what some file systems say
+        return True
+    except OSError:
+        return None
     return False
 
 
@@ -98,16 +105,20 @@ def take_lock(path: Path, seconds: float, refusal: RefusedError) -> AbstractCont
         return FileLock(path, thread_local=False).acquire(timeout=seconds)
     except Timeout as error:
         raise refusal from error
+    except NotImplementedError as error:  # where there is no flock; newer versions of filelock leave a marker instead
+        raise RefusedError(
+            f"{path} cannot be locked: its file system knows no flock; give another directory"
+        ) from error
     except OSError as error:
         raise write_error(path, error) from error
 
 
 def living(directory: Path, networks: Iterable[int]) -> set[int]:
-    """Those of some networks that hold their locks, or on other hosts, which locks may not reach, whose hearts beat."""
-    networks = set(networks)
-    alive = {network for network in networks if is_held(directory / f"network{network}.lock")}
-    said = {network: read_status(directory, network) for network in networks - alive}
-    remote = {network for network, status in said.items() if status.get("host") != HOST}
+    """Those of some networks that hold their locks, or whose hearts beat where locks may not reach: on other hosts."""
+    held = {network: is_held(directory / f"network{network}.lock") for network in networks}
+    alive = {network for network in held if held[network]}
+    said = {network: read_status(directory, network) for network in held if not held[network]}
+    remote = {network for network, status in said.items() if held[network] is None or status.get("host") != HOST}
     may_live = {network for network in remote if said[network].get("state") not in (None, *ENDED)}
     deadline = time.monotonic() + 2 * BEAT_SECONDS
     while may_live - alive and time.monotonic() < deadline:
@@ -148,7 +159,8 @@ class Status(NamedTuple):
 def observe(directory: str | os.PathLike[str], networks: Iterable[int] | None = None) -> list[Status]:
     """The status of networks (default: all of the run), in ascending order. Reads only.
 
-    Who holds its lock is alive. Of processes on other hosts that is whose heartbeat moves, which takes up to two beats.
+    Who holds its lock is alive. Of processes on other hosts, and where there are no locks, that is whose heartbeat
+    moves, which takes up to two beats.
     """
     directory = Path(directory)
     wanted = sorted(networks_of(directory) if networks is None else networks)
@@ -297,9 +309,10 @@ class Membership:
     def _alive(self) -> AliveError:
         status = read_status(self.directory, self.network)
         where = printable(f"process {status.get('pid')} on {status.get('host')}")
+        marker = f" (if it is dead, delete {self._lock_path.name})" if is_held(self._lock_path) is None else ""
         return AliveError(
             f"network {self.network} is already running in {self.directory} ({where}); wait for its end, or stop it, "
-            "before you start it again"
+            f"before you start it again{marker}"
         )
 
     # Agreeing: the settings that all networks of a run share

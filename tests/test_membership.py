@@ -1,6 +1,8 @@
 """Who is in a run: places, settings that all share, heartbeats, and starts that are refused and leave no trace."""
 
 import copy
+import errno
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -158,6 +160,22 @@ def test_a_network_of_another_host_is_known_by_its_heartbeat(tmp_path, ring, mon
     other.join()
     assert observe(tmp_path, [1])[0].state == "died"
     ring(1)
+
+
+def test_where_there_are_no_locks_a_network_is_known_by_its_heartbeat(tmp_path, ring, monkeypatch):
+    def without_locks(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(membership, "BEAT_SECONDS", 0.3)
+    ring(1).update("training")
+    has_run(ring, 2)
+    write_status(tmp_path, 2, host=socket.gethostname())  # as of one that was killed
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    assert [status.state for status in observe(tmp_path)] == ["training", "died"]
+    (tmp_path / "run.lock").unlink()
+    # As filelock does without them: it leaves a marker, or in older versions it refuses.
+    with pytest.raises(RefusedError, match=r"start it again \(if it is dead, delete network1\.lock\)|knows no flock"):
+        ring(1, resume=True)
 
 
 def test_of_networks_that_start_at_the_same_moment_those_with_other_settings_are_refused(tmp_path, ring):
