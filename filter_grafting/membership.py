@@ -243,7 +243,10 @@ class Membership:
         """The rounds of which a network's checkpoints are there, in ascending order."""
         before, after = self.path("*", network).name.split("*")
         pattern = re.compile(re.escape(before) + "(0|[1-9][0-9]{0,17})" + re.escape(after))
-        names = os.listdir(self.directory) if self.directory.is_dir() else []
+        try:
+            names = os.listdir(self.directory)
+        except (FileNotFoundError, NotADirectoryError):
+            names = []
         return sorted(int(match[1]) for name in names if (match := pattern.fullmatch(name)))
 
     # Joining

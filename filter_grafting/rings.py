@@ -10,6 +10,7 @@ import operator
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -133,7 +134,8 @@ class FileRing(Membership):
         except GraftingError as error:
             self._trouble = str(error)
             raise
-        self._prune(round)
+        with suppress(OSError):  # what cannot be deleted just now the next round deletes
+            self._prune(round)
 
     def _prune(self, newest: int) -> None:
         """Deletes those of this network's checkpoints that nobody can need again.
@@ -247,6 +249,7 @@ class _Watch:
         self.beat_at = self.progress_at = self.sign_at = now  # when each was last seen to change
         self.beat: object = None
         self.progress: object = None
+        self.rounds: list[int] = []  # of which its checkpoints are there
         self.form: tuple[int, ...] | None = None  # of the neighbour's file, as last seen
         self.problem, self.retry_at = "", 0.0  # why that file was no good
 
@@ -277,8 +280,11 @@ class _Watch:
         another thread. Nor is a heartbeat enough where something stands in the way. Else it is either.
         """
         ring, said = self.ring, read_status(self.ring.directory, self.ring.neighbour)
-        lives = said.get("host") not in (None, HOST) or is_held(ring.directory / f"network{ring.neighbour}.lock")
-        self.status, self.rounds = status_of(ring.neighbour, said, lives), ring._rounds(ring.neighbour)
+        held = is_held(ring.directory / f"network{ring.neighbour}.lock")
+        lives = held is not False or said.get("host") not in (None, HOST)  # where locks cannot say, its heart does
+        self.status = status_of(ring.neighbour, said, lives)
+        with suppress(OSError):  # the file system is away for a moment
+            self.rounds = ring._rounds(ring.neighbour)
         reached = said.get("round") if said.get("run") == ring.run else None
         self.obstacle = self.problem
         if (said.get("process"), said.get("pid")) == (PROCESS, os.getpid()):

@@ -1,5 +1,6 @@
 """What a network says while it waits for its neighbour, which file it takes, and when it gives up."""
 
+import errno
 import os
 import re
 import socket
@@ -8,7 +9,7 @@ import pytest
 import torch
 from ring_tools import Clock, write_status
 
-from filter_grafting import NeighbourTimeout, rings
+from filter_grafting import NeighbourTimeout, membership, rings
 from filter_grafting.checkpoint import save
 from filter_grafting.membership import PROCESS, observe
 
@@ -155,6 +156,19 @@ def test_time_in_which_the_waiting_process_stood_still_is_not_the_neighbours(mak
 
     clock.after(30, stand_still)
     make(timeout=100).wait(6)
+
+
+def test_a_file_system_that_is_away_for_a_while_ends_nothing(make, clock, arrives, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    ring = make()
+    with monkeypatch.context() as away:
+        clock.after(5, lambda: away.setattr(os, "listdir", fail))
+        clock.after(5, lambda: away.setattr(membership, "open", fail, raising=False))  # of locks
+        arrives(60)
+        ring.wait(6)
+        ring.publish(7, STATE)  # what it cannot delete just now stays
 
 
 def test_one_without_a_status_file_lives_as_long_as_it_publishes(make, tmp_path, clock, caplog, arrives):
