@@ -388,14 +388,14 @@ class Membership:
     # Status: what others are told
 
     def update(self, state: str, detail: str = "", **fields: Any) -> None:
-        """Rewrites `network{i}.json`.
+        """Rewrites `network{i}.json`, or leaves that to the next heartbeat if it cannot be written just now.
 
         Args:
             state: starting, training, testing or waiting. With "training" the start is over: what it did stays.
             fields: epoch, epochs, steps (of an epoch), accuracy, best (in percent), lr, ...
 
         Raises:
-            WriteError: if it cannot be written, or the directory is gone.
+            WriteError: if the directory is gone; while the network starts, also if the file cannot be written.
         """
         with self._mutex:
             self._is_starting = self._is_starting and state != "training"
@@ -415,7 +415,11 @@ class Membership:
         if self._step is not None:
             self._status["step"] = self._step
         self._status |= {"time": time.time(), "beat": self._status.get("beat", 0) + 1}
-        write_atomically(self._own_path, json.dumps(self._status).encode(), durable=False)
+        try:
+            write_atomically(self._own_path, json.dumps(self._status).encode(), durable=False)
+        except WriteError:  # a disk that stays full is told by the next checkpoint, and an epoch is not lost for this
+            if self._is_starting:
+                raise
 
     def _keep_beating(self) -> None:
         while not self._left.wait(BEAT_SECONDS):

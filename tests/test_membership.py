@@ -274,6 +274,21 @@ def test_done_is_not_said_of_a_network_whose_last_checkpoint_could_not_be_writte
     assert "cannot write" in observe(tmp_path)[0].detail
 
 
+def test_a_status_that_cannot_be_written_ends_a_start_alone(tmp_path, ring, monkeypatch):
+    def fail(*arguments, **options):
+        raise WriteError("the disk is full")
+
+    first = ring()
+    with monkeypatch.context() as full:
+        full.setattr(membership, "write_atomically", fail)
+        with pytest.raises(WriteError):
+            first.update("starting")
+        first.update("training")
+        first.update("testing")
+    first.update("waiting")
+    assert read_status(tmp_path, 1)["state"] == "waiting"
+
+
 def test_a_status_that_cannot_be_read_says_nothing(tmp_path):
     for data in b"", b"[]":
         (tmp_path / "network2.json").write_bytes(data)
