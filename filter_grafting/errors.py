@@ -30,7 +30,7 @@ class AlreadyRunError(RefusedError):
 
 
 class AliveError(RefusedError):
-    """Another living process is this very network."""
+    """Another living process is this very network, or has become it while this one stood still."""
 
 
 class SettingsError(RefusedError):

@@ -228,6 +228,7 @@ class Membership:
         self._step: int | None = None
         self._trouble = ""  # why the last checkpoint could not be written
         self._is_starting = True
+        self._has_spoken = False  # from then on its status file names this process, or another that is this network
 
     # Files
 
@@ -374,7 +375,10 @@ class Membership:
             write_atomically(self._run_path, json.dumps({"run": run, "settings": settings}, indent=1).encode())
 
     def _check_place(self) -> None:
-        """Raises WriteError if the directory was deleted under this network, or made anew by another run."""
+        """Raises WriteError if the directory was deleted under this network, or made anew by another run.
+
+        And AliveError if another process is this network by now, as may be after its lock was lost or it stood still.
+        """
         why = ""
         with suppress(OSError, ValueError):  # what cannot be read just now says nothing
             try:
@@ -384,6 +388,10 @@ class Membership:
                 why = "there is no run.json any more"
         if why:
             raise WriteError(f"the save directory {self.directory} of network {self.network} is gone: {why}")
+        said = read_status(self.directory, self.network)
+        if self._has_spoken and said and (said.get("process"), said.get("pid")) != (PROCESS, self._pid):
+            where = printable(f"process {said.get('pid')} on {said.get('host')}")
+            raise AliveError(f"network {self.network} in {self.directory} is now {where}: this process ends")
 
     # Status: what others are told
 
@@ -396,6 +404,7 @@ class Membership:
 
         Raises:
             WriteError: if the directory is gone; while the network starts, also if the file cannot be written.
+            AliveError: if another process is this network by now.
         """
         with self._mutex:
             self._is_starting = self._is_starting and state != "training"
@@ -420,6 +429,8 @@ class Membership:
         except WriteError:  # a disk that stays full is told by the next checkpoint, and an epoch is not lost for this
             if self._is_starting:
                 raise
+        else:
+            self._has_spoken = True
 
     def _keep_beating(self) -> None:
         while not self._left.wait(BEAT_SECONDS):

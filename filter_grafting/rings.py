@@ -116,6 +116,7 @@ class FileRing(Membership):
         Raises:
             CheckpointError: if the file could not be loaded again, for `state` or `extra` holds something else.
             WriteError: if it cannot be written, or the directory is gone. What was published before is untouched.
+            AliveError: if another process is this network by now.
             GraftingError: if this network has left the run, as at the end of `with`.
         """
         round = operator.index(round)
@@ -208,6 +209,7 @@ class FileRing(Membership):
             NeighbourTimeout: if the neighbour made no progress for `timeout` seconds, or its file stayed damaged for as
                 long. While it trains and reports its steps, progress is a step or a checkpoint, otherwise a heartbeat.
             WriteError: if the directory is gone.
+            AliveError: if another process is this network by now.
         """
         timeout = max(self._timeout, 3 * BEAT_SECONDS) if self._timeout else math.inf
         now = time.monotonic()

@@ -141,6 +141,18 @@ def test_a_network_has_one_owner_in_a_process_and_among_processes(tmp_path, ring
     ring(2, resume=True)
 
 
+def test_a_former_owner_writes_nothing_more(tmp_path, ring):
+    first = ring()
+    first.publish(0, STATE)
+    write_status(tmp_path, 1, pid=77)
+    before = snapshot(tmp_path)
+    for call in (lambda: first.publish(1, STATE), lambda: first.wait(0), lambda: first.update("testing")):
+        with pytest.raises(AliveError, match=r"network 1 in .* is now process 77 on elsewhere: this process ends"):
+            call()
+    first.leave("failed")
+    assert snapshot(tmp_path) == before
+
+
 def test_a_network_of_another_host_is_known_by_its_heartbeat(tmp_path, ring, monkeypatch):
     monkeypatch.setattr(membership, "BEAT_SECONDS", 0.3)
     ended = threading.Event()
