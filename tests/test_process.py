@@ -9,7 +9,7 @@ import torch
 
 from filter_grafting.errors import GraftingError, NeighbourTimeout
 from training import process
-from training.process import UsageError, amp_dtype, deterministic, ending, pick_device
+from training.process import Signals, Stopped, UsageError, amp_dtype, deterministic, ending, pick_device
 
 # Ends
 
@@ -41,6 +41,14 @@ def test_what_fails_after_a_signal_is_the_signals_doing(capsys):
         raise RuntimeError("Connection closed by peer")
     assert end.value.code == 143
     assert capsys.readouterr().err == "network 1 stopped by SIGTERM; --resume continues it\n"
+
+
+def test_under_torchrun_the_second_signal_does_not_interrupt_the_end_of_a_start(monkeypatch):
+    set_ranks(monkeypatch)
+    Signals()
+    with pytest.raises(Stopped):
+        signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_rank_whose_connection_broke_can_be_ended_by_torchrun_before_it_says_so(capsys, monkeypatch):

@@ -74,9 +74,10 @@ class Signals:
         if world()[1] == 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        self.received = self.received or signal.Signals(number)
-        if not self._finishes_batch:
-            self.check()
+        if self.received is None:  # a second one does not break into what ends the first one's start
+            self.received = signal.Signals(number)
+            if not self._finishes_batch:
+                self.check()
 
     def finish_batch(self) -> None:
         """From now on a signal ends the run at the next `check`, after a batch or during a wait, and nowhere else."""
