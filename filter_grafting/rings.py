@@ -229,7 +229,7 @@ class FileRing(Membership):
             if now - watch.sign_at >= timeout:
                 raise NeighbourTimeout(
                     f"network {self.network} gave up after {waited} of waiting for {whom}: {watch.describe(now)}. "
-                    f"Resume network {self.neighbour}, then this one"
+                    f"Stop network {self.neighbour} if it lives, resume it, then this one"
                 )
             if now >= next_message:
                 next_message = now + MESSAGE_SECONDS
