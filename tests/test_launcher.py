@@ -241,7 +241,10 @@ def test_resume_starts_the_projects_own_scripts_alone_in_as_many_processes_as_th
     for command in ([], ["python", "/tmp/evil.py"], ["python", "elsewhere/grafting.py", "--num", "1"]):
         write_status(project.cwd / "x", 1, command=command, **place)
         status, _, errors = project("resume", "x")
-        assert (status, "has left no command of grafting.py" in errors, jobs) == (1, True, [])
+        sentence = (
+            "network 1 has left no command of grafting.py: start the run with the flags that it had, and --resume"
+        )
+        assert (status, sentence in errors, jobs) == (1, True, [])
     python = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     write_status(project.cwd / "x", 1, command=[*python, "grafting.py", "--num", "1", "--device", "cpu"], **place)
     project("resume", "x")

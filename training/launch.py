@@ -245,7 +245,10 @@ def go_on(directory: Path, asked: argparse.Namespace) -> int:
         place = next((k for k, word in enumerate(one.command) if Path(word).name == "grafting.py"), None)
         folder = "" if place is None else Path(one.cwd, one.command[place]).resolve().parent.name
         if folder not in SUFFIXES:
-            sys.exit(f"network {one.network} has left no command of grafting.py: start it with its flags")
+            sentence = f"network {one.network} has left no command of grafting.py"
+            sys.exit(
+                f"{sentence}: start the run with the flags that it had, and --resume, which continues all networks"
+            )
         words, before = one.command[place + 1 :], one.command[:place]
         words += changes if words[-len(changes) :] != changes else []
         args = import_module(f"{folder}.flags").parse(words)
