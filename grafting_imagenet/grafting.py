@@ -46,6 +46,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
     amp, notes = amp_dtype(args.amp, device)
     args.image_size = args.image_size or models.usual_size(args.arch, args.pretrained)
     with Ranks(device) as ranks, join(args, signals, ranks.rank) as ring, deterministic(args.deterministic):
+        args.start_from = ranks.tell(args.start_from)  # that each has read for itself, from a file that may change
         images = data.load(args.data)
         train_batches, test_batches, val_batches = make_batches(args, images, device, ranks)
         torch.manual_seed(stream_seed(args.seed, args.i, "weights"))
