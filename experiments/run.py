@@ -221,13 +221,15 @@ def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], signals: Si
 
 
 def stop(jobs: list[Job]) -> None:
-    """Ends the networks that still run, which would wait for those that have ended."""
+    """Ends the networks that still run, a killed queue's among them, which would wait for those that have ended."""
     processes = [process for job in jobs for process in job.processes.values()]
     for process in processes:
         process.terminate()
     for process in processes:
         process.wait()
     for job in jobs:
+        if job.alive:
+            launch.end(job.save)
         job.lock.release()
 
 

@@ -14,6 +14,7 @@ import saved
 import torch
 from filelock import FileLock, Timeout
 from finished import write_ensemble, write_run
+from launching import write_status
 from processes import ROOT, until
 
 from experiments import report, tables, together
@@ -291,6 +292,26 @@ def test_networks_that_outlive_a_killed_queue_are_the_next_ones_and_a_run_has_on
         with pytest.raises(Timeout):
             queue.Job(run, args).has_ended(1)
     assert job.has_ended(1) and started == [2] and collected == [job]
+
+
+def test_stopping_ends_networks_of_a_killed_queue_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue.Job, "command_of", lambda *_: [sys.executable, "-c", ""])
+    args = queue.parse(["main", "--preset", "smoke", "--work", str(tmp_path)])
+    job = queue.Job(next(run for run in args.runs if str(run) == f"{RING}/seed0"), args)
+    job.save.mkdir(parents=True)
+    lives = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX)"
+    lives += "; print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", lives, job.save / "network1.lock"]
+    network = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        network.stdout.readline()
+        write_status(job.save, 1, pid=network.pid)
+        assert not job.has_ended(1) and job.alive == {1}
+        queue.stop([job])
+        assert network.wait(60) == -signal.SIGTERM and not job.lock.is_locked
+    finally:
+        network.kill()
+        network.communicate()
 
 
 @pytest.mark.slow
