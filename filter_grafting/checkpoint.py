@@ -25,7 +25,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | memoryview, dur
 
     Args:
         path: an existing file, or a link, is replaced; a link is not followed. The folder must exist.
-        durable: the file also survives a crash of the machine: it is on the disk before it has its name.
+        durable: the new file also survives a crash of the machine. Otherwise the one before it may come back, whole.
 
     Raises:
         WriteError: naming the file, the reason and the free space; what stood under `path` is untouched.
@@ -37,8 +37,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | memoryview, dur
             with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
-                if durable:
-                    os.fsync(file.fileno())
+                os.fsync(file.fileno())  # before it has its name, which a crash of the machine may keep
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):

@@ -15,7 +15,7 @@ import torch
 from processes import assert_same
 
 from filter_grafting import CheckpointError, UnreadableError, WriteError
-from filter_grafting.checkpoint import load, save
+from filter_grafting.checkpoint import load, save, write_atomically
 
 CONTENTS = {
     "net": {
@@ -67,6 +67,9 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
     save(path, CONTENTS)
     assert [name for name, *_ in calls.mock_calls] == ["fsync", "replace", "fsync"]  # the last is of the folder
     assert re.fullmatch(r"\.ckpt1_3\.t7\.[0-9a-f]+\.tmp", calls.replace.call_args.args[0].name)
+    calls.reset_mock()
+    write_atomically(path, b"", durable=False)
+    assert [name for name, *_ in calls.mock_calls] == ["fsync", "replace"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
