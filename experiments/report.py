@@ -160,9 +160,9 @@ def section(cells: Cells) -> list[str]:
             "grafting": one.row.label,
             "against": other.row.label,
             "epochs of all": f"{one.first('epochs'):g} : {other.first('epochs'):g}",
-            "difference of last": gain(one, other, "last"),
+            "difference of last": (last := gain(one, other, "last")),
             "difference of best, by validation": gain(one, other, "picked"),
-            "n": gain(one, other, "last").n,
+            "n": last.n,
         }
         for kind, one, other in pairs_of(cells)
         if kind == "rival"

@@ -135,12 +135,13 @@ class Records:
         Raises RefusedError if there is none and a network of several epochs would be written over. After one epoch
         there is a single checkpoint: if that is damaged, little is lost.
         """
-        network, metrics = self.ring.network, self.ring.directory / f"metrics{self.ring.network}.csv"
-        kept = [path for path in map(self.ring.file, ("best", "final")) if path.exists()]
         if checkpoint:
             say(f"continuing after epoch {checkpoint.round}")
             self.epoch(checkpoint.extra["row"], checkpoint.extra["layers"], checkpoint.state)
-        elif kept and metrics.exists() and metrics.read_text().count("\n") > 2:
+            return
+        network, metrics = self.ring.network, self.ring.directory / f"metrics{self.ring.network}.csv"
+        kept = [path for path in map(self.ring.file, ("best", "final")) if path.exists()]
+        if kept and metrics.exists() and metrics.read_text().count("\n") > 2:
             raise RefusedError(
                 f"network {network} has trained before, and none of its checkpoints is there to go on from; to begin "
                 f"again would replace {kept[0]}: give another directory, or move that file away"
