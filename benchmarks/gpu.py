@@ -29,7 +29,6 @@ from training.flags import ROOT, cores
 from training.machine import versions
 
 LEAST_SECONDS = 60  # a step is not begun with less time left
-TESTS = "cuda graphs information graft_layer_level graft_filter_level checkpoint cifar_data"
 VARIANTS = "eager amp+eager ours amp compile amp+compile"
 TRAINING = "benchmarks/training.py --images 12800 --models resnet32"
 SMOKE = "benchmarks/ring.py --epochs 2 --images 2000 --model resnet20"
@@ -41,7 +40,7 @@ TINY_IMAGENET = "--repetitions 1 --images 4 --batch_size 2 --size 32 --workers 0
 # Each step in its order: its command, and what makes it small; a dry run leaves out those without. Of words that come
 # twice, the second counts.
 PLAN = {
-    "tests": ("-m pytest -q -n 0 " + " ".join(f"tests/test_{name}.py" for name in TESTS.split()), None),
+    "tests": (f"-m pytest -q -n 2 -m cuda {shlex.quote(str(ROOT / 'tests'))}", None),
     "smoke, plain": (SMOKE, "--images 8"),
     "smoke, amp": (f"{SMOKE} --flags=--amp", None),
     "smoke, amp, compiled": (f"{SMOKE} --flags='--amp --compile'", None),

@@ -147,7 +147,7 @@ class Job:
         self.lock.acquire()
         self.alive = {one.network for one in observe(self.save, self.numbers) if one.alive}
         for i in {*self.numbers} - self.alive:
-            variables = {"OMP_NUM_THREADS": str(threads)}
+            variables = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), str(threads))
             variables |= {"CUDA_VISIBLE_DEVICES": self.gpus[i - 1]} if self.gpus else {}
             # Detached: Ctrl-C is for the queue, which passes it on.
             self.processes[i] = launch.detached(self.command_of(i), self.save / f"{i}.log", variables)
@@ -211,7 +211,8 @@ def work(jobs: list[Job], slots: int, threads: int, gpus: list[str], signals: Si
                     job.failure = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
                 stop([job])
                 running.remove(job)
-                tqdm.write(f"{job.run}: {'failed: ' + job.failure if job.failure else 'done'}")
+                outcome = f"failed: {job.failure}" if job.failure else "done"
+                tqdm.write(f"{job.run}: {outcome} ({len(waiting) + len(running)} to go)")
                 sys.stdout.flush()
                 bar.update(job.run.cost)
             time.sleep(POLL_SECONDS)

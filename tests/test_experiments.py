@@ -256,7 +256,7 @@ def test_a_queue_leaves_what_a_report_needs_and_has_then_nothing_to_do(tmp_path,
     hide_gpus(monkeypatch)
     flags = ["main", "--preset", "smoke", "--seeds", "1", "--only", RING]
     status, output, errors = call(*flags)
-    assert status == 0 and f"{RING}/seed0: done\n" in output, errors
+    assert status == 0 and f"{RING}/seed0: done (0 to go)\n" in output, errors
     folder = tmp_path / "results" / "smoke" / RING / "seed0"
     record = json.loads((folder / "result.json").read_text())
     assert record["settings"]["num"] == 2 and record["settings"]["amp"] is False
