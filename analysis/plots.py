@@ -119,7 +119,7 @@ def coefficients(run: Run) -> Figure:
         place = {"extent": (first - 0.5, last + 0.5, len(layers) - 0.5, -0.5), "aspect": "auto"}
         image = panel.imshow(grid, cmap="PuOr", vmin=0.5 - reach, vmax=0.5 + reach, interpolation="nearest", **place)
         panel.set(title=f"network {network.number}", xlabel="epoch")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
         panel.grid(False)
     every = math.ceil(len(layers) / 50)  # as many names can be read
     panels[0, 0].set_yticks(range(0, len(layers), every), layers[::every], fontsize=6)

@@ -25,7 +25,7 @@ def draw(cells: Cells, title: str, stem: Path) -> list[Path]:
 
 def figures(cells: Cells, title: str) -> Iterator[tuple[str, Figure]]:
     """What each figure shows, and the figure."""
-    if any(math.isfinite(gain(one, cells.get(one.row.baseline), "last").mean) for one in cells.values()):
+    if any(math.isfinite(gain(one, cells.get(one.row.baseline), "last").low) for one in cells.values()):
         yield "gain", gains(cells, title)
     frame = courses_of(cells)
     if len(frame):
@@ -34,7 +34,10 @@ def figures(cells: Cells, title: str) -> Iterator[tuple[str, Figure]]:
         yield "accuracy", courses(cells, columns, "test accuracy (%)", title)
     if frame.get(f"invalid_{THRESHOLDS[0]}", pd.Series([0])).max() > 0:
         columns = {f"L1 norm below {threshold}": frame[f"invalid_{threshold}"] for threshold in THRESHOLDS}
-        yield "invalid", courses(cells, columns, "invalid filters", title)
+        figure = courses(cells, columns, "invalid filters", title)
+        for panel in figure.axes:
+            panel.set_ylim(bottom=0)
+        yield "invalid", figure
     if "information" in frame:
         columns = {"Sum of the layers' entropies": frame["information"].dropna()}
         yield "information", courses(cells, columns, "nats", title)
@@ -84,7 +87,7 @@ def gains(cells: Cells, title: str) -> Figure:
     panel.set_yticks(range(len(compared)), labels)
     panel.set_ylim(len(compared) - 0.5, -0.5)
     panel.grid(False, axis="y")
-    panel.set_xlabel("gain in accuracy (percentage points), 95 % interval")
+    panel.set_xlabel("gain over the single network of the same schedule (percentage points), 95 % interval")
     figure.suptitle(title)
     return with_legend(figure)
 
@@ -117,6 +120,8 @@ def grouped(cells: Cells) -> list[list[str]]:
     trained = [label for label, one in cells.items() if len(one.results) and not one.row.is_ensemble]
     for baseline in [label for label, one in cells.items() if one.row.baseline is None]:
         own = [label for label in trained if cells[label].row.baseline == baseline]
+        # Grafting beside the plain average, in which the entropies do not count.
+        own.sort(key=lambda label: (cells[label].row.is_grafting, "--method average" in cells[label].row.flags))
         if own or baseline in trained:
             groups += [[baseline, *part] for part in np.array_split(own, math.ceil(len(own) / LINES) or 1)]
     return groups

@@ -7,8 +7,10 @@
 Prints the Markdown that it writes to report.md. A row without a readable result says "not run".
 """
 
+import argparse
 import math
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -60,16 +62,20 @@ def main() -> int:
         parser.error(f"argument --preset: {args.preset} runs nothing of {', '.join(chosen)}")
     out = args.out or directory
     (out / "plots").mkdir(parents=True, exist_ok=True)
-    text = report(tables, args.preset, damages, out / "plots")
+    text = report(tables, args, damages, out / "plots")
     write_atomically(out / "report.md", text.encode())
     print(text, end="", flush=True)
     print(f"written to {out / 'report.md'}", file=sys.stderr)
     return int(bool(damages) and results.empty)
 
 
-def report(tables: Tables, preset: str, damages: list[str], out: Path) -> str:
+def report(tables: Tables, args: argparse.Namespace, damages: list[str], out: Path) -> str:
     """The whole report; its plots are drawn into `out`."""
-    parts = [f"# Results of the preset {preset}", reading(tables, preset)]
+    preset, place = args.preset, args.results.resolve()
+    place = place.relative_to(ROOT) if place.is_relative_to(ROOT) else place
+    again = f"python experiments/run.py {{}} --preset {preset}"  # what fills this report
+    again += f" --results {shlex.quote(str(place))}" * (place != Path("results"))
+    parts = [f"# Results of the preset {preset}", reading(tables, again)]
     for where, added in ("CIFAR", PRESETS[preset].cifar), ("ImageNet", PRESETS[preset].imagenet):
         if added:
             parts.append(
@@ -87,8 +93,8 @@ def report(tables: Tables, preset: str, damages: list[str], out: Path) -> str:
             files = plots.draw(cells, f"{title}, {dataset}, preset {preset}", out / stem)
             parts += [f"### {title}: {dataset}", *section(cells)]
             parts += [f"![{file.stem}](plots/{file.name})" for file in files] + small_print(cells)
-        again = f"To run what is missing: `python experiments/run.py {name} --preset {preset}`"
-        parts.append((f"Published figures: {source}. " if preset == "paper" else "") + again)
+        missing = f"To run what is missing (`--seeds` says how often): `{again.format(name)}`"
+        parts.append((f"Published figures: {source}. " if preset == "paper" else "") + missing)
     if preset == "paper":
         columns = ["network", "method", "CIFAR-10", "CIFAR-100", "source"]
         parts += ["## Published figures of rivals", "Accuracy in %, as printed there; none is a run of ours."]
@@ -99,13 +105,12 @@ def report(tables: Tables, preset: str, damages: list[str], out: Path) -> str:
 # ---- What the figures say
 
 
-def reading(tables: Tables, preset: str) -> str:
+def reading(tables: Tables, again: str) -> str:
     """What the figures say of grafting, counted from them."""
     every = [cells for found in tables.values() for cells in found.values()]
     seeds = [len(one.results) for cells in every for one in cells.values() if len(one.results)]
     if not seeds:
-        again = f"python experiments/run.py {' '.join(tables)} --preset {preset}"
-        return f"**No result is there yet.** To fill this report: `{again}`"
+        return f"**No result is there yet.** To fill this report: `{again.format(' '.join(tables))}`"
     compared: dict[str, dict[tuple[str, str], Pair]] = {"baseline": {}, "rival": {}, "schedule": {}}
     for cells in every:
         for kind, one, other in pairs_of(cells):

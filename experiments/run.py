@@ -145,6 +145,7 @@ class Job:
         """
         self.save.mkdir(parents=True, exist_ok=True)
         self.lock.acquire()
+        self.about = {"hardware": hardware(), "versions": versions()}  # not those of its end
         self.alive = {one.network for one in observe(self.save, self.numbers) if one.alive}
         for i in {*self.numbers} - self.alive:
             variables = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), str(threads))
@@ -169,8 +170,10 @@ class Job:
 
     def collect(self) -> None:
         """Leaves what a report needs in the folder of results; result.json last: it says that all is there."""
+        if self.is_finished():  # trained again for an ensemble's sake: the results stay what they are
+            return
         record = {"name": self.run.name, "preset": self.preset, "seed": self.run.seed, "command": self.run.command}
-        record |= {"networks": self.run.networks, "hardware": hardware(), "versions": versions()}
+        record |= {"networks": self.run.networks, **self.about}
         record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.results.mkdir(parents=True, exist_ok=True)
         if self.run.members:

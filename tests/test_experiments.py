@@ -277,6 +277,15 @@ def test_a_queue_leaves_what_a_report_needs_and_has_then_nothing_to_do(tmp_path,
     assert not (folder / "result.json").exists()
 
 
+def test_a_run_that_was_trained_again_for_an_ensemble_leaves_its_results_as_they_are(tmp_path):
+    folder = write_run(tmp_path, "cifar10_resnet20_num1", 0, [[80.0]])
+    before = (folder / "result.json").read_bytes()
+    args = queue.parse(["fair", "--preset", "small", "--results", str(tmp_path), "--work", str(tmp_path / "work")])
+    job = next(queue.Job(run, args) for run in args.runs if str(run) == MEMBERS[0])
+    job.collect()  # there is no work of it to read
+    assert (folder / "result.json").read_bytes() == before
+
+
 def test_networks_that_outlive_a_killed_queue_are_the_next_ones_and_a_run_has_one_queue(tmp_path, monkeypatch):
     started, collected = [], []
     monkeypatch.setattr(queue.Job, "command_of", lambda _, i: started.append(i) or [sys.executable, "-c", ""])

@@ -173,11 +173,11 @@ def test_missing_and_damaged_results_count_as_not_run_and_are_named(tmp_path, ru
 
 
 @pytest.mark.parametrize("preset", ["paper", "small"])
-def test_all_tables_have_their_place(run_report, preset):
+def test_all_tables_have_their_place(tmp_path, run_report, preset):
     status, text = run_report(preset=preset)
     names = set(TABLES) if preset == "paper" else set(TABLES) - {"imagenet"}
     assert status == 0 and all(f"## {TABLES[name].title}\n" in text for name in names)
-    assert all(f"`python experiments/run.py {name} --preset {preset}`" in text for name in names)
+    assert all(f"`python experiments/run.py {name} --preset {preset} --results {tmp_path}`" in text for name in names)
     assert ("RePr" in text) == ("92.83" in text) == ("36/1136" in text) == (preset == "paper")
 
 
@@ -190,7 +190,7 @@ def test_filters_information_flags_machine_and_time_stand_beside_the_accuracies_
     for seed, count in enumerate((30, 34)):
         more = {"information": 20.5 + seed, "amp": True}
         write_run(tmp_path, BASE, seed, [[50.0, 70.0, 80.0]], invalid=(count, 7), **more)
-        write_run(tmp_path, TWO, seed, [[50.0, 70.0, 80.0]] * 2, information=20.0)
+        write_run(tmp_path, TWO, seed, [[50.0, 70.0, 80.0 + seed]] * 2, information=20.0)
     _, text = run_report(PAIR, with_plots=True)
     row = row_of(text, SINGLE)
     assert row["invalid, below 0.1"] == "32.0 ± 2.8 of 1136" and row["invalid, below 0.01"] == "7.0 ± 0.0 of 1136"
