@@ -87,7 +87,7 @@ def gains(cells: Cells, title: str) -> Figure:
     panel.set_yticks(range(len(compared)), labels)
     panel.set_ylim(len(compared) - 0.5, -0.5)
     panel.grid(False, axis="y")
-    panel.set_xlabel("gain over the single network of the same schedule (percentage points), 95 % interval")
+    panel.set_xlabel("gain over the single network of the same schedule\n(percentage points, 95 % interval)")
     figure.suptitle(title)
     return with_legend(figure)
 
@@ -123,5 +123,6 @@ def grouped(cells: Cells) -> list[list[str]]:
         # Grafting beside the plain average, in which the entropies do not count.
         own.sort(key=lambda label: (cells[label].row.is_grafting, "--method average" in cells[label].row.flags))
         if own or baseline in trained:
-            groups += [[baseline, *part] for part in np.array_split(own, math.ceil(len(own) / LINES) or 1)]
+            ends = range(len(own), 0, -LINES)  # the last panel is full
+            groups += [[baseline, *own[max(0, end - LINES) : end]] for end in reversed(ends)] or [[baseline]]
     return groups

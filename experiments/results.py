@@ -152,14 +152,17 @@ def pairs_of(cells: Cells) -> Iterator[tuple[str, Cell, Cell]]:
     """The rows that are compared, as far as both have run: (how they are related, one, other).
 
     "baseline": grafting, and the single network that its row is compared with; "rival": grafting, and every other row
-    of its baseline whose training costs no more; "schedule": a baseline on a cosine, and that of its network on steps.
+    of its baseline whose training costs no more, but not an average at other rates, from which it would differ in two
+    things; "schedule": a baseline on a cosine, and that of its network on steps.
     """
     ran = [one for one in cells.values() if len(one.results)]
     for one, other in itertools.permutations(ran, 2):
         run, costs_no_more = one.row.run, other.first("epochs") <= one.first("epochs")
+        has_other_rates = ("--difflr" in one.row.flags) != ("--difflr" in other.row.flags)
         if one.row.is_grafting and other.row.label == one.row.baseline:
             yield "baseline", one, other
         elif one.row.is_grafting > other.row.is_grafting and one.row.baseline == other.row.baseline and costs_no_more:
-            yield "rival", one, other
+            if not (has_other_rates and "--method average" in other.row.flags):
+                yield "rival", one, other
         elif one.row.baseline is None and (run == f"{other.row.run}_cos" or other.row.run == f"{run}_steplr"):
             yield "schedule", one, other

@@ -17,7 +17,7 @@ from experiments.tables import TABLES, Table, rows
 BASE, TWO, COSINE, DLR = (f"cifar10_resnet20_{flags}" for flags in ("num1", "num2", "num1_cos", "num2_difflr_cos"))
 EMA, ENSEMBLE = (f"cifar10_resnet20_{flags}" for flags in ("num1_ema", "num1_ensemble2"))
 FLAGS = {"single": "--num 1", "grafted": "--num 2", "ema": "--num 1 --method ema", "both": "2 x --num 1"}
-FLAGS["six"] = "6 x --num 1"
+FLAGS |= {"six": "6 x --num 1", "average": "--num 2 --difflr --cos --method average"}
 SINGLE, GRAFTED = "ResNet-20, baseline single", "ResNet-20, grafted"
 
 
@@ -102,7 +102,7 @@ def test_best_is_picked_by_validation_where_there_is_one(tmp_path, run_report, v
     assert "at the epoch picked by validation open for want of seeds 1 of 1." in text
 
 
-def test_rivals_cost_no_more_and_have_the_same_baseline_and_each_pair_counts_once(tmp_path, run_report):
+def test_rivals_cost_no_more_have_the_same_baseline_and_rates_and_each_pair_counts_once(tmp_path, run_report):
     for seed in range(3):
         for member in seed, 100 + seed:
             write_run(tmp_path, BASE, member, [[50.0, 80 + 0.1 * seed]])
@@ -110,7 +110,8 @@ def test_rivals_cost_no_more_and_have_the_same_baseline_and_each_pair_counts_onc
         write_run(tmp_path, EMA, seed, [[50.0, 83 + 0.1 * seed]])
         write_ensemble(tmp_path, ENSEMBLE, seed, 81 + 0.2 * seed, [79.0, 81.0])
         write_ensemble(tmp_path, "cifar10_resnet20_num1_ensemble6", seed, 90.0, [79.0] * 6)  # costs more
-    table = make_table("grafted", "ema", "both", "six")
+        write_run(tmp_path, f"{DLR}_average", seed, [[50.0, 70.0]] * 2)  # at other rates
+    table = make_table("grafted", "ema", "both", "six", "average")
     _, text = run_report(table, table)
     rivals = [[part.strip() for part in line.split("|")[2:5]] for line in text.splitlines() if " : " in line]
     expected = [["ResNet-20, ema", "60 : 30", "−0.90 [−1.15, −0.65]"], ["ResNet-20, both", "60 : 60", "+1.00 [–]"]]
