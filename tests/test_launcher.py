@@ -277,6 +277,19 @@ def test_a_terminal_shows_a_table_and_neither_its_end_nor_ctrl_c_ends_the_traini
     until(lambda: project.states("z") == ["done"] * 2)
 
 
+def test_on_a_terminal_several_runs_are_continued_and_none_is_watched(project, terminal):
+    script = str(project.root / "grafting_cifar/grafting.py")
+    for name in ("x", "y"):
+        words = (*GLYPHS, "--s", name, "--num", "1")
+        write_status(project.cwd / name, 1, num=1, cwd=str(project.cwd), command=["python", script, *words])
+    status, _, errors = project("resume", "x", "typo")
+    assert (status, "typo is not the save directory" in errors) == (1, True)
+    assert not (project.cwd / "x/1.log").exists(), "a wrong name shows before anything is started"
+    project.trains_on()
+    assert terminal(partial(project.run, "resume", "x", "y"), project.cwd).end() == 0
+    assert project.states("x") == project.states("y") == ["training"]
+
+
 def test_grafting_sh_runs_from_any_folder_and_its_reader_may_have_seen_enough(tmp_path):
     write_status(tmp_path / "a run", 1, state="failed", detail="the disk is full")
     command = ["sh", "-c", f"'{LAUNCHER}' status 'a run' | head -n 1"]

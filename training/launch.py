@@ -106,8 +106,10 @@ def may_start(one: Status, epochs: int | None) -> bool:
     return not one.alive and (one.state != "done" or (epochs or 0) > (one.epochs or 0))
 
 
-def launch(networks: Sequence[Network], args: argparse.Namespace, ranks: int, verbose: bool) -> int:
-    """Starts networks of one run, each in so many processes, and shows how they are; 1 if one fails meanwhile."""
+def launch(
+    networks: Sequence[Network], args: argparse.Namespace, ranks: int, verbose: bool, to_end: bool = True
+) -> int:
+    """Starts networks of one run, each in so many processes, and watches them; 1 if one fails meanwhile."""
     if not networks:
         print("nothing to start: all networks are alive or done")
         return 0
@@ -116,7 +118,7 @@ def launch(networks: Sequence[Network], args: argparse.Namespace, ranks: int, ve
         print(line if verbose else f"{one.name}: {relpath(one.log)}")
     directory = networks[0].directory
     try:
-        failed = view.watch(directory, args.num, networks)
+        failed = view.watch(directory, args.num, networks, to_end)
     except KeyboardInterrupt:
         print("\nno longer watching; the training goes on")
         failed = 130
@@ -232,7 +234,7 @@ def end(directory: Path) -> int:
 
 
 def resume(asked: argparse.Namespace) -> int:
-    return max([go_on(find(name), asked) for name in asked.directories])
+    return max([go_on(directory, asked) for directory in [find(name) for name in asked.directories]])
 
 
 def go_on(directory: Path, asked: argparse.Namespace) -> int:
@@ -254,7 +256,8 @@ def go_on(directory: Path, asked: argparse.Namespace) -> int:
         args = import_module(f"{folder}.flags").parse(words)
         ranks = asked.gpus_per_network or max([int(word) for word in before if word.isdecimal()], default=1)
         networks.append(Network(f"network {one.network}", folder, directory, one.network, words, one.cwd))
-    return launch(networks, args, ranks, asked.verbose)
+    to_end = len(asked.directories) == 1  # or the next run would have to wait for this one's end
+    return launch(networks, args, ranks, asked.verbose, to_end)
 
 
 # The demo

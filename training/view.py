@@ -47,25 +47,26 @@ def table(directory: Path, statuses: Iterable[Status]) -> str:
     return tabulate.tabulate(lines, head, tablefmt="plain", floatfmt=form, disable_numparse=[1, 5, 6])
 
 
-def watch(directory: Path, num: int, started: Sequence["Network"]) -> int:
-    """Shows how the networks are until all have ended; where there is no terminal, until they have begun to train.
+def watch(directory: Path, num: int, started: Sequence["Network"], to_end: bool = True) -> int:
+    """Shows how the networks are until all have ended; without to_end or a terminal, until they have begun to train.
 
     Returns 1 if one of those that were started has failed meanwhile, else 0.
     """
     failed, drawn, deadline = set(), 0, time.monotonic() + START_SECONDS
+    to_end = to_end and sys.stdout.isatty()
     while True:
         running = {one.i for one in started if one.process.poll() is None}
         statuses = observe(directory, range(1, num + 1))
         at_work = {one.network for one in statuses if one.alive and one.state not in ("starting", *ENDED)}
         lines = [one.ending() for one in started if one.process.returncode and one.i not in failed]
         failed |= {one.i for one in started if one.process.returncode}
-        if sys.stdout.isatty():
+        if to_end:
             width, height = shutil.get_terminal_size()
             shown = [line[: width - 1] for line in table(directory, statuses).splitlines()][: height - 1]
             print(f"\x1b[{drawn}A\x1b[J" if drawn else "", end="")
             lines, drawn = [*lines, *shown], len(shown)
         print(*(f"{line}\n" for line in lines), sep="", end="", flush=True)
-        has_begun = not sys.stdout.isatty() and (failed or running <= at_work or time.monotonic() > deadline)
+        has_begun = not to_end and (failed or running <= at_work or time.monotonic() > deadline)
         if has_begun or not running | at_work:
             return int(bool(failed))
         time.sleep(LOOK_SECONDS)
