@@ -79,6 +79,7 @@ def test_networks_start_as_nohup_would_start_them(project):
         ("5,GPU-ab, 7", 3, 1, ["5", "GPU-ab", "7", "5", "GPU-ab"]),
         ("4,99", 1, 1, ["4"] * 5),  # CUDA itself stops at the first that it does not know
         ("4,5,6,7", 4, 2, ["4,5", "6,7", "4,5", "6,7", "4,5"]),
+        (None, 3, 2, ["0,1", "2,0", "1,2", "0,1", "2,0"]),
         (None, 0, 1, [None] * 5),
     ],
 )
@@ -90,7 +91,9 @@ def test_networks_are_spread_over_the_gpus_that_torch_can_use(monkeypatch, visib
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     args = Namespace(device=None, num=5, compile=False)
     assert [launch.environment(i, args, ranks).get("CUDA_VISIBLE_DEVICES") for i in range(1, 6)] == expected
-    assert "CUDA_VISIBLE_DEVICES" not in launch.environment(1, Namespace(device="cpu", num=1, compile=False))
+    for device, gpu in ("cpu", None), (None, 1):
+        args = Namespace(device=device, gpu=gpu, num=1, compile=False)
+        assert "CUDA_VISIBLE_DEVICES" not in launch.environment(1, args)
 
 
 def test_networks_share_the_cores(project, monkeypatch):

@@ -132,7 +132,7 @@ def environment(i: int, args: argparse.Namespace, ranks: int = 1) -> dict[str, s
     names, share = gpus(args.device), str(max(1, cores() // (args.num * ranks)))
     shares = {"OMP_NUM_THREADS": not names, "TORCHINDUCTOR_COMPILE_THREADS": args.compile}
     variables = {name: share for name, matters in shares.items() if matters and not os.environ.get(name)}
-    if names:
+    if names and getattr(args, "gpu", None) is None:  # a resumed network may have said itself which it takes
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(names[k % len(names)] for k in range((i - 1) * ranks, i * ranks))
     return variables
 
