@@ -96,6 +96,15 @@ def test_networks_are_spread_over_the_gpus_that_torch_can_use(monkeypatch, visib
         assert "CUDA_VISIBLE_DEVICES" not in launch.environment(1, args)
 
 
+def test_a_network_gets_no_gpu_twice_and_nothing_is_started_without_enough(project, monkeypatch):
+    monkeypatch.setattr(launch, "gpus", lambda device: ["0", "1"])
+    status, _, errors = project("--num", "1", "--gpus-per-network", "4", folder="grafting_imagenet")
+    sentence = (
+        "each network is to have 4 GPUs (--gpus-per-network), and torch can use 2 here (see CUDA_VISIBLE_DEVICES)"
+    )
+    assert (status, errors) == (1, f"{sentence}\n") and not list(project.cwd.rglob("*.out"))
+
+
 def test_networks_share_the_cores(project, monkeypatch):
     monkeypatch.setattr(launch, "cores", lambda: 8)
     jobs = project.records()

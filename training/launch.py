@@ -130,6 +130,9 @@ def launch(
 def environment(i: int, args: argparse.Namespace, ranks: int = 1) -> dict[str, str]:
     """The variables that give network i its GPUs, counted round and round, and its share of the cores."""
     names, share = gpus(args.device), str(max(1, cores() // (args.num * ranks)))
+    if ranks > len(names) > 0:
+        found = f"torch can use {len(names)} here (see CUDA_VISIBLE_DEVICES)"
+        sys.exit(f"each network is to have {ranks} GPUs (--gpus-per-network), and {found}")
     shares = {"OMP_NUM_THREADS": not names, "TORCHINDUCTOR_COMPILE_THREADS": args.compile}
     variables = {name: share for name, matters in shares.items() if matters and not os.environ.get(name)}
     if names and getattr(args, "gpu", None) is None:  # a resumed network may have said itself which it takes
