@@ -37,7 +37,7 @@ except ImportError:  # deprecated since torchvision 0.29; where it is gone, Pill
     decode_jpeg = None
 
 __all__ = ["Batches", "DataError", "Files", "Images", "checksum", "load"]
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the PyTorch example; torchvision's weights expect them
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the PyTorch example; nearly all of torchvision's weights expect them
 STD = (0.229, 0.224, 0.225)
 AREA = (0.08, 1.0)  # of a random crop, as a share of the image's
 LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))  # of its width to its height

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from filter_grafting.errors import GraftingError, MismatchError
 from filter_grafting.states import State, load_plain_state, plain_names
+from grafting_imagenet.data import MEAN, STD
 from training.models import load_optimizer, own_model
 
 AUXILIARY_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # of the loss of each auxiliary head, as in their papers
@@ -48,6 +49,10 @@ def build(arch: str, num_classes: int, image_size: int | None = None, pretrained
 def load_pretrained(model: nn.Module, arch: str) -> str:
     """Loads torchvision's weights, but for the layers that give the classes if their number differs; returns a line."""
     weights = zoo.get_model_weights(arch).DEFAULT
+    test = weights.transforms()
+    if (tuple(test.mean), tuple(test.std)) != (MEAN, STD):  # as of efficientnet_v2_l
+        expected = f"images of mean {test.mean} and standard deviation {test.std}, not {MEAN} and {STD}"
+        raise GraftingError(f"--pretrained: torchvision's weights of {arch} expect {expected}: choose another model")
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -62,7 +67,9 @@ def load_pretrained(model: nn.Module, arch: str) -> str:
             state[key] = entry
             anew.add(key.rpartition(".")[0])
     model.load_state_dict(state)
-    line = f"started from torchvision's weights of {arch} ({weights.name})"
+    (size,), accuracy = test.resize_size, weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+    how = f"resized to {size}, {test.interpolation.value}, torchvision measured Acc@1 {accuracy}"
+    line = f"started from torchvision's weights of {arch} ({weights.name}; {how})"
     return f"{line}; for other classes: {', '.join(sorted(anew))} starts anew" if anew else line
 
 

@@ -83,12 +83,20 @@ def put_weights(monkeypatch, folder, name):
 def test_pretrained_weights_but_for_the_classes(monkeypatch, tmp_path, name, head):
     state = put_weights(monkeypatch, tmp_path, name)
     network = build(name, 224, pretrained=True)
-    assert models.load_pretrained(network, name).endswith(f"; for other classes: {head} starts anew")
+    line = models.load_pretrained(network, name)
+    assert line.endswith(f"; for other classes: {head} starts anew")
+    tested = r"\(IMAGENET1K_V1; resized to 256, bilinear, torchvision measured Acc@1 \d\d\.\d+\);"
+    assert re.search(f"weights of {name} {tested}", line)
     for key, entry in network.state_dict().items():
         assert key.rpartition(".")[0] in head.split(", ") or torch.equal(entry, state[key]), key
     network = build(name, 224, 1000, pretrained=True)
     assert "starts anew" not in models.load_pretrained(network, name)
     assert_same(dict(network.state_dict()), dict(state))
+
+
+def test_pretrained_weights_that_expect_other_pixels_are_refused():
+    with pytest.raises(GraftingError, match=r"efficientnet_v2_l expect images of mean \[0.5, 0.5, 0.5\] and standard"):
+        models.load_pretrained(nn.Identity(), "efficientnet_v2_l")
 
 
 def test_the_usual_size_is_that_of_torchvisions_weights_where_these_are_wanted():
