@@ -51,13 +51,13 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         train_batches, test_batches, val_batches = make_batches(args, images, device, ranks)
         torch.manual_seed(stream_seed(args.seed, args.i, "weights"))
         model = models.build(args.arch, len(images.classes), args.image_size, args.pretrained)
-        if args.pretrained:
+        checkpoint = ranks.tell(ring and ring.newest())
+        if args.pretrained and checkpoint is None:
             notes.append(models.load_pretrained(model, args.arch))
         model.to(device, memory_format=torch.channels_last)
         optimizer, rate = sgd(args, model, args.wd), schedule(args)
         aux, criterion = models.AUXILIARY_WEIGHT.get(args.arch, 0), CRITERIA[args.criterion]
         loss = partial(loop.cross_entropy, smoothing=args.label_smoothing, aux=aux)
-        checkpoint = ranks.tell(ring and ring.newest())
         start = first_epoch(args, checkpoint, model, optimizer, notes)
         facts = {"classes": len(images.classes), "start_epoch": start, "data": data.checksum(images.train.labels)}
         settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train), "amp": bool(amp)}

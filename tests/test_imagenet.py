@@ -21,6 +21,7 @@ from filter_grafting.errors import GraftingError, MismatchError
 from grafting_imagenet import flags, grafting, models
 from training.loop import cross_entropy
 from training.models import read_checkpoint
+from training.process import Signals
 
 # Every model
 
@@ -117,6 +118,18 @@ def test_pretrained_without_a_network_or_with_a_damaged_file(monkeypatch, tmp_pa
             place.write_bytes(contents)
         with pytest.raises(GraftingError, match=f"no weights of resnet18 .*: put https://.*pth at {place}"):
             models.load_pretrained(network, "resnet18")
+
+
+def test_a_resumed_network_needs_torchvisions_weights_no_more(class_folders, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(models, "load_pretrained", lambda *form: loaded.append(form) or "started from weights")
+    words = (
+        f"--data {class_folders} -a shufflenet_v2_x0_5 -b 12 -j 0 --image_size 32 --device cpu --steplr --pretrained"
+    )
+    words += f" --num 1 --s {tmp_path / 'run'} --resume --epochs"
+    for epochs in (1, 2):
+        grafting.main(flags.parse([*words.split(), str(epochs)]), Signals())
+        assert len(loaded) == 1 and (tmp_path / "run" / f"pth0_{epochs - 1}.tar").exists()
 
 
 # Checkpoints of others
