@@ -155,8 +155,10 @@ def evaluate_only(args: argparse.Namespace) -> None:
     device = pick_device(args.device, args.gpu)
     amp, notes = amp_dtype(args.amp, device)
     with Ranks(device) as ranks:
-        images = data.load(args.data)
+        if args.start_from and not args.start_from.exists():
+            raise GraftingError(f"there is no checkpoint {args.start_from} (--resume)")
         state, contents = read_checkpoint(args.start_from) if args.start_from else ({}, {"settings": {}})
+        images = data.load(args.data)
         settings = contents["settings"]
         recorded = contents.get("image_size") or settings.get("image_size")
         args.image_size = args.image_size or recorded or models.usual_size(args.arch, args.pretrained)

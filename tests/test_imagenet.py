@@ -228,6 +228,7 @@ def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
         (["-a", "squeezenet1_1", "--resume", "{best}"], "is of a ranks:tiny, and -a says squeezenet1_1"),
         (["--start-epoch", "5"], "nothing to train: the first epoch would be 5, and --epochs is 2"),
         (["--data", "nowhere"], "/nowhere does not exist"),
+        (["-e", "--data", "nowhere", "--resume", "typo.tar"], "there is no checkpoint typo.tar (--resume)"),
     ],
 )
 def test_what_cannot_start_ends_in_a_sentence_and_leaves_no_trace(make_image_run, undisturbed_run, flags, sentence):
