@@ -136,6 +136,9 @@ def first_epoch(
                 "not there: say with --resume PATH --resume auto where it is"
             )
         state, contents = read_checkpoint(args.start_from)
+        if args.arch in models.AUXILIARY_WEIGHT and contents["settings"].get("pretrained"):
+            problem = f"{args.start_from} is of a {args.arch} that began with --pretrained, on inputs of another scale"
+            raise GraftingError(f"{problem}: only its own run can go on with it (--resume auto)")
         models.load_weights(model, state, args.start_from, contents, args.arch)
         if "optimizer" in contents:
             models.load_momentum(optimizer, contents["optimizer"])

@@ -200,6 +200,13 @@ def test_evaluate_builds_the_model_in_the_form_that_it_was_trained_in(class_fold
     assert built == [("googlenet", 4, 32, True)]
 
 
+def test_no_run_starts_from_a_network_that_converts_its_input(tmp_path):
+    model, args = nn.Linear(1, 1), flags.parse(["-a", "googlenet", "--resume", str(tmp_path / "final1.tar")])
+    save(args.start_from, {"state_dict": model.state_dict(), "settings": {"pretrained": True}})
+    with pytest.raises(GraftingError, match=r"final1.tar is of a googlenet that began with --pretrained"):
+        grafting.first_epoch(args, None, model, None, [])
+
+
 def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
     ours = load(undisturbed_run.checkpoint(1, 1))
     start = ours["epoch"] + 1
