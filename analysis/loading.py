@@ -1,6 +1,5 @@
 """The trained model in a file that either script has left, ready to use, and the images as that model wants them."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,8 +42,7 @@ class Trained(NamedTuple):
     @property
     def command(self) -> list[str]:
         """The words of the command that trained it; none if the file does not say it."""
-        command = self.contents.get("command") or []
-        return shlex.split(command) if isinstance(command, str) else command
+        return self.contents.get("command") or []
 
 
 def file_parser(description: str) -> Parser:

@@ -1,7 +1,6 @@
 """Using a trained model: evaluate.py, predict.py and export.py on files of both scripts, and what they refuse."""
 
 import json
-import shlex
 
 import numpy as np
 import pytest
@@ -42,7 +41,7 @@ def test_accuracies_are_those_of_a_loop_over_the_images(tmp_path, images):
         hits[name] = [int(probabilities(model, path, 32, MEAN, STD).argmax()) == k for path in paths]
     accuracy = 100 * np.mean([*hits["one"], *hits["two"]])
     # Whose images they are.
-    command = f"python -m torch.distributed.run -- grafting.py --data {shlex.quote(str(images))} --amp"
+    command = ["python", "-m", "torch.distributed.run", "--", "grafting.py", "--data", str(images), "--amp"]
     file, plot = save_model(tmp_path / "best1.t7", command=command), tmp_path / "confusion.png"
     status, output, _ = call(evaluate, file, "--plot", plot, "--device", "cpu")
     assert status == 0 and f"- {plot}" in output and plot.read_bytes().startswith(b"\x89PNG")
