@@ -89,7 +89,11 @@ def load_images(trained: Trained, source: str | Path | None = None) -> Images:
     """The images that the model was trained and tested on, from this source, or from where its command took them."""
     parser = Parser()
     parser.add_argument("--data", default=cifar.DEFAULT_DATA if trained.is_cifar else "imagenet")
-    source = source or parser.parse_known_args([word for word in trained.command if word != "--"])[0].data
+    if source is None:
+        source = parser.parse_known_args([word for word in trained.command if word != "--"])[0].data
+        if str(source) not in ("glyphs", str(cifar.DEFAULT_DATA)) and not Path(source).expanduser().is_dir():
+            where = f"{source}, which is not a folder here"
+            raise DataError(f"{trained.path} was trained on {where}: say with --data where it is")
     if not trained.is_cifar:
         images = imagenet.load(source)
     else:

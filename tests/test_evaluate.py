@@ -93,6 +93,13 @@ def test_what_cannot_be_evaluated_is_one_sentence(tmp_path, images, changes, rea
     assert status == 1 and reason in errors and str(file) in errors and errors.count("\n") == 1
 
 
+def test_images_that_are_no_longer_where_they_were_are_asked_for(tmp_path):
+    file = save_model(tmp_path / "best1.t7", command=["python", "grafting.py", "--data", "mine"])
+    status, _, errors = call(evaluate, file)
+    sentence = f"{file} was trained on mine, which is not a folder here: say with --data where it is\n"
+    assert (status, errors) == (1, sentence)
+
+
 # ---- Export
 
 
