@@ -111,8 +111,9 @@ def batches_of(trained: Trained, split: Any, device: torch.device, size: int | N
     """A split of the images as batches; with train, cropped and mirrored as in training."""
     if trained.is_cifar:
         return cifar.Batches(split, size or cifar.TEST_BATCH[device.type], device, augment=train)
-    workers = WORKERS if len(split) > FEW else 0
-    return imagenet.Batches(split, size or 64, device, train=train, image_size=trained.image_size, workers=workers)
+    options = {"image_size": trained.image_size, "workers": WORKERS if len(split) > FEW else 0}
+    options["skip_bad"] = "--skip_bad" in trained.command  # as in its training
+    return imagenet.Batches(split, size or 64, device, train=train, **options)
 
 
 def autocast(trained: Trained, device: torch.device) -> torch.autocast:

@@ -102,10 +102,11 @@ def save_model(path, state=None, key="net", **changes):
     return path
 
 
-def save_imagenet_model(path):
+def save_imagenet_model(path, **changes):
     """The same of a ResNet-18 for images of 64 pixels; returns the model, too."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=2)
     model(torch.randn(8, 3, 64, 64))
     settings = {"arch": "resnet18", "num": 1}
-    return save_model(path, model.state_dict(), "state_dict", model="resnet18", settings=settings, **IMAGENET), model
+    changes = {"model": "resnet18", "settings": settings, **IMAGENET, **changes}
+    return save_model(path, model.state_dict(), "state_dict", **changes), model

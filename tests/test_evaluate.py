@@ -1,6 +1,7 @@
 """Using a trained model: evaluate.py, predict.py and export.py on files of both scripts, and what they refuse."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -98,6 +99,16 @@ def test_images_that_are_no_longer_where_they_were_are_asked_for(tmp_path):
     status, _, errors = call(evaluate, file)
     sentence = f"{file} was trained on mine, which is not a folder here: say with --data where it is\n"
     assert (status, errors) == (1, sentence)
+
+
+def test_images_that_cannot_be_read_are_left_out_as_in_training(tmp_path, images):
+    data = shutil.copytree(images, tmp_path / "images")
+    (data / "test" / "two" / "0.png").write_text("rubbish")
+    for flags, expected in (["--skip_bad"], (0, "of 7 test images")), ([], (1, "")):
+        command = ["python", "grafting.py", "--data", str(data), *flags]
+        file, _ = save_imagenet_model(tmp_path / "best1.tar", command=command)
+        status, output, errors = call(evaluate, file)
+        assert status == expected[0] and expected[1] in output and ("cannot be read" in errors) == bool(status)
 
 
 # ---- Export
