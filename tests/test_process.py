@@ -13,6 +13,11 @@ from training.process import Signals, Stopped, UsageError, amp_dtype, determinis
 
 # Ends
 
+FULL = "RuntimeError: unable to write to file </torch_1_2>: No space left on device (28)"
+IN_WORKER = (
+    f"Caught RuntimeError in worker process 0.\nOriginal Traceback (most recent call last):\n{'  x' * 500}\n{FULL}\n"
+)
+
 
 @pytest.mark.parametrize(
     ("error", "status", "sentence"),
@@ -21,6 +26,7 @@ from training.process import Signals, Stopped, UsageError, amp_dtype, determinis
         (NeighbourTimeout("nobody came"), 3, "nobody came (--timeout says how long to wait)"),
         (ZeroDivisionError("division\nby zero"), 1, "ZeroDivisionError: division by zero"),
         (OSError("AF_UNIX path too long"), 1, "OSError: AF_UNIX path too long (choose a shorter TMPDIR)"),
+        (RuntimeError(IN_WORKER), 1, f"{FULL} (make /dev/shm larger (docker: --shm-size), or give fewer --workers)"),
         (RuntimeError("x_cuda does not have a deterministic implementation"), 1, "leave out --deterministic)"),
     ],
 )

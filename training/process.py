@@ -33,6 +33,7 @@ REPORTS = {
     r"captur": "there is no CUDA graph with --eager (on CIFAR), and without --compile",
     r"AF_UNIX path too long": "choose a shorter TMPDIR",
     r"Too many open files": "raise `ulimit -n`, or give fewer --workers",
+    r"out of shared memory|</torch_": "make /dev/shm larger (docker: --shm-size), or give fewer --workers",
 }
 # What to do about an error of the library, in words of flags, of which the library knows none.
 HINTS = {
@@ -132,7 +133,9 @@ def ending(args: argparse.Namespace) -> Iterator[Signals]:
                 # If a connection broke as another rank ended, that one has said why, and torchrun ends this one now.
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(TORCHRUN_SECONDS)
-            sentence, status = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", 1
+            said, status = f"{type(error).__name__}: {' '.join(str(error).split())}", 1
+            # What a worker of a DataLoader raises comes with its traceback, and the reason stands at the end.
+            sentence = (str(error).strip().splitlines()[-1] if "Original Traceback" in said else said)[:500]
             hint = next((hint for words, hint in REPORTS.items() if re.search(words, sentence)), "")
             with suppress(OSError):
                 traceback.print_exc(file=sys.stdout)
