@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -95,6 +96,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     `resume` becomes whether to continue the run, `start_from` the checkpoint to start from, if one was given.
     """
     flags = parser()
+    if not (find_spec("torchvision") or {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)):
+        remedy = "source .venv/bin/activate, or pip install -r requirements.txt"
+        flags.exit(1, f"this Python has no torchvision: {remedy}\n")
     args = checked(flags, argv)
     if args.workers is None:
         args.workers = max(1, cores() // ranks_here())

@@ -73,6 +73,16 @@ def test_torchvisions_models_are_known_without_importing_it():
     assert imagenet.names() == zoo.list_models(module=zoo)
 
 
+def test_without_torchvision_there_is_help_and_else_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(imagenet, "find_spec", lambda name: None)
+    for flags, status in ([], 1), (["-a", "resnet18", "--num", "1"], 1), (["--help"], 0):
+        with pytest.raises(SystemExit) as end:
+            imagenet.parse(flags)
+        said = capsys.readouterr()
+        assert (end.value.code, said.err.count("\n"), "usage" in said.out) == (status, status, not status)
+        assert not status or "this Python has no torchvision: source .venv/bin/activate, or pip install" in said.err
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "words"),
     [
