@@ -53,7 +53,7 @@ runs=(
 )
 {again} --only "${{runs[$SLURM_ARRAY_TASK_ID]}}" &
 trap 'kill $!; wait $!; exit 143' TERM
-trap 'kill $!; wait $!; scontrol requeue "$SLURM_JOB_ID"; exit 143' USR1
+trap 'kill $!; wait $!; scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"; exit 143' USR1
 wait $!
 """
 

@@ -106,12 +106,12 @@ def test_a_slurm_task_at_its_time_limit_is_queued_again(tmp_path, monkeypatch):
     ):
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
-    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "4", "SLURM_JOB_ID": "7"}
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_JOB_ID": "7"}
     task = subprocess.Popen(["bash", "-c", script], env=variables, cwd=tmp_path)
     until((tmp_path / "running").exists)
     os.kill(task.pid, signal.SIGUSR1)
     assert task.wait() == 143
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert (tmp_path / "requeued").read_text() == "requeue 7_4\n"
     said = (tmp_path / "said").read_text()
     assert f"--results {tmp_path}/$HOME's" in said and said.endswith("--only cifar10_resnet32_num2/seed1\n")
 
