@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from .errors import MismatchError
 from .states import place, plain_modules, plain_names, whole
 
+BINS = 10  # of the paper and the published code
 SHORTCUT_NAMES = ("shortcut", "downsample", "proj")  # the 1x1 convolution beside a block: CIFAR code, torchvision
 
 
@@ -18,12 +19,12 @@ def convolutions(model: nn.Module) -> dict[str, _ConvNd]:
     return {name: module for name, module in plain_modules(model).items() if isinstance(module, _ConvNd)}
 
 
-def entropy(weight: Tensor, bins: int = 10) -> float:
+def entropy(weight: Tensor) -> float:
     """Entropy of one layer's weights, in nats: `H = -sum_k p_k ln p_k` (paper, section 3.3).
 
-    The range of the values is cut in bins of equal width `scale = (max - min) / bins`; bin k holds the values with
+    The range of the values is cut in 10 bins of equal width `scale = (max - min) / 10`; bin k holds the values with
     `min + k * scale <= x < min + (k + 1) * scale`, and `p_k` is its share of all values. As published, the maximum is
-    in no bin. `0 <= H <= ln(bins)`; 0 where all values are equal. Unlike the published code, which computes in fp32,
+    in no bin. `0 <= H <= ln 10`; 0 where all values are equal. Unlike the published code, which computes in fp32,
     the edges are fp64: a value on an edge always belongs to the bin above.
 
     Args:
@@ -32,8 +33,6 @@ def entropy(weight: Tensor, bins: int = 10) -> float:
     Raises:
         ValueError: if the tensor is empty, not of a floating-point type, or holds a value that is not finite.
     """
-    if not 1 <= bins <= 255:
-        raise ValueError(f"bins: got {bins}, expected 1 to 255")
     if not weight.is_floating_point() or weight.numel() == 0:
         found = f"{weight.dtype} of shape {tuple(weight.shape)}"
         raise ValueError(f"weight: got {found}, expected a floating-point tensor that is not empty")
@@ -44,12 +43,12 @@ def entropy(weight: Tensor, bins: int = 10) -> float:
     if high - low < 1e-300:
         return 0.0
     # Rounded up by more than the steps below round: no value on an edge falls short of its bin.
-    per_unit = bins / (high - low) * (1 + 2**-50)
-    counts = torch.zeros(bins + 1, dtype=torch.int64, device=values.device)  # the last one: of the maximum
+    per_unit = BINS / (high - low) * (1 + 2**-50)
+    counts = torch.zeros(BINS + 1, dtype=torch.int64, device=values.device)  # the last one: of the maximum
     for part in values.split(1 << 20):  # whose copies in fp64 need little memory
         indices = part.to(torch.float64, copy=True).sub_(low).mul_(per_unit).to(torch.uint8)
-        counts += torch.bincount(indices, minlength=bins + 1)
-    shares = [count / values.numel() for count in counts[:bins].tolist()]
+        counts += torch.bincount(indices, minlength=BINS + 1)
+    shares = [count / values.numel() for count in counts[:BINS].tolist()]
     return sum((-p * math.log(p) for p in shares if p > 0), start=0.0)
 
 

@@ -13,14 +13,14 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-def looped_entropy(weight, bins=10):
+def looped_entropy(weight):
     """The definition to the letter, bin by bin over a list of numbers."""
     values = weight.detach().cpu().double().flatten().tolist()
     low, high = min(values), max(values)
-    scale = (high - low) / bins
+    scale = (high - low) / 10
     total = 0.0
-    for k in range(bins):
-        upper = high if k == bins - 1 else low + (k + 1) * scale
+    for k in range(10):
+        upper = high if k == 9 else low + (k + 1) * scale
         share = sum(low + k * scale <= value < upper for value in values) / len(values)
         total -= share * math.log(share) if share else 0.0
     return total

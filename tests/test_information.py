@@ -16,12 +16,11 @@ from grafting_cifar import models
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("bins", [1, 10, 100])
-def test_entropy_is_that_of_the_definition_for_any_distribution(bins, dtype, device):
-    x, subnormal = torch.randn(501, generator=torch.Generator().manual_seed(bins)), torch.arange(-50, 51) * 2**-149
+def test_entropy_is_that_of_the_definition_for_any_distribution(dtype, device):
+    x, subnormal = torch.randn(501, generator=torch.Generator().manual_seed(10)), torch.arange(-50, 51) * 2**-149
     for weight in x, x[:6].view(1, 2, 3), x**3, x * 1e-6 + 1, x.round(), (x > 2).float(), x / 1e20, subnormal:
         weight = weight.to(device, dtype)
-        assert entropy(weight, bins) == pytest.approx(looped_entropy(weight, bins), abs=1e-12)
+        assert entropy(weight) == pytest.approx(looped_entropy(weight), abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
