@@ -88,7 +88,8 @@ def norms_by_layer(source: nn.Module | Mapping[str, Tensor], shortcuts: bool | N
 
     Args:
         source: a model, or a state dict. A state dict has no module types: there, a convolution is an entry
-            `*.weight` of three to five dimensions, and none is transposed.
+            `*.weight` of three to five dimensions, and none is transposed. Of a pruned layer of a model, and of one
+            with the older `nn.utils.weight_norm`, the weight is that of its last forward.
         shortcuts: None for all convolutions, False for all but the shortcuts' (see SHORTCUT_NAMES), True for
             those alone.
 
