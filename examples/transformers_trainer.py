@@ -6,7 +6,6 @@ Killed and started again, a network goes on from the Trainer's last checkpoint.
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,4 +41,4 @@ with FileRing(DIRECTORY, NETWORK, 2, settings={"lr": 3e-3}, resume=True) as ring
     callbacks: list[Any] = [GraftingCallback(ring, layers=(nn.Conv2d, nn.Linear))]
     data = {"train_dataset": dataset(seed=1), "eval_dataset": dataset(seed=2)}
     trainer = Trainer(model, arguments, compute_metrics=accuracy, callbacks=callbacks, **data)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if Path(output).is_dir() else None)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output))  # None on a first run

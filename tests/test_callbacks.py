@@ -122,7 +122,7 @@ def by_transformers(
         eval_dataset=images,
         callbacks=[watching, callback],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.is_dir() else None)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output))
     return callback, model.network
 
 
