@@ -157,6 +157,13 @@ def test_a_network_is_tested_and_saved_before_it_grafts_and_its_last_epoch_is_fo
         train(tmp_path / "refused", Neighbour(), {"layers": nn.LSTM})
 
 
+def test_a_trainer_that_starts_anew_does_not_graft_what_an_earlier_run_left(train, tmp_path, make_ring):
+    ring = make_ring(1, 2)
+    ring.publish(0, build().state_dict())
+    with pytest.raises(GraftingError, match=r"the trainer starts anew, but network 1 has published in .*resume the tr"):
+        train(tmp_path, ring, {})
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         while True:
@@ -229,7 +236,7 @@ def test_lightning_may_be_installed_under_its_other_name(monkeypatch):
     callback = without(monkeypatch, "lightning", "lightning.pytorch")
     assert issubclass(callback, other.Callback)
     with pytest.raises(GraftingError, match="spreads one network over 2 processes; start each network as one process"):
-        callback(Neighbour()).on_train_start(SimpleNamespace(world_size=2), build())
+        callback(Neighbour()).on_train_start(SimpleNamespace(world_size=2, global_step=0), build())
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch, package):

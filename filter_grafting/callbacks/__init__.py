@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import Exchange, Grafting, GraftingError
+from .. import Exchange, FileRing, Grafting, GraftingError
 from ..grafting import Layers
 
 
@@ -24,12 +24,19 @@ class TrainerGrafting:
     def __init__(self, exchange: Exchange, every: int, options: Mapping[str, Any]):
         self.exchange, self.every, self.options = exchange, every, dict(options)
 
-    def start(self, model: nn.Module, processes: int) -> None:
-        """Takes the model; what the first graft would refuse is refused here, before it trains."""
+    def start(self, model: nn.Module, processes: int, finished: int) -> None:
+        """Takes the model, trained for so many steps; what a graft would do wrong is refused here, before it trains."""
         if processes > 1:
             raise GraftingError(
                 f"the trainer spreads one network over {processes} processes; start each network as one process of its "
                 f"own, without torchrun, and let them exchange by a FileRing"
+            )
+        ring = self.exchange
+        if not finished and isinstance(ring, FileRing) and ring._rounds(ring.network):
+            raise GraftingError(
+                f"the trainer starts anew, but network {ring.network} has published in {ring.directory}, where its "
+                f"neighbour's earlier weights would be grafted: resume the trainer from its own checkpoint, or give "
+                f"another directory"
             )
         self._grafting = Grafting(model, _SwapOnly(self.exchange), every=self.every, **self.options)
 

@@ -46,7 +46,7 @@ class GraftingCallback(Callback):
         self._begun = 0  # the epoch at whose head a graft was due, or was none
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._grafting.start(pl_module, trainer.world_size)
+        self._grafting.start(pl_module, trainer.world_size, trainer.global_step)
 
     # Not on_train_epoch_start: where a checkpoint is of the end of an epoch, Lightning may leave out the next one's.
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
