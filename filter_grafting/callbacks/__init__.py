@@ -24,13 +24,15 @@ class TrainerGrafting:
     def __init__(self, exchange: Exchange, every: int, options: Mapping[str, Any]):
         self.exchange, self.every, self.options = exchange, every, dict(options)
 
-    def start(self, model: nn.Module, processes: int, finished: int) -> None:
+    def start(self, model: nn.Module, processes: int, finished: int, is_deepspeed: bool) -> None:
         """Takes the model, trained for so many steps; what a graft would do wrong is refused here, before it trains."""
         if processes > 1:
             raise GraftingError(
                 f"the trainer spreads one network over {processes} processes; start each network as one process of its "
                 f"own, without torchrun, and let them exchange by a FileRing"
             )
+        if is_deepspeed:
+            raise GraftingError("DeepSpeed writes its own copies of the weights over each graft; train without it")
         ring = self.exchange
         if not finished and isinstance(ring, FileRing) and ring._rounds(ring.network):
             raise GraftingError(

@@ -8,9 +8,11 @@ from . import TrainerGrafting
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DeepSpeedStrategy
 except ImportError:
     try:
         from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+        from pytorch_lightning.strategies import DeepSpeedStrategy  # type: ignore[assignment]
     except ImportError as error:
         raise ImportError(
             "filter_grafting.callbacks.lightning needs Lightning, which cannot be imported: pip install lightning"
@@ -46,7 +48,8 @@ class GraftingCallback(Callback):
         self._begun = 0  # the epoch at whose head a graft was due, or was none
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._grafting.start(pl_module, trainer.world_size, trainer.global_step)
+        is_deepspeed = isinstance(trainer.strategy, DeepSpeedStrategy)
+        self._grafting.start(pl_module, trainer.world_size, trainer.global_step, is_deepspeed)
 
     # Not on_train_epoch_start: where a checkpoint is of the end of an epoch, Lightning may leave out the next one's.
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -56,7 +56,8 @@ class GraftingCallback(TrainerCallback):
     ) -> None:
         if not self._by_steps and not has_length(kwargs["train_dataloader"]):
             raise ValueError("every_n_epochs: the data have no length, so no epochs; expected every_n_steps")
-        self._grafting.start(kwargs["model"], args.world_size, state.global_step)
+        is_deepspeed = getattr(args, "deepspeed_plugin", None) is not None
+        self._grafting.start(kwargs["model"], args.world_size, state.global_step, is_deepspeed)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
