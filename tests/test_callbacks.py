@@ -1,6 +1,7 @@
 """Grafting inside the trainers of Lightning and transformers."""
 
 import importlib
+import itertools
 import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -190,6 +191,28 @@ def test_transformers_grafts_every_so_many_steps_but_knows_no_epochs_of_data_wit
         train(tmp_path, neighbour, {}, arguments, images=Endless())
     with pytest.raises(ValueError, match="every_n_epochs and every_n_steps: got both"):
         train(tmp_path, neighbour, {"every_n_epochs": 1, "every_n_steps": 1})
+
+
+class Short(Endless):
+    """Data that have fewer batches than they say: 3 of 4."""
+
+    def __len__(self):
+        return STEPS * 8
+
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), 3 * 8)
+
+
+@pytest.mark.parametrize("package", ["transformers"], indirect=True)
+def test_where_epochs_end_early_steps_are_grafted_once_and_epochs_never(train, tmp_path):
+    neighbour, never = Neighbour(), {"save_strategy": "no"}
+    # Of two batches a step, the third is left over: at the next epoch's head no step is done since.
+    train(tmp_path, neighbour, {"every_n_steps": 1}, {**never, "gradient_accumulation_steps": 2}, 2, images=Short())
+    assert neighbour.happened == [("graft", 0), ("graft", 1)]
+    with pytest.raises(
+        GraftingError, match=r"the epoch ended at 0\.75, before the end of its data: give every_n_steps"
+    ):
+        train(tmp_path, Neighbour(), {}, never, images=Short())
 
 
 # Steps after which it is killed, and resumed from the trainer's checkpoint.

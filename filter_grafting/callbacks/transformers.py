@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .. import Exchange
+from .. import Exchange, GraftingError
 from ..grafting import Layers
 from . import TrainerGrafting
 
@@ -56,18 +56,25 @@ class GraftingCallback(TrainerCallback):
     ) -> None:
         if not self._by_steps and not has_length(kwargs["train_dataloader"]):
             raise ValueError("every_n_epochs: the data have no length, so no epochs; expected every_n_steps")
+        self._has_begun = False  # an epoch; the first one of a training that is resumed may begin in its midst
+        self._grafted = 0  # the step before which a graft was due last
         is_deepspeed = getattr(args, "deepspeed_plugin", None) is not None
         self._grafting.start(kwargs["model"], args.world_size, state.global_step, is_deepspeed)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        epoch = state.epoch or 0.0  # a fraction where a checkpoint of the midst of an epoch was resumed
-        if not self._by_steps and epoch == int(epoch) > 0:
+        epoch = 0.0 if self._by_steps else state.epoch or 0.0
+        if epoch == int(epoch) > 0:
             self.layers = self._grafting.step(int(epoch)) or self.layers
+        elif epoch != int(epoch) and self._has_begun:
+            raise GraftingError(f"the epoch ended at {epoch:g}, before the end of its data: give every_n_steps")
+        self._has_begun = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._by_steps and state.global_step > 0:
+        # Where data end within an accumulation, the next epoch begins at the same step.
+        if self._by_steps and state.global_step > self._grafted:
+            self._grafted = state.global_step
             self.layers = self._grafting.step(state.global_step) or self.layers
