@@ -63,7 +63,7 @@ class FileRing(Membership):
         resume: continue from the checkpoints that this network may already have there (see `newest`).
         may_raise: settings that a resumed run may raise while no other network is at work, such as the last epoch.
         timeout: seconds without progress of the neighbour after which `wait` gives up, but at least three heartbeats;
-            0 waits for ever.
+            0 waits for ever. A heartbeat is progress enough of one that does not call `progress(step)`.
         keep: at least so many of this network's checkpoints are kept (math.inf: all); by default at most N+1 are.
         name: file name of a checkpoint, with the fields {index} (i mod N) and {round}.
         key: the checkpoint's entry that holds the state dict.

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from filter_grafting import FileRing, GraftingError, MismatchError, graft
+from filter_grafting.membership import observe
 
 STEPS = 4  # of each epoch
 
@@ -159,11 +160,18 @@ def test_a_network_is_tested_and_saved_before_it_grafts_and_its_last_epoch_is_fo
         train(tmp_path / "refused", Neighbour(), {"layers": nn.LSTM})
 
 
-def test_a_trainer_that_starts_anew_does_not_graft_what_an_earlier_run_left(train, tmp_path, make_ring):
+def test_a_trainer_tells_the_ring_its_batches_and_does_not_start_anew_where_it_has_grafted(
+    train, package, tmp_path, make_ring
+):
     ring = make_ring(1, 2)
-    ring.publish(0, build().state_dict())
+    torch.save({"net": state_of(build(2))}, ring.path(0, 2))
+    save = {"eval_strategy": "epoch", "save_strategy": "no"} if package == "transformers" else {}
+    train(tmp_path / "first", ring, {}, save, epochs=2)
+    ring.update("training")
+    tried = 2 if package == "lightning" else 0  # before it trains
+    assert observe(tmp_path, [1])[0].step == 2 * (STEPS + STEPS) + tried  # to train on, and to test on
     with pytest.raises(GraftingError, match=r"the trainer starts anew, but network 1 has published in .*resume the tr"):
-        train(tmp_path, ring, {})
+        train(tmp_path / "second", ring, {})
 
 
 class Endless(IterableDataset):

@@ -23,6 +23,7 @@ class TrainerGrafting:
 
     def __init__(self, exchange: Exchange, every: int, options: Mapping[str, Any]):
         self.exchange, self.every, self.options = exchange, every, dict(options)
+        self._batches = 0
 
     def start(self, model: nn.Module, processes: int, finished: int, is_deepspeed: bool) -> None:
         """Takes the model, trained for so many steps; what a graft would do wrong is refused here, before it trains."""
@@ -41,6 +42,12 @@ class TrainerGrafting:
                 f"another directory"
             )
         self._grafting = Grafting(model, _SwapOnly(self.exchange), every=self.every, **self.options)
+
+    def progress(self) -> None:
+        """Says that one more batch was begun: a trainer that hangs is not waited for because its heart beats."""
+        self._batches += 1
+        if isinstance(self.exchange, FileRing):
+            self.exchange.progress(self._batches)
 
     def step(self, finished: int) -> Layers | None:
         """Grafts if that is due after so many epochs or steps of training, with `finished - 1` for the round."""

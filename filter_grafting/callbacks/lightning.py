@@ -53,9 +53,13 @@ class GraftingCallback(Callback):
 
     # Not on_train_epoch_start: where a checkpoint is of the end of an epoch, Lightning may leave out the next one's.
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._grafting.progress()
         if trainer.current_epoch > self._begun:
             self.layers = self._grafting.step(trainer.current_epoch) or self.layers
             self._begun = trainer.current_epoch
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._grafting.progress()
 
     def state_dict(self) -> dict[str, Any]:
         return {"begun": self._begun}

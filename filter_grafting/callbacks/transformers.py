@@ -74,7 +74,11 @@ class GraftingCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._grafting.progress()
         # Where data end within an accumulation, the next epoch begins at the same step.
         if self._by_steps and state.global_step > self._grafted:
             self._grafted = state.global_step
             self.layers = self._grafting.step(state.global_step) or self.layers
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        self._grafting.progress()
