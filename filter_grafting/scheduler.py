@@ -1,5 +1,6 @@
 """Grafting as training goes on: an object that steps like a learning rate scheduler."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from .grafting import Criterion, Layers, Level, Selection, compute, graft
 from .information import entropy
 from .rings import Checkpoint, Exchange, FileRing
 from .states import load_plain_state, plain_state
+
+logger = logging.getLogger("filter_grafting")
 
 
 class Stateful(Protocol):
@@ -98,6 +101,7 @@ class Grafting:
         load_plain_state(self.model, last.state)
         for name, part in self.checkpoint.items():
             part.load_state_dict(last.extra[name])
+        logger.info("network %d continues after round %d, from %s", ring.network, last.round, last.path)
         self._graft(ring.wait(last.round))
         self.round = last.round + 1
 

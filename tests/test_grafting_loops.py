@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
@@ -116,14 +117,19 @@ def run_network(directory, network, until):
     return model, optimizer
 
 
-def test_a_resumed_network_first_grafts_and_ends_with_the_same_weights(tmp_path):
+def test_a_resumed_network_says_so_first_grafts_and_ends_with_the_same_weights(tmp_path, caplog):
     def run(name, until=4):
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(lambda network: run_network(tmp_path / name, network, until), (1, 2)))
 
     undisturbed = run("undisturbed")
     run("broken", until=2)
-    for (model, optimizer), (expected, other) in zip(run("broken"), undisturbed, strict=True):
+    with caplog.at_level(logging.INFO, "filter_grafting"):
+        resumed = run("broken")
+    for network in 1, 2:
+        path = tmp_path / "broken" / f"ckpt{network % 2}_1.t7"
+        assert f"network {network} continues after round 1, from {path}" in caplog.messages
+    for (model, optimizer), (expected, other) in zip(resumed, undisturbed, strict=True):
         assert same(model, expected)
         assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"] == 0.01 * 0.5**4
         momenta, expected = ([x["momentum_buffer"] for x in o.state.values()] for o in (optimizer, other))
