@@ -130,9 +130,10 @@ def graft(
     which is not the method.
 
     Every floating-point or complex entry of the state dict is blended, in its own type, computed in fp32 or better;
-    integers and booleans (`num_batches_tracked`, masks) stay the network's own. Of entries that share memory, the
-    first one's coefficient counts. A wrapped model (torch.compile, DistributedDataParallel, FSDP2) is looked through,
-    as is a neighbour's state dict under wrapped names.
+    integers and booleans (`num_batches_tracked`, masks) stay the network's own. At filter level, so does whatever
+    belongs to no filter of the chain: the bias of the classifier, and further linear layers. Of entries that share
+    memory, the first one's coefficient counts. A wrapped model (torch.compile, DistributedDataParallel, FSDP2) is
+    looked through, as is a neighbour's state dict under wrapped names.
 
     Args:
         model: any module with a convolution (or see `layers`), on any device; at filter level, a chain of them.
@@ -211,7 +212,7 @@ def compute(
     entries, own, other = paired(model, neighbour, exclude)
     for side, state in ("the network", own), (f"its neighbour {other.source}".strip(), other):
         _check_finite(side, {key: whole(state[key]).detach() for key in entries})
-    weights = _weights(model, entries, layers)  # of the layers that set a coefficient, by module
+    weights = _weights(model, entries, level, layers)  # of the layers that set a coefficient, by module
     entropies = {
         name: (_measure(own, key, entries, criterion), _measure(other, key, entries, criterion))
         for name, key in weights.items()
@@ -278,7 +279,7 @@ def _measure(state: Mapping[str, Tensor], key: str, entries: Mapping[str, Tensor
     return value
 
 
-def _weights(model: nn.Module, entries: Mapping[str, Tensor], layers: Selection) -> dict[str, str]:
+def _weights(model: nn.Module, entries: Mapping[str, Tensor], level: Level, layers: Selection) -> dict[str, str]:
     """By plain name of each module that sets a coefficient: the entry whose values the criterion is given."""
     modules, selects = plain_modules(model), _selector(layers)
     parts: dict[str, list[str]] = defaultdict(list)
@@ -289,7 +290,7 @@ def _weights(model: nn.Module, entries: Mapping[str, Tensor], layers: Selection)
     weights = {name: max(parts[name], key=rank.__getitem__) for name in selected}
     held = sum(entries[key].numel() for name in weights for key in parts[name])
     share = held / max(1, sum(entry.numel() for entry in entries.values()))
-    if not weights or (layers is None and share < 0.1):
+    if not weights or (level == "layer" and layers is None and share < 0.1):
         sizes: Counter[str] = Counter()
         for module in modules.values():
             sizes[type(module).__name__] += sum(parameter.numel() for parameter in module.parameters(recurse=False))

@@ -12,6 +12,7 @@ from naive import (
     assert_blended,
     assert_grafts,
     assert_refused,
+    chain,
     coefficients_of,
     looped_coefficient,
     looped_graft,
@@ -62,6 +63,7 @@ def test_one_warning_where_convolutions_are_a_small_part_and_an_error_where_ther
     model, neighbour = pair(transformer)
     with caplog.at_level(logging.WARNING, "filter_grafting"):
         graft(model, neighbour, layers=nn.Conv2d)
+        graft(*pair(lambda: chain(positions=300)), level="filter")  # which has no layers= to advise
         assert not caplog.records
         graft(model, neighbour)
         graft(model, neighbour)
