@@ -18,15 +18,16 @@ from .errors import (
 )
 from .grafting import FilterLayer, Layer, coefficient, graft, graft_ring
 from .information import entropy, invalid_filters, l1_norm
-from .rings import Exchange, FileRing, ProcessGroupRing
+from .rings import Checkpoint, Exchange, FileRing, ProcessGroupRing
 from .scheduler import Grafting
-from .states import State, plain_state
+from .states import State, load_plain_state, plain_state
 
 __version__ = "1.0.0"
 
 __all__ = [
     "AliveError",
     "AlreadyRunError",
+    "Checkpoint",
     "CheckpointError",
     "Exchange",
     "FileRing",
@@ -48,5 +49,6 @@ __all__ = [
     "graft_ring",
     "invalid_filters",
     "l1_norm",
+    "load_plain_state",
     "plain_state",
 ]

@@ -27,8 +27,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations, prune
 
 import filter_grafting
-from filter_grafting import MismatchError, graft, invalid_filters, l1_norm, plain_state
-from filter_grafting.states import load_plain_state
+from filter_grafting import MismatchError, graft, invalid_filters, l1_norm, load_plain_state, plain_state
 
 # layers=, criterion= and exclude=
 

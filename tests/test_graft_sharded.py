@@ -10,8 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from filter_grafting import Grafting, MismatchError, graft, invalid_filters, plain_state
-from filter_grafting.states import load_plain_state
+from filter_grafting import Grafting, MismatchError, graft, invalid_filters, load_plain_state, plain_state
 
 
 def make():
