@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import GraftingError
 from .grafting import Criterion, Layers, Level, Selection, compute, graft
@@ -68,6 +69,12 @@ class Grafting:
                 raise ValueError(f"{name}: got {value}, expected at least {low}")
         if checkpoint and not isinstance(exchange, FileRing):
             raise ValueError(f"checkpoint: a {type(exchange).__name__} keeps none; save these states yourself")
+        copies = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+        if isinstance(exchange, FileRing) and any(module.process_group.size() > 1 for module in copies):
+            raise GraftingError(
+                "a FileRing would graft the copy of one rank, and DistributedDataParallel does not tell the others: "
+                "give all ranks an exchange that does, as in docs/library.md, Exchanges"
+            )
         # What the first graft would refuse is refused now, not after an epoch: the model is compared with itself.
         compute(model, plain_state(model), a, c, level, layers, exclude, criterion)
         self.model = model

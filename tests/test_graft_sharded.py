@@ -1,16 +1,31 @@
 """Models that lie in several processes: FSDP2's shards, DistributedDataParallel's copies, and what FSDP1 is told."""
 
+import os
+import re
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from naive import chain, coefficients_of, pair, randomised
 from ring_tools import in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from filter_grafting import Grafting, MismatchError, graft, invalid_filters, load_plain_state, plain_state
+from filter_grafting import (
+    FileRing,
+    Grafting,
+    GraftingError,
+    MismatchError,
+    graft,
+    invalid_filters,
+    load_plain_state,
+    plain_state,
+)
+
+LIBRARY = Path(__file__).resolve().parents[1] / "docs" / "library.md"
 
 
 def make():
@@ -54,6 +69,18 @@ def in_each_of_two(rank, folder):
     other = nn.parallel.DistributedDataParallel(randomised(make(), 2))
     assert coefficients_of(graft(copies, other.state_dict())) == coefficients_of(expected_layers)
     assert holds(copies, expected.state_dict())
+    with FileRing(folder / f"refused{rank}", 1, 2) as ring, pytest.raises(GraftingError, match="copy of one rank"):
+        Grafting(copies, ring)
+    # The page's exchange for them; what the other network has published is there.
+    (recipe,) = re.findall(r"^from contextlib.*?(?=^```)", LIBRARY.read_text(), re.DOTALL | re.MULTILINE)
+    os.chdir(folder)
+    if rank == 0:
+        os.mkdir("run_ranks")
+        torch.save({"net": neighbour}, "run_ranks/ckpt0_0.t7")
+    space = {"dist": dist, "nn": nn, "FileRing": FileRing, "Grafting": Grafting}
+    space |= {"build": lambda: randomised(make(), 1), "i": 1}
+    exec(recipe, space)
+    assert holds(space["grafting"].model, expected.state_dict())
 
     with pytest.raises(MismatchError, match=r"holds a copy, not the model's own \(FSDP1\?\)"):
         graft(FullyShardedDataParallel(make(), device_id=torch.device("cpu")), neighbour)
