@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,11 +135,13 @@ def flat(num_classes):
     return nn.Flatten()
 
 
-def test_a_model_by_the_name_of_its_function_is_looked_for_from_here(tmp_path, monkeypatch):
-    (tmp_path / "mine_alone.py").write_text("import test_methods\nbuild = test_methods.with_dead_filters\n")
-    monkeypatch.setattr(sys, "path", list(sys.path))
+@pytest.mark.parametrize("module", ["mine_alone", "models"])  # the script's folder has one of the second name
+def test_a_model_by_the_name_of_its_function_is_looked_for_here_first(tmp_path, monkeypatch, module):
+    (tmp_path / f"{module}.py").write_text("import test_methods\nbuild = test_methods.with_dead_filters\n")
+    monkeypatch.setattr(sys, "path", [str(Path(grafting.__file__).parent), *sys.path])
     monkeypatch.chdir(tmp_path)
-    model = own_model("mine_alone:build", 7, 32)
+    model = own_model(f"{module}:build", 7, 32)
+    del sys.modules[module]
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
     assert invalid_filters(model, 0.1) == (2, 6)
 

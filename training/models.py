@@ -19,13 +19,12 @@ from training.process import UsageError
 
 
 def own_model(name: str, num_classes: int, image_size: int) -> nn.Module:
-    """Anyone's model by `package.module:function`, which is called with num_classes; looked for from here, too.
+    """Anyone's model by `package.module:function`, which is called with num_classes; looked for here first.
 
     Raises UsageError if there is none, or if what it returns does not turn images into scores (b, num_classes).
     """
     place, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    sys.path.insert(0, os.getcwd())  # ahead of the script's folder, which has modules of common names, as models
     try:
         model = getattr(importlib.import_module(place), function)(num_classes=num_classes)
         with torch.no_grad():
