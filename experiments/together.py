@@ -143,7 +143,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         settings = settings_of(args, (*flags.SHARED, *flags.OWN, "together", "networks")) | facts
         settings |= {"images": len(images.train.labels), "amp": bool(amp)}
         checkpoint = ring.newest()
-        first = restore(checkpoint, kept, optimizer, settings, together) if checkpoint else 0
+        first = restore(checkpoint, kept, optimizer, settings, together, cifar.may_raise(args)) if checkpoint else 0
         records = Records(ring, together, settings, images, cifar.PIXELS, [computer(device), *notes], args.tensorboard)
         records.resume(checkpoint)
         steps = itertools.count(first * len(batches) + 1)

@@ -61,7 +61,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
 
         settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train.labels), "amp": bool(amp)}
         checkpoint = ring.newest()  # there is none without --resume: a network that has run before was refused
-        first = restore(checkpoint, published, optimizer, settings, trained) if checkpoint else 0
+        first = restore(checkpoint, published, optimizer, settings, trained, may_raise(args)) if checkpoint else 0
         records = Records(ring, model, settings, images, PIXELS, [computer(device), *notes], args.tensorboard)
         records.resume(checkpoint)
         progress = partial(follow, ring, signals.check, args.print_frequence)

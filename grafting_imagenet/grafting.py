@@ -61,7 +61,8 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         start = first_epoch(args, checkpoint, model, optimizer, notes)
         facts = {"classes": len(images.classes), "start_epoch": start, "data": data.checksum(images.train.labels)}
         settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train), "amp": bool(amp)}
-        first = restore(checkpoint, model, optimizer, settings) if checkpoint else start
+        may_raise = ("epochs",) if args.steplr else ()
+        first = restore(checkpoint, model, optimizer, settings, may_raise=may_raise) if checkpoint else start
         if ring:
             ring.agree(facts)
             pixels, notes = PIXELS | {"image_size": args.image_size}, [computer(device, ranks.size), *notes]

@@ -200,6 +200,14 @@ def test_epochs_may_be_raised_with_the_step_schedule_alone(make_run, undisturbed
     assert "epochs is 2 here and 1 in the run" in refused(cosine, 1, "--resume")
 
 
+def test_on_a_cosine_they_may_not_be_raised_by_a_neighbour_on_steps(make_run):
+    run = make_run(2, 1)
+    finished(run.start(1), run.start(2, "--cos"))
+    run.epochs = 2
+    finished(run.start(1, "--resume"))
+    assert "epochs is 2 here and was 1" in refused(run, 2, "--cos", "--resume")
+
+
 def test_networks_of_one_ring_have_the_same_images(make_run, images, tmp_path):
     run = make_run(2, 2)
     first = run.start(1)

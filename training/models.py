@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,18 +87,25 @@ def to_resume(
 
 
 def restore(
-    found: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping, trained: Any = None
+    found: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping,
+    trained: nn.Module | None = None,
+    may_raise: Collection[str] = (),
 ) -> int:
     """Puts a network's own checkpoint back in place; returns the epoch to go on with.
 
     `model` is the one that was published, `trained` that which the optimizer trains, if it is another. Raises
-    CheckpointError if another program has left the file, and RefusedError if its settings, but for epochs, differ.
+    CheckpointError if another program has left the file, and RefusedError if its settings differ, but for those that
+    may be raised.
     """
     extra = found.extra
     if not isinstance(extra, Mapping) or "optimizer" not in extra:
         raise CheckpointError(f"{found.path} holds no training state to go on from, as of another program")
     recorded = extra["settings"]
-    differing = [key for key in settings if key != "epochs" and recorded.get(key) != settings[key]]
+    # Of the epochs, too, which the ring has let another network raise: this one's cosine may depend on them.
+    differing = [key for key in settings if key not in may_raise and recorded.get(key) != settings[key]]
     if differing:
         rows = ", ".join(f"{key} is {settings[key]!r} here and was {recorded.get(key)!r}" for key in differing)
         raise RefusedError(f"the network cannot be continued with other settings: {rows}")
