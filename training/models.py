@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from filter_grafting.checkpoint import load
-from filter_grafting.errors import CheckpointError, RefusedError
+from filter_grafting.errors import CheckpointError, SettingsError
 from filter_grafting.membership import printable
 from filter_grafting.rings import Checkpoint
 from filter_grafting.states import load_plain_state, plain_state
@@ -97,7 +97,7 @@ def restore(
     """Puts a network's own checkpoint back in place; returns the epoch to go on with.
 
     `model` is the one that was published, `trained` that which the optimizer trains, if it is another. Raises
-    CheckpointError if another program has left the file, and RefusedError if its settings differ, but for those that
+    CheckpointError if another program has left the file, and SettingsError if its settings differ, but for those that
     may be raised.
     """
     extra = found.extra
@@ -108,7 +108,8 @@ def restore(
     differing = [key for key in settings if key not in may_raise and recorded.get(key) != settings[key]]
     if differing:
         rows = ", ".join(f"{key} is {settings[key]!r} here and was {recorded.get(key)!r}" for key in differing)
-        raise RefusedError(f"the network cannot be continued with other settings: {rows}")
+        advice = "give the same settings, or another directory"
+        raise SettingsError(f"the network cannot be continued with other settings: {rows}; {advice}")
     load_plain_state(model, found.state)
     if trained is not None:
         load_plain_state(trained, extra["trained"])
