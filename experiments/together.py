@@ -127,7 +127,7 @@ def build(args: argparse.Namespace, num_classes: int, device: torch.device) -> t
 def main(args: argparse.Namespace, signals: Signals) -> None:
     device, is_papa = pick_device(args.device), args.together == "papa"
     amp, notes = amp_dtype(args.amp, device)
-    with join_ring(args, signals, flags.SHARED) as ring, deterministic(args.deterministic):
+    with join_ring(args, signals, flags.SHARED, cifar.may_raise(args)) as ring, deterministic(args.deterministic):
         images = data.select(data.load(args.data, args.cifar), args.images, args.val, args.test_images)
         facts = cifar.facts_of(images)
         ring.agree(facts)

@@ -11,6 +11,7 @@ from torch import nn
 
 from experiments import together
 from filter_grafting.checkpoint import load
+from filter_grafting.errors import SettingsError
 from grafting_cifar import flags as cifar_flags
 from grafting_cifar import grafting as cifar
 
@@ -23,8 +24,8 @@ def small(num_classes):
 
 @pytest.fixture
 def train(images, tmp_path):
-    def train(how, name, *flags):
-        line = f"--together {how} --num 3 --model test_together:small --batch_size 2 --cos --epochs 3 --device cpu"
+    def train(how, name, *flags, schedule="--cos"):
+        line = f"--together {how} --num 3 --model test_together:small --batch_size 2 --epochs 3 --device cpu {schedule}"
         args = together.parse([*line.split(), "--data", str(images), "--s", str(tmp_path / name), *flags])
         together.main(args, HEARS_NOTHING)
         return load(tmp_path / name / "final1.t7")["net"]
@@ -106,6 +107,16 @@ def test_interrupted_in_an_epoch_it_ends_with_the_same_bits(how, train, monkeypa
     found = train(how, "resumed", "--resume")
     assert all(torch.equal(entry, expected[key]) for key, entry in found.items())
     assert [row["epoch"] for row in read_table(tmp_path / "resumed" / "metrics1.csv")] == ["0", "1", "2"]
+
+
+def test_with_the_step_schedule_epochs_may_be_raised(train):
+    expected = train("papa", "undisturbed", schedule="")
+    train("papa", "raised", "--epochs", "2", schedule="")
+    found = train("papa", "raised", "--resume", schedule="")
+    assert all(torch.equal(entry, expected[key]) for key, entry in found.items())
+    train("papa", "cosine", "--epochs", "2")
+    with pytest.raises(SettingsError, match="epochs is 3 here and 2 in the run"):
+        train("papa", "cosine", "--resume")
 
 
 @pytest.mark.parametrize("flags", ["--num 1", "--num 1 --method ema", "--difflr", "--a 0.2", "--i 2"])
