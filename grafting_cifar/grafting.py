@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from filter_grafting.grafting import graft
+from filter_grafting.grafting import compute, graft
 from filter_grafting.information import CRITERIA
 from filter_grafting.scions import internal, noise
 from filter_grafting.states import State, plain_state
@@ -66,6 +66,8 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         records.resume(checkpoint)
         progress = partial(follow, ring, signals.check, args.print_frequence)
         options = {"device": device, "amp": amp, "progress": progress}
+        if args.num > 1 and args.method != "papa":  # a model that cannot be grafted is refused before it trains
+            compute(model, plain_state(model), args.a, args.c, args.level, None, (), CRITERIA[args.criterion])
         signals.finish_batch()
         for epoch in range(first, args.epochs):
             layers = []

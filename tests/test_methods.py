@@ -1,6 +1,7 @@
 """The CIFAR script's rivals of grafting, other scions, own models and the recipe's flags, where each takes effect."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -104,6 +105,20 @@ def test_a_network_that_diverges_in_the_last_step_of_an_epoch_is_not_published(m
     assert not list(single.directory.glob("*.t7"))
 
 
+@pytest.mark.parametrize(
+    ("model", "flags", "words"),
+    [
+        ("flat_layer", [], "Sequential has no convolution .*; layers= and exclude= are for code of your own"),
+        ("with_dead_filters", ["--level", "filter"], "0: level 'filter' needs a plain convolution .*use level 'layer'"),
+    ],
+)
+def test_a_model_that_cannot_be_grafted_is_refused_before_it_trains(make_run, model, flags, words):
+    run = make_run(2, 2, "--model", f"test_methods:{model}", *flags)
+    process = run.start(1)
+    assert process.wait() == 1 and re.search(words, process.sentence())
+    assert not run.directory.exists()
+
+
 @pytest.mark.slow
 def test_compiled_it_trains_to_about_the_same(make_run, undisturbed):
     single = make_run(1, 2, "--compile")
@@ -125,6 +140,10 @@ def with_dead_filters(num_classes):
         model[0].weight[:2] = 0
         model[3].weight[:, :2] = 0
     return model
+
+
+def flat_layer(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))
 
 
 def pair(num_classes):

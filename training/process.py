@@ -19,7 +19,14 @@ from typing import Any
 
 import torch
 
-from filter_grafting.errors import AlreadyRunError, GraftingError, NeighbourTimeout, SettingsError, UnreadableError
+from filter_grafting.errors import (
+    AlreadyRunError,
+    GraftingError,
+    MismatchError,
+    NeighbourTimeout,
+    SettingsError,
+    UnreadableError,
+)
 from filter_grafting.membership import printable
 from filter_grafting.rings import FileRing
 from training.flags import command, settings_of, world
@@ -40,6 +47,8 @@ HINTS = {
     AlreadyRunError: "--resume continues it, --s names another directory",
     SettingsError: "a resumed run may raise --epochs alone, while no other network is at work, and if neither a cosine "
     "nor an average depends on them",
+    MismatchError: "the flags for it are --model (ImageNet: -a) and --level; layers= and exclude= are for code of your "
+    "own that calls graft()",
     UnreadableError: "mend that, then continue with --resume",
     NeighbourTimeout: "--timeout says how long to wait",
 }
