@@ -1,7 +1,9 @@
 """What happens on CUDA, without a GPU: devices, memory layouts, the number of operations, and no wait in a step."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -111,10 +113,14 @@ def test_a_step_never_makes_the_host_wait_and_does_no_more_than_it_did(name, amp
 
 @precisions
 def test_nor_does_a_step_that_is_to_be_captured_in_a_graph(monkeypatch, amp):
-    monkeypatch.setattr(loop.TrainingStep, "compute_aside", loop.TrainingStep.compute)  # streams need a GPU
+    made = []  # streams, which need a GPU
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: made.append(Mock()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     model = models.build("resnet20", 10).to(memory_format=torch.channels_last)
     with fake_cuda() as watch:
-        train(watch, model, make_optimizer(to_fake_cuda(model)), cifar_batches(), amp=amp, graph=True)
+        train(watch, model, make_optimizer(to_fake_cuda(model)), cifar_batches(steps=3), amp=amp, graph=True)
+    assert len(made) == 1, "the allocator would keep memory for each"
 
 
 @pytest.mark.parametrize("wait", [Tensor.item, Tensor.nonzero, Tensor.cpu, bool])

@@ -120,6 +120,7 @@ class TrainingStep:
         self.rate = torch.zeros((), device=device) if graph and device.type == "cuda" else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.batch: tuple[Tensor, ...] = ()  # what the graph reads
+        self.stream: torch.cuda.Stream | None = None  # of the first steps; the allocator keeps memory for each stream
         self.warm = 0
 
     def __call__(self, images: Tensor, labels: Tensor, rate: float) -> None:
@@ -145,11 +146,11 @@ class TrainingStep:
         """On a stream of its own, as steps ahead of a capture have to be."""
         self.batch = self.batch or (images.clone(), labels.clone())
         self.warm += 1
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             self.compute(images, labels)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def replay(self, images: Tensor, labels: Tensor) -> None:
         if self.graph is None:
