@@ -118,6 +118,10 @@ def test_dropout_follows_from_the_seed_and_the_rank():
 def test_a_loss_that_is_no_number_is_said():
     with pytest.raises(Diverged, match=r"the training loss became nan at a learning rate of 1e\+30"):
         train(make_model(), 1e30)
+    model = make_model()
+    step = TrainingStep(model, make_optimizer(model), device=CPU)
+    with pytest.raises(Diverged, match=r"at a learning rate of 2e\+30"):
+        train_one_epoch(step, Batches(), lambda progress: 3e30 * progress, seed=0)  # a warm-up, in three steps
 
 
 # Rates

@@ -187,7 +187,7 @@ def train_one_epoch(
     for k, (images, labels) in enumerate(progress(batches.epoch(seed), step.totals, steps, epoch, rate(epoch))):
         step(images, labels, rate(epoch + k / steps))
     result = means(reduce(step.totals), began)
-    check_finite(result.loss, "training", rate(epoch))
+    check_finite(result.loss, "training", max(rate(epoch), rate(epoch + 1 - 1 / steps)))  # a warm-up begins at 0
     return result
 
 
