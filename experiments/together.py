@@ -44,12 +44,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = flags.parser()
     parser.description = __doc__
     parser.add_argument("--together", choices=("papa", "mutual"), required=True, help="how the networks meet")
-    args = flags.parse(argv, parser)
-    if args.num == 1:
-        parser.error(f"argument --together: {args.together} needs two networks or more: got --num 1")
-    for name in ("i", "a", "c", "level", "criterion", "method", "difflr"):
+    args = parser.parse_args(argv)  # first without the checks of a single network, whose advice is no good here
+    for name in ("i", "a", "c", "level", "criterion", "method", "scion", "difflr"):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --together does not go with --{name}")
+    if args.num == 1:
+        parser.error(f"argument --together: {args.together} needs two networks or more: got --num 1")
+    args = flags.parse(argv, parser)
     if args.s == flags.default_directory(parser, args):
         args.s = args.s.with_name(args.s.name.replace("grafting", args.together, 1))
     args.networks, args.num = args.num, 1  # for the log and the files they are one

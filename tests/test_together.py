@@ -119,7 +119,7 @@ def test_with_the_step_schedule_epochs_may_be_raised(train):
         train("papa", "cosine", "--resume")
 
 
-@pytest.mark.parametrize("flags", ["--num 1", "--num 1 --method ema", "--difflr", "--a 0.2", "--i 2"])
+@pytest.mark.parametrize("flags", ["--num 1", "--method ema", "--scion noise", "--difflr --num 1", "--a 0.2", "--i 3"])
 def test_what_makes_no_sense_together_is_refused(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         together.parse(["--together", "papa", *flags.split()])
