@@ -30,6 +30,7 @@ from filter_grafting.checkpoint import save
 from grafting_cifar import glyphs
 from grafting_cifar.flags import DEFAULT_DATA
 from training.images import DataError, Images, checksum, class_folders, normalised, reading, rgb
+from training.process import UsageError
 from training.records import say
 
 __all__ = ["Batches", "DataError", "Images", "Split", "checksum", "load", "select"]
@@ -57,7 +58,7 @@ def load(source: str | Path, cifar: int = 10) -> Images:
 
     The first start decodes, and leaves a cache beside the images (in the user's cache folder where that place cannot
     be written, in memory where nothing can). Of processes that start together one decodes and the others wait for it.
-    Raises DataError where the user has to act.
+    Raises DataError where the user has to act, and UsageError if cifar is 100 and the number of classes is not.
     """
     folder = Path(os.path.abspath(os.path.expanduser(source)))
     if str(source) == "glyphs":
@@ -67,7 +68,7 @@ def load(source: str | Path, cifar: int = 10) -> Images:
     else:
         images = _load_standard(folder, {10: CIFAR10, 100: CIFAR100}[cifar])
     if cifar == 100 and len(images.classes) != 100:
-        raise DataError(f"{source} has {len(images.classes)} classes, not 100: leave out --cifar 100")
+        raise UsageError(f"{source} has {len(images.classes)} classes, not 100: leave out --cifar 100")
     return images
 
 
@@ -75,14 +76,16 @@ def select(images: Images, n: int | None = None, val: int = 0, test_images: int 
     """n of the training images, val more of them to choose the best epoch on, test_images to test on; None: all.
 
     They are the same for everyone: the first and the last of a shuffled order that follows from the number of images.
-    Raises DataError if there are too few, or if val is asked of images that come with a val/ of their own.
+    Raises UsageError if there are too few, or if val is asked of images that come with a val/ of their own.
     """
     train, test, end = images.train, images.test, len(images.train.labels)
-    for asked, there, what in ((n or 1) + val, end, "training"), (test_images or 1, len(test.labels), "test"):
-        if asked > there:
-            raise DataError(f"{asked} {what} images are asked for, and there are {there}: ask for fewer")
+    if (n or 1) + val > end:
+        asked = " and ".join(f"--{flag} {count}" for flag, count in (("images", n), ("val", val)) if count)
+        raise UsageError(f"got {asked}, but there are {end} images to train on: ask for fewer")
+    if (test_images or 1) > len(test.labels):
+        raise UsageError(f"got --test_images {test_images}, but there are {len(test.labels)} to test on: ask for fewer")
     if val and images.val:
-        raise DataError(f"got --val {val}, but these images have a val/ to choose the best epoch on: leave out --val")
+        raise UsageError(f"got --val {val}, but these images have a val/ to choose the best epoch on: leave out --val")
     return images._replace(
         train=_shuffled(train, 0, n or end - val) if n or val else train,
         val=_shuffled(train, end - val, end) if val else images.val,

@@ -19,6 +19,7 @@ from torchvision import datasets
 
 from grafting_cifar import data, glyphs
 from grafting_cifar.data import Batches, DataError, Images, Split, crop_and_flip, load, select
+from training.process import UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -122,9 +123,12 @@ def test_selected_images_are_the_same_for_everyone(split):
     assert all(torch.equal(part.images, split.images[part.labels]) for part in chosen[:3])
     held_out = select(images, val=20)
     assert sorted(held_out.train.labels.tolist() + held_out.val.labels.tolist()) == list(range(50))
-    with pytest.raises(DataError, match="51 training images are asked for, and there are 50"):
-        select(images, 40, 11)
-    with pytest.raises(DataError, match=r"got --val 5, but these images have a val/ .*: leave out --val"):
+    for words, asked in ("--images 40 and --val 11", (40, 11)), ("--images 51", (51,)), ("--val 50", (None, 50)):
+        with pytest.raises(UsageError, match=f"got {words}, but there are 50 images to train on"):
+            select(images, *asked)
+    with pytest.raises(UsageError, match="got --test_images 51, but there are 50 to test on"):
+        select(images, test_images=51)
+    with pytest.raises(UsageError, match=r"got --val 5, but these images have a val/ .*: leave out --val"):
         select(images._replace(val=split), val=5)
 
 
@@ -292,5 +296,5 @@ def test_glyphs_are_drawn_once(tmp_path, monkeypatch):
     monkeypatch.setattr(glyphs, "draw", draw)
     assert [len(split.labels) for split in (load("glyphs").train, load("glyphs").test)] == [3, 2]
     assert load("glyphs").classes == list("0123456789") and len(caches(tmp_path)) == 1
-    with pytest.raises(DataError, match="glyphs has 10 classes, not 100: leave out --cifar 100"):
+    with pytest.raises(UsageError, match="glyphs has 10 classes, not 100: leave out --cifar 100"):
         load("glyphs", 100)
