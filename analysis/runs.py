@@ -28,8 +28,8 @@ from filter_grafting.membership import read_run as read_record
 from training.models import read_checkpoint
 from training.process import UsageError
 from training.records import THRESHOLDS
+from training.view import SECONDS
 
-SECONDS = ["train_seconds", "test_seconds", "wait_seconds", "graft_seconds"]
 METRICS = ["epoch", "test_accuracy", "best", *SECONDS]  # columns that every version has written
 COEFFICIENTS = ["epoch", "layer", "coefficient"]
 USUAL = {"cos": False, "steplr": False, "difflr": False, "level": "layer", "scion": "external", "criterion": "entropy"}

@@ -247,7 +247,7 @@ def moving_average(model: nn.Module, optimizer: torch.optim.Optimizer, decay: fl
 
     Batch-norm statistics are averaged as the weights are; integer entries are the model's.
     """
-    average = copy.deepcopy(model).requires_grad_(False)
+    average = copy.deepcopy(model)
     # Not those of their state dicts, in which a tied weight is twice.
     tensors = [(*each.parameters(), *each.buffers()) for each in (average, model)]
     pairs = list(zip(*tensors, strict=True))
@@ -264,7 +264,6 @@ def moving_average(model: nn.Module, optimizer: torch.optim.Optimizer, decay: fl
     return average
 
 
-@torch.no_grad()
 def add_to_mean(average: nn.Module, model: nn.Module, count: int, batches: Iterable) -> None:
     """Makes `average` the running mean of the weights at the ends of epochs (SWA, Izmailov et al. 2018, section 3.2).
 

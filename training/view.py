@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from training.launch import Network
 
 tabulate.MIN_PADDING = 0  # columns no wider than need be: a line of 80 has room for whom a network waits for
-SECONDS = ("train_seconds", "test_seconds", "wait_seconds", "graft_seconds")  # of metrics{i}.csv: an epoch's time
+SECONDS = ["train_seconds", "test_seconds", "wait_seconds", "graft_seconds"]  # of metrics{i}.csv: an epoch's time
 LOOK_SECONDS = 0.5  # between two looks at the networks
 START_SECONDS = 60.0  # after which a network that is still starting is left to itself
 
