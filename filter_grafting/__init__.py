@@ -16,7 +16,7 @@ from .errors import (
     UnreadableError,
     WriteError,
 )
-from .grafting import FilterLayer, Layer, coefficient, graft, graft_ring
+from .grafting import Layer, coefficient, graft, graft_ring
 from .information import entropy, invalid_filters, l1_norm
 from .rings import Checkpoint, Exchange, FileRing, ProcessGroupRing
 from .scheduler import Grafting
@@ -31,7 +31,6 @@ __all__ = [
     "CheckpointError",
     "Exchange",
     "FileRing",
-    "FilterLayer",
     "Grafting",
     "GraftingError",
     "Layer",

@@ -13,7 +13,7 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +33,10 @@ class Layer(NamedTuple):
 
     own_entropy: float
     neighbour_entropy: float
-    coefficient: float
+    coefficient: Any  # a float; at filter level a tensor with a share for each filter, (filters,)
 
 
-class FilterLayer(NamedTuple):
-    """The same at filter level, with a share for each filter: (filters,)."""
-
-    own_entropy: float
-    neighbour_entropy: float
-    coefficient: Tensor
-
-
-Layers: TypeAlias = dict[str, Layer] | dict[str, FilterLayer]
+Layers: TypeAlias = dict[str, Layer]  # by name of the module
 Level: TypeAlias = Literal["layer", "filter"]
 Selection: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool] | None
 Criterion: TypeAlias = Callable[[Tensor], float]
@@ -88,29 +80,6 @@ def blend(own: Tensor, neighbour: Tensor, w: float | Tensor) -> Tensor:
     return torch.lerp(own.to(kind), neighbour.to(kind), 1 - w).to(own.dtype)
 
 
-@overload
-def graft(
-    model: nn.Module,
-    neighbour: Mapping[str, Tensor],
-    a: float = ...,
-    c: float = ...,
-    level: Literal["layer"] = ...,
-    *,
-    layers: Selection = ...,
-    exclude: Sequence[str] = ...,
-    criterion: Criterion = ...,
-) -> dict[str, Layer]: ...
-@overload
-def graft(
-    model: nn.Module,
-    neighbour: Mapping[str, Tensor],
-    a: float = ...,
-    c: float = ...,
-    *,
-    level: Literal["filter"],
-    exclude: Sequence[str] = ...,
-    criterion: Criterion = ...,
-) -> dict[str, FilterLayer]: ...
 def graft(
     model: nn.Module,
     neighbour: Mapping[str, Tensor],
@@ -217,12 +186,11 @@ def compute(
         name: (_measure(own, key, entries, criterion), _measure(other, key, entries, criterion))
         for name, key in weights.items()
     }
-    found: Layers
     shares: Iterable[tuple[str, float | Tensor]]  # w of each entry
     if level == "filter":
         chain = filter_level.chain(model)
         of_filters = filter_level.coefficients(chain, entries, other)
-        found = {name: FilterLayer(*entropies[name], of_filters[name]) for name in weights}
+        found = {name: Layer(*entropies[name], of_filters[name]) for name in weights}
         shares = filter_level.shares(chain, entries, of_filters)
     else:
         found = {name: Layer(*entropies[name], coefficient(*entropies[name], a, c)) for name in weights}

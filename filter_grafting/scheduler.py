@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,13 +15,6 @@ from .rings import Checkpoint, Exchange, FileRing
 from .states import load_plain_state, plain_state
 
 logger = logging.getLogger("filter_grafting")
-
-
-class Stateful(Protocol):
-    """An optimizer, a learning rate schedule, or whatever else has a state."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
 class Grafting:
@@ -41,8 +34,8 @@ class Grafting:
             loaded, and grafted as it would have been; `round` is the one after it.
         a, c, level, layers, exclude, criterion: see `graft`.
         every, warmup: only every `every`-th call of `step` grafts, and none of the first `warmup`.
-        checkpoint: the optimizer, and whatever else has a state, by name: published with the weights by a FileRing,
-            and put back when it resumes.
+        checkpoint: the optimizer, and whatever else has `state_dict` and `load_state_dict`, by name: published with
+            the weights by a FileRing, and put back when it resumes.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -62,7 +55,7 @@ class Grafting:
         criterion: Criterion = entropy,
         every: int = 1,
         warmup: int = 0,
-        checkpoint: Mapping[str, Stateful] | None = None,
+        checkpoint: Mapping[str, Any] | None = None,
     ) -> None:
         for name, value, low in ("every", every, 1), ("warmup", warmup, 0):
             if value < low:

@@ -155,6 +155,16 @@ class Run:
             assert process.wait() == 0, process.output()
         return self
 
+    def killed(self, network: int, event: str, *flags: str) -> None:
+        process = self.start(network, *flags, plan=[["at", event, 1, "kill"]])
+        assert process.wait() == -signal.SIGKILL, (event, process.output())
+
+    def refused(self, network: int, *flags: str) -> str:
+        """The sentence in which a start ends."""
+        process = self.start(network, *flags)
+        assert (process.wait(), process.sentence().count("\n")) == (1, 1), process.output()
+        return process.sentence()
+
     def end(self) -> None:
         for process in self.started:
             process.kill()

@@ -156,13 +156,6 @@ def undisturbed_run(tmp_path_factory, class_folders):
     return ImageRun(tmp_path_factory.mktemp("undisturbed") / "run", class_folders, 2, 3).finish()
 
 
-def refused(run, network, *flags):
-    """The sentence in which a start ends."""
-    process = run.start(network, *flags)
-    assert (process.wait(), process.sentence().count("\n")) == (1, 1), process.output()
-    return process.sentence()
-
-
 def test_a_ring_of_two(undisturbed_run):
     states = []
     for network in (1, 2):
@@ -240,7 +233,7 @@ def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
 )
 def test_what_cannot_start_ends_in_a_sentence_and_leaves_no_trace(make_image_run, undisturbed_run, flags, sentence):
     run = make_image_run(1, 2)
-    assert sentence in refused(run, 1, *(flag.format(best=undisturbed_run.directory / "best1.tar") for flag in flags))
+    assert sentence in run.refused(1, *(flag.format(best=undisturbed_run.directory / "best1.tar") for flag in flags))
     assert not run.directory.exists()
 
 
@@ -281,24 +274,19 @@ def assert_ends_as_undisturbed(run, undisturbed, files):
         assert_same(outcome, undisturbed.outcome(network), f"network {network}")
 
 
-def killed(run, network, event, *flags):
-    process = run.start(network, *flags, plan=[["at", event, 1, "kill"]])
-    assert process.wait() == -signal.SIGKILL, process.output()
-
-
 def test_killed_it_goes_on_from_its_file_which_counts_only_until_it_has_a_checkpoint_of_its_own(
     make_image_run, files, tmp_path
 ):
     file, moved = shutil.copy(files[0], tmp_path / "start.tar"), tmp_path / "moved.tar"
     run = make_image_run(1, 4)
-    killed(run, 1, JOINED, "--resume", file)
+    run.killed(1, JOINED, "--resume", file)
     os.rename(file, moved)
     gone = f"network 1 has no checkpoint of its own yet, and {file}, from which it starts, is not there: "
-    assert gone in refused(run, 1, "--resume")
+    assert gone in run.refused(1, "--resume")
     both = ["--resume", os.path.relpath(moved), "--resume", "auto"]
-    killed(run, 1, "after train", *both)
-    killed(run, 1, "after line 2", "--resume", moved)
-    assert "network 1 has already run in" in refused(run, 1, "--resume", moved)
+    run.killed(1, "after train", *both)
+    run.killed(1, "after line 2", "--resume", moved)
+    assert "network 1 has already run in" in run.refused(1, "--resume", moved)
     moved.unlink()
     assert run.start(1, *both).wait() == 0, run.started[-1].output()
     assert_ends_as_undisturbed(run, make_image_run(1, 4), files[:1])
@@ -306,11 +294,11 @@ def test_killed_it_goes_on_from_its_file_which_counts_only_until_it_has_a_checkp
 
 def test_networks_of_a_ring_each_go_on_from_their_own_file_and_none_is_guessed(make_image_run, files):
     run = make_image_run(2, 4)
-    killed(run, 1, JOINED, "--resume", files[0])
+    run.killed(1, JOINED, "--resume", files[0])
     first = run.start(1, "--resume", "auto")
     run.reaches(1, "waiting", 2)
-    assert "start_epoch is 0 here and 2 in the run" in refused(run, 2, "--resume")
-    killed(run, 2, JOINED, "--resume", files[1])
+    assert "start_epoch is 0 here and 2 in the run" in run.refused(2, "--resume")
+    run.killed(2, JOINED, "--resume", files[1])
     for process in run.start(2, "--resume"), first:
         assert process.wait() == 0, process.output()
     assert_ends_as_undisturbed(run, make_image_run(2, 4), files)

@@ -32,11 +32,6 @@ KILLS = [
 ]
 
 
-def killed(run, event, *flags):
-    process = run.start(1, *flags, plan=[["at", event, 1, "kill"]])
-    assert process.wait() == -signal.SIGKILL, (event, process.output())
-
-
 def damage(path):
     data = bytearray(path.read_bytes())
     for place in range(len(data) // 2, len(data) // 2 + 100):  # between two records a byte would not matter
@@ -49,18 +44,11 @@ def finished(*processes):
         assert process.wait() == 0, process.output()
 
 
-def refused(run, network, *flags):
-    """The sentence in which a start ends."""
-    process = run.start(network, *flags)
-    assert (process.wait(), process.sentence().count("\n")) == (1, 1), process.output()
-    return process.sentence()
-
-
 def test_killed_at_every_step_it_ends_with_the_same_bits_and_when_done_nothing_changes(make_run, undisturbed):
     run = make_run(2, 4)
     second = run.start(2)
     for event in KILLS:
-        killed(run, event, "--resume")  # which begins, where there is nothing to continue
+        run.killed(1, event, "--resume")  # which begins, where there is nothing to continue
         if event == "after rename ckpt1_2.t7":
             damage(run.checkpoint(1, 2))
     finished(run.start(1, "--resume"), second)
@@ -83,7 +71,7 @@ def test_with_other_flags_it_ends_with_the_same_bits(make_run, undisturbed, flag
     networks, *flags = flags
     run = make_run(networks, 4, *flags)
     others = [run.start(network) for network in range(2, networks + 1)]
-    killed(run, rf"after rename ckpt{1 % networks}_2\.t7")
+    run.killed(1, rf"after rename ckpt{1 % networks}_2\.t7")
     finished(run.start(1, "--resume"), *others)
     assert_same_runs(run, undisturbed(networks, 4, *flags))
 
@@ -183,7 +171,7 @@ def test_a_log_that_cannot_be_written_is_one_sentence(make_run):
 def test_a_start_that_would_change_the_outcome_is_refused_and_leaves_no_trace(undisturbed, flags, words):
     run = undisturbed(2, 3)
     before = {path: path.read_bytes() for path in run.directory.iterdir()}
-    assert re.search(words, refused(run, 1, *flags))
+    assert re.search(words, run.refused(1, *flags))
     assert {path: path.read_bytes() for path in run.directory.iterdir()} == before
 
 
@@ -192,7 +180,7 @@ def test_without_its_checkpoints_a_network_does_not_begin_again_over_what_it_has
     for path in run.directory.glob("ckpt*"):
         path.unlink()
     before = {path: path.read_bytes() for path in run.directory.iterdir()}
-    assert re.search(rf"to begin again would replace {run.directory}/best1\.t7", refused(run, 1, "--resume"))
+    assert re.search(rf"to begin again would replace {run.directory}/best1\.t7", run.refused(1, "--resume"))
     assert {path: path.read_bytes() for path in run.directory.iterdir()} == before
 
 
@@ -200,7 +188,7 @@ def test_epochs_may_be_raised_with_the_step_schedule_alone(make_run, undisturbed
     run, cosine = make_run(2, 2).finish(), make_run(1, 1, "--cos").finish()
     run.epochs, cosine.epochs = 3, 2
     assert_same_runs(run.finish("--resume"), undisturbed(2, 3))
-    assert "epochs is 2 here and 1 in the run" in refused(cosine, 1, "--resume")
+    assert "epochs is 2 here and 1 in the run" in cosine.refused(1, "--resume")
 
 
 def test_on_a_cosine_they_may_not_be_raised_by_a_neighbour_on_steps(make_run):
@@ -208,7 +196,7 @@ def test_on_a_cosine_they_may_not_be_raised_by_a_neighbour_on_steps(make_run):
     finished(run.start(1), run.start(2, "--cos"))
     run.epochs = 2
     finished(run.start(1, "--resume"))
-    assert "epochs is 2 here and was 1" in refused(run, 2, "--cos", "--resume")
+    assert "epochs is 2 here and was 1" in run.refused(2, "--cos", "--resume")
 
 
 def test_networks_of_one_ring_have_the_same_images(make_run, images, tmp_path):
@@ -218,5 +206,5 @@ def test_networks_of_one_ring_have_the_same_images(make_run, images, tmp_path):
     folder = shutil.copytree(images, tmp_path / "images")
     (folder / "train" / "one" / "0.png").rename(folder / "train" / "two" / "a.png")  # as many images as before
     run.flags[1] = str(folder)
-    assert re.search(r"data is '\w{8}' here and '\w{8}' in the run", refused(run, 2))
+    assert re.search(r"data is '\w{8}' here and '\w{8}' in the run", run.refused(2))
     assert first.poll() is None

@@ -1,9 +1,10 @@
 """Grafting inside a trainer: `callbacks.lightning` and `callbacks.transformers` have a GraftingCallback each."""
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .. import Exchange, FileRing, Grafting, GraftingError
 from ..grafting import Layers
@@ -41,7 +42,9 @@ class TrainerGrafting:
                 f"neighbour's earlier weights would be grafted: resume the trainer from its own checkpoint, or give "
                 f"another directory"
             )
-        self._grafting = Grafting(model, _SwapOnly(self.exchange), every=self.every, **self.options)
+        # Without the ring's own checkpoints: a run is resumed from the trainer's, which the trainer has loaded.
+        swap_only = SimpleNamespace(swap=ring.swap)
+        self._grafting = Grafting(model, swap_only, every=self.every, **self.options)
 
     def progress(self) -> None:
         """Says that one more batch was begun: a trainer that hangs is not waited for because its heart beats."""
@@ -53,13 +56,3 @@ class TrainerGrafting:
         """Grafts if that is due after so many epochs or steps of training, with `finished - 1` for the round."""
         self._grafting.load_state_dict({"round": finished - 1})
         return self._grafting.step()
-
-
-class _SwapOnly:
-    """A ring without its own checkpoints: a run is resumed from the trainer's, which the trainer has loaded."""
-
-    def __init__(self, exchange: Exchange):
-        self._exchange = exchange
-
-    def swap(self, state: Mapping[str, Tensor], round: int) -> Mapping[str, Tensor]:
-        return self._exchange.swap(state, round)
