@@ -17,7 +17,7 @@ from grafting_imagenet import models as zoo
 from training.flags import Parser, path
 from training.images import DataError, Images
 from training.models import read_checkpoint
-from training.process import amp_dtype
+from training.process import UsageError, amp_dtype
 
 WORKERS, FEW = 2, 500  # processes that decode images, where these are not few
 
@@ -92,14 +92,18 @@ def load_images(trained: Trained, source: str | Path | None = None) -> Images:
     if source is None:
         source = parser.parse_known_args([word for word in trained.command if word != "--"])[0].data
         if str(source) not in ("glyphs", str(cifar.DEFAULT_DATA)) and not Path(source).expanduser().is_dir():
-            where = f"{source}, which is not a folder here"
-            raise DataError(f"{trained.path} was trained on {where}: say with --data where it is")
+            says = f"was trained on {source}, which is not a folder here" if trained.command else "names no images"
+            raise DataError(f"{trained.path} {says}: say with --data where they are")
     if not trained.is_cifar:
         images = imagenet.load(source)
     else:
         settings = trained.settings
-        images = cifar.load(source, 100 if len(trained.classes) == 100 else 10)
-        images = cifar.select(images, settings.get("images"), settings.get("val") or 0, settings.get("test_images"))
+        try:
+            images = cifar.load(source, 100 if len(trained.classes) == 100 else 10)
+            images = cifar.select(images, settings.get("images"), settings.get("val") or 0, settings.get("test_images"))
+        except UsageError as error:  # of the flags of its training
+            problem = f"{source} is not what {trained.path} was trained on ({error})"
+            raise DataError(f"{problem}: give the --data of its training") from error
     own = trained.contents.get("classes") or images.classes
     if len(images.classes) != len(trained.classes) or own != images.classes:
         there, here = (f"{len(names)} classes ({', '.join(names[:3])}…)" for names in (images.classes, trained.classes))

@@ -73,9 +73,8 @@ def report(tables: Tables, args: argparse.Namespace, damages: list[str], out: Pa
     """The whole report; its plots are drawn into `out`."""
     preset, place = args.preset, args.results.resolve()
     place = place.relative_to(ROOT) if place.is_relative_to(ROOT) else place
-    again = f"python experiments/run.py {{}} --preset {preset}"  # what fills this report
-    again += f" --results {shlex.quote(str(place))}" * (place != Path("results"))
-    parts = [f"# Results of the preset {preset}", reading(tables, again)]
+    flags = f"--preset {preset}" + f" --results {shlex.quote(str(place))}" * (place != Path("results"))
+    parts = [f"# Results of the preset {preset}", reading(tables, flags)]
     for where, added in ("CIFAR", PRESETS[preset].cifar), ("ImageNet", PRESETS[preset].imagenet):
         if added:
             parts.append(
@@ -93,7 +92,7 @@ def report(tables: Tables, args: argparse.Namespace, damages: list[str], out: Pa
             files = plots.draw(cells, f"{title}, {dataset}, preset {preset}", out / stem)
             parts += [f"### {title}: {dataset}", *section(cells)]
             parts += [f"![{file.stem}](plots/{file.name})" for file in files] + small_print(cells)
-        missing = f"To run what is missing (`--seeds` says how often): `{again.format(name)}`"
+        missing = f"To run what is missing (`--seeds` says how often): `python experiments/run.py {name} {flags}`"
         parts.append((f"Published figures: {source}. " if preset == "paper" else "") + missing)
     if preset == "paper":
         columns = ["network", "method", "CIFAR-10", "CIFAR-100", "source"]
@@ -105,12 +104,13 @@ def report(tables: Tables, args: argparse.Namespace, damages: list[str], out: Pa
 # ---- What the figures say
 
 
-def reading(tables: Tables, again: str) -> str:
-    """What the figures say of grafting, counted from them."""
+def reading(tables: Tables, flags: str) -> str:
+    """What the figures say of grafting, counted from them; without any, with which flags run.py makes them."""
     every = [cells for found in tables.values() for cells in found.values()]
     seeds = [len(one.results) for cells in every for one in cells.values() if len(one.results)]
     if not seeds:
-        return f"**No result is there yet.** To fill this report: `{again.format(' '.join(tables))}`"
+        again = f"python experiments/run.py {' '.join(tables)} {flags}"
+        return f"**No result is there yet.** To fill this report: `{again}`"
     compared: dict[str, dict[tuple[str, str], Pair]] = {"baseline": {}, "rival": {}, "schedule": {}}
     for cells in every:
         for kind, one, other in pairs_of(cells):

@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     flag = parser.add_argument
     flag("tables", metavar="TABLE", nargs="+", choices=[*TABLES, "all"], help=f"{', '.join(TABLES)}, or all")
-    presets = "paper: as published; small, medium: for hours on 2 cores; smoke: a test"
+    presets = "paper: the published schedules; small, medium: for hours on 2 cores; smoke: a test"
     flag("--preset", choices=PRESETS, default="paper", help=presets)
     flag("--seeds", metavar="K", type=number(int, 1, SEEDS), default=3, help="runs of each row")
     of = "the images, of class folders or CIFAR's files; NAME: of cifar10, cifar100 or imagenet alone"

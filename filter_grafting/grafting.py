@@ -265,6 +265,8 @@ def _weights(model: nn.Module, entries: Mapping[str, Tensor], level: Level, laye
         most = " and ".join(kind for kind, size in sizes.most_common(2) if size)
         how = "layers=(nn.Conv2d, nn.Linear), types or a function of a module, lets other layers set their own"
         kind, advised = type(modules[""]).__name__, f"{how} (most weights are in {most})"
+        if not weights and level == "filter":
+            raise MismatchError(f"{kind} has no convolution, and level 'filter' needs a chain of them")
         if not weights:
             what = "convolution (nn.ConvNd)" if layers is None else "layer that layers= selects"
             raise MismatchError(f"{kind} has no {what} to compare; {advised}")

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from filter_grafting.errors import GraftingError
-from filter_grafting.grafting import graft
+from filter_grafting.grafting import compute, graft
 from filter_grafting.information import CRITERIA
 from filter_grafting.membership import read_status
 from filter_grafting.rings import Checkpoint, FileRing
@@ -61,10 +61,11 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         start = first_epoch(args, checkpoint, model, optimizer, notes)
         facts = {"classes": len(images.classes), "start_epoch": start, "data": data.checksum(images.train.labels)}
         settings = settings_of(args, SHARED + OWN) | facts | {"images": len(images.train), "amp": bool(amp)}
-        may_raise = ("epochs",) if args.steplr else ()
-        first = restore(checkpoint, model, optimizer, settings, may_raise=may_raise) if checkpoint else start
+        first = restore(checkpoint, model, optimizer, settings, may_raise=may_raise(args)) if checkpoint else start
         if ring:
             ring.agree(facts)
+            if args.num > 1:  # a model that cannot be grafted is refused before it trains
+                compute(model, plain_state(model), args.a, args.c, "layer", None, (), criterion)
             pixels, notes = PIXELS | {"image_size": args.image_size}, [computer(device, ranks.size), *notes]
             records = Records(ring, model, settings, images, pixels, notes, args.tensorboard)
             records.resume(checkpoint)
@@ -103,7 +104,12 @@ def join(args: argparse.Namespace, signals: Signals, rank: int) -> AbstractConte
         return nullcontext()
     details = {"start_from": args.start_from and str(args.start_from)}
     files = {"name": "pth{index}_{round}.tar", "key": "state_dict"}
-    return join_ring(args, signals, SHARED, ("epochs",) if args.steplr else (), details=details, **files)
+    return join_ring(args, signals, SHARED, may_raise(args), details=details, **files)
+
+
+def may_raise(args: argparse.Namespace) -> tuple[str, ...]:
+    """The settings that a resumed run may raise: its epochs, unless a cosine depends on them."""
+    return ("epochs",) if args.steplr else ()
 
 
 def make_batches(

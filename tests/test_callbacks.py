@@ -268,13 +268,15 @@ def test_lightning_may_be_installed_under_its_other_name(monkeypatch):
     callback = without(monkeypatch, "lightning", "lightning.pytorch")
     assert issubclass(callback, other.Callback)
     with pytest.raises(GraftingError, match="spreads one network over 2 processes; start each network as one process"):
-        callback(Neighbour()).on_train_start(SimpleNamespace(world_size=2, global_step=0, strategy=None), build())
+        callback(Neighbour()).on_train_start(
+            SimpleNamespace(world_size=2, global_step=0, current_epoch=0, strategy=None), build()
+        )
 
 
 @pytest.mark.usefixtures("train")  # which skips where the package is not installed
 def test_deepspeed_is_refused_on_one_gpu_too(package):
     module = importlib.import_module(f"filter_grafting.callbacks.{package}")
-    callback, begun = module.GraftingCallback(Neighbour()), {"world_size": 1, "global_step": 0}
+    callback, begun = module.GraftingCallback(Neighbour()), {"world_size": 1, "global_step": 0, "current_epoch": 0}
     with pytest.raises(GraftingError, match="DeepSpeed writes its own copies of the weights over each graft"):
         if package == "lightning":
             strategy = Mock(spec=module.DeepSpeedStrategy)

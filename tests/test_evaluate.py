@@ -86,6 +86,7 @@ def test_predictions_are_those_of_the_model(tmp_path, images, size):
         ({"model": "resnet32"}, "is no resnet32 with 2 classes: "),
         ({"classes": ["cat", "dog"]}, "has 2 classes (one, two…), "),
         ({"net": None}, "holds no state dict: it has the keys epoch, "),
+        ({"settings": {"images": 999}}, "images to train on: ask for fewer): give the --data of its training"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_sentence(tmp_path, images, changes, reason):
@@ -97,7 +98,7 @@ def test_what_cannot_be_evaluated_is_one_sentence(tmp_path, images, changes, rea
 def test_images_that_are_no_longer_where_they_were_are_asked_for(tmp_path):
     file = save_model(tmp_path / "best1.t7", command=["python", "grafting.py", "--data", "mine"])
     status, _, errors = call(evaluate, file)
-    sentence = f"{file} was trained on mine, which is not a folder here: say with --data where it is\n"
+    sentence = f"{file} was trained on mine, which is not a folder here: say with --data where they are\n"
     assert (status, errors) == (1, sentence)
 
 

@@ -225,7 +225,8 @@ def test_a_run_starts_from_a_file(make_image_run, undisturbed_run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["-a", "squeezenet1_1", "--resume", "{best}"], "is of a ranks:tiny, and -a says squeezenet1_1"),
+        (["-a", "squeezenet1_1", "--resume", "{best}"], "is of a ranks:tiny, and -a says squeezenet1_1\n"),
+        (["-a", "test_methods:flat_layer", "--num", "2"], "Sequential has no convolution"),
         (["--start-epoch", "5"], "nothing to train: the first epoch would be 5, and --epochs is 2"),
         (["--data", "nowhere"], "/nowhere does not exist"),
         (["-e", "--data", "nowhere", "--resume", "typo.tar"], "there is no checkpoint typo.tar (--resume)"),

@@ -101,15 +101,19 @@ def test_a_network_that_diverges_in_the_last_step_of_an_epoch_is_not_published(m
     single = make_run(1, 1, "--lr", "1e38", "--batch_size", "32")  # a single step: its own loss is still good
     process = single.start(1)
     assert process.wait() == 1
-    assert "the test loss became nan at a learning rate of 1e+38: training has diverged" in process.sentence()
+    assert "the test loss became nan: training has diverged" in process.sentence()
     assert not list(single.directory.glob("*.t7"))
 
 
 @pytest.mark.parametrize(
     ("model", "flags", "words"),
     [
-        ("flat_layer", [], "Sequential has no convolution .*; layers= and exclude= are for code of your own"),
-        ("with_dead_filters", ["--level", "filter"], "0: level 'filter' needs a plain convolution .*use level 'layer'"),
+        ("flat_layer", [], r"Sequential has no convolution .* \(in a script: another --model"),
+        (
+            "with_dead_filters",
+            ["--level", "filter"],
+            "0: level 'filter' needs a plain convolution .*, or --level layer",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_grafted_is_refused_before_it_trains(make_run, model, flags, words):

@@ -191,10 +191,10 @@ def train_one_epoch(
     return result
 
 
-def check_finite(loss: float, which: str, lr: float) -> None:
+def check_finite(loss: float, which: str, lr: float | None = None) -> None:
     """Raises Diverged, before anything of an epoch is published whose loss is no number."""
     if not math.isfinite(loss):
-        found = f"the {which} loss became {loss} at a learning rate of {lr:.4g}"
+        found = f"the {which} loss became {loss}" + (f" at a learning rate of {lr:.4g}" if lr else "")
         raise Diverged(f"{found}: training has diverged; try a lower rate")
 
 

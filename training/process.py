@@ -19,14 +19,7 @@ from typing import Any
 
 import torch
 
-from filter_grafting.errors import (
-    AlreadyRunError,
-    GraftingError,
-    MismatchError,
-    NeighbourTimeout,
-    SettingsError,
-    UnreadableError,
-)
+from filter_grafting.errors import AlreadyRunError, GraftingError, NeighbourTimeout, SettingsError, UnreadableError
 from filter_grafting.membership import printable
 from filter_grafting.rings import FileRing
 from training.flags import command, settings_of, world
@@ -47,8 +40,6 @@ HINTS = {
     AlreadyRunError: "--resume continues it, --s names another directory",
     SettingsError: "a resumed run may raise --epochs alone, while no other network is at work, and if neither a cosine "
     "nor an average depends on them",
-    MismatchError: "the flags for it are --model (ImageNet: -a) and --level; layers= and exclude= are for code of your "
-    "own that calls graft()",
     UnreadableError: "mend that, then continue with --resume",
     NeighbourTimeout: "--timeout says how long to wait",
 }
@@ -133,6 +124,8 @@ def ending(args: argparse.Namespace) -> Iterator[Signals]:
         if isinstance(error, GraftingError):
             hint = next((hint for kind, hint in HINTS.items() if isinstance(error, kind)), "")
             sentence = str(error)
+            if re.search(r"\b(layers|exclude)=|use level 'layer'", sentence):  # arguments of graft()
+                hint = "in a script: another --model (ImageNet: -a), or --level layer"
             status = 2 if isinstance(error, UsageError) else 3 if isinstance(error, NeighbourTimeout) else 1
         elif signals.received is not None:  # what fails after a signal, as a lost connection, follows from it
             sentence, hint = f"network {args.i} stopped by {signals.received.name}; --resume continues it", ""

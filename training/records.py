@@ -84,7 +84,7 @@ class Records:
         self, epoch: int, lr: float, train: Result, test: Result, val: Result | None, model: nn.Module
     ) -> dict[str, Any]:
         """The epoch's figures, by column; with val the best epoch is chosen on that, without it on test."""
-        check_finite(test.loss, "test", lr)  # the last step's doing, whose loss nobody has seen
+        check_finite(test.loss, "test")  # the last step's doing, whose loss nobody has seen
         score = (val or test).accuracy
         improved = score > self.best_score
         row = {

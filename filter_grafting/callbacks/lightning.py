@@ -49,7 +49,8 @@ class GraftingCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         is_deepspeed = isinstance(trainer.strategy, DeepSpeedStrategy)
-        self._grafting.start(pl_module, trainer.world_size, trainer.global_step, is_deepspeed)
+        finished = trainer.global_step or trainer.current_epoch  # an optimizer of the module's own leaves steps at 0
+        self._grafting.start(pl_module, trainer.world_size, finished, is_deepspeed)
 
     # Not on_train_epoch_start: where a checkpoint is of the end of an epoch, Lightning may leave out the next one's.
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
