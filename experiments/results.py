@@ -158,11 +158,11 @@ def pairs_of(cells: Cells) -> Iterator[tuple[str, Cell, Cell]]:
     ran = [one for one in cells.values() if len(one.results)]
     for one, other in itertools.permutations(ran, 2):
         run, costs_no_more = one.row.run, other.first("epochs") <= one.first("epochs")
-        has_other_rates = ("--difflr" in one.row.flags) != ("--difflr" in other.row.flags)
+        same_rates = ("--difflr" in one.row.flags) == ("--difflr" in other.row.flags)
+        is_fair = costs_no_more and (same_rates or "--method average" not in other.row.flags)
         if one.row.is_grafting and other.row.label == one.row.baseline:
             yield "baseline", one, other
-        elif one.row.is_grafting > other.row.is_grafting and one.row.baseline == other.row.baseline and costs_no_more:
-            if not (has_other_rates and "--method average" in other.row.flags):
-                yield "rival", one, other
+        elif one.row.is_grafting > other.row.is_grafting and one.row.baseline == other.row.baseline and is_fair:
+            yield "rival", one, other
         elif one.row.baseline is None and (run == f"{other.row.run}_cos" or other.row.run == f"{run}_steplr"):
             yield "schedule", one, other

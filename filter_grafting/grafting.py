@@ -167,10 +167,10 @@ def compute(
     neighbour: Mapping[str, Tensor],
     a: float,
     c: float,
-    level: Level,
-    layers: Selection,
-    exclude: Sequence[str],
-    criterion: Criterion,
+    level: Level = "layer",
+    layers: Selection = None,
+    exclude: Sequence[str] = (),
+    criterion: Criterion = entropy,
 ) -> tuple[Layers, Blends]:
     """What a graft finds, and what it makes of each entry. Raises all errors of `graft`, and changes nothing."""
     check_ranges(a, c)

@@ -67,7 +67,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         progress = partial(follow, ring, signals.check, args.print_frequence)
         options = {"device": device, "amp": amp, "progress": progress}
         if args.num > 1 and args.method != "papa":  # a model that cannot be grafted is refused before it trains
-            compute(model, plain_state(model), args.a, args.c, args.level, None, (), CRITERIA[args.criterion])
+            compute(model, plain_state(model), args.a, args.c, args.level, criterion=CRITERIA[args.criterion])
         signals.finish_batch()
         for epoch in range(first, args.epochs):
             layers = []

@@ -65,7 +65,7 @@ def main(args: argparse.Namespace, signals: Signals) -> None:
         if ring:
             ring.agree(facts)
             if args.num > 1:  # a model that cannot be grafted is refused before it trains
-                compute(model, plain_state(model), args.a, args.c, "layer", None, (), criterion)
+                compute(model, plain_state(model), args.a, args.c, criterion=criterion)
             pixels, notes = PIXELS | {"image_size": args.image_size}, [computer(device, ranks.size), *notes]
             records = Records(ring, model, settings, images, pixels, notes, args.tensorboard)
             records.resume(checkpoint)

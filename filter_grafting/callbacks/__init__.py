@@ -27,7 +27,7 @@ class TrainerGrafting:
         self._batches = 0
 
     def start(self, model: nn.Module, processes: int, finished: int, is_deepspeed: bool) -> None:
-        """Takes the model, 0 if it starts anew; what a graft would do wrong is refused here, before it trains."""
+        """Takes the model, after so many steps or epochs; what a graft would do wrong is refused before it trains."""
         if processes > 1:
             raise GraftingError(
                 f"the trainer spreads one network over {processes} processes; start each network as one process of its "
