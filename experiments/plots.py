@@ -36,7 +36,7 @@ def figures(cells: Cells, title: str) -> Iterator[tuple[str, Figure]]:
         columns = {f"L1 norm below {threshold}": frame[f"invalid_{threshold}"] for threshold in THRESHOLDS}
         figure = courses(cells, columns, "invalid filters", title)
         for panel in figure.axes:
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, max(1, panel.get_ylim()[1]))  # no fractions of a filter where there is none
         yield "invalid", figure
     if "information" in frame:
         columns = {"Sum of the layers' entropies": frame["information"].dropna()}
